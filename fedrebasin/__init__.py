@@ -1,0 +1,51 @@
+"""Merge models that were trained apart: trace, match, permute, average, repair."""
+
+from fedrebasin.check import check_spec
+from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_along_path, loss_barrier
+from fedrebasin.corrections import repair, reset_batchnorm
+from fedrebasin.errors import (
+    CalibrationError,
+    InvalidSpecError,
+    RebasinError,
+    SpecMismatchError,
+    TraceError,
+    UnsupportedOpError,
+)
+from fedrebasin.matching import ManyMatching, Matching, match_many, weight_matching
+from fedrebasin.merge import align, interpolate, merge, merge_modules
+from fedrebasin.permute import compose, identity_perms, invert, moved_fraction, permute, random_perms
+from fedrebasin.spec import Axis, PermutationSpec
+from fedrebasin.trace import trace
+
+__all__ = [
+    "Axis",
+    "CalibrationError",
+    "InvalidSpecError",
+    "LossPath",
+    "ManyMatching",
+    "Matching",
+    "PermutationSpec",
+    "RebasinError",
+    "SpecMismatchError",
+    "TraceError",
+    "UnsupportedOpError",
+    "align",
+    "barrier_above_chord",
+    "check_spec",
+    "compose",
+    "identity_perms",
+    "interpolate",
+    "invert",
+    "loss_along_path",
+    "loss_barrier",
+    "match_many",
+    "merge",
+    "merge_modules",
+    "moved_fraction",
+    "permute",
+    "random_perms",
+    "repair",
+    "reset_batchnorm",
+    "trace",
+    "weight_matching",
+]

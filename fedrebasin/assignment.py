@@ -1,0 +1,42 @@
+"""From a similarity matrix to a permutation."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def solve_assignment(similarity: Tensor) -> Tensor:
+    """Match the units of two layers, one to one, so that total similarity is largest.
+
+    Parameters
+    ----------
+    similarity : Tensor, shape (n, n), floating
+        ``similarity[i, j]`` scores unit ``i`` of the reference against unit ``j`` of the model.
+
+    Returns
+    -------
+    Tensor, shape (n,), int64
+        ``perm`` such that ``weight[perm]`` puts the units into the reference's order.
+
+    Raises
+    ------
+    ValueError
+        If ``similarity`` is not square, or holds a NaN or an infinity.
+
+    References
+    ----------
+    Crouse (2016), "On implementing 2D rectangular assignment algorithms".
+
+    Examples
+    --------
+    >>> solve_assignment(torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
+    tensor([1, 0])
+    """
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise ValueError(f"similarity: expected a square matrix; got shape {tuple(similarity.shape)}")
+    if not bool(similarity.isfinite().all()):
+        raise ValueError("similarity: expected finite entries; got a NaN or an infinity")
+    _, columns = linear_sum_assignment(similarity.detach().cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns).long()

@@ -1,0 +1,137 @@
+"""How a model is called with a batch, and how collections of batches are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedrebasin.errors import CalibrationError
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a batch: a tensor, a tuple or list of inputs, or a dict of keywords.
+
+    >>> split_inputs({"x": 1})
+    ((), {'x': 1})
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode and every module back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Batches:
+    """A re-iterable collection of batches, moved to a device one by one.
+
+    A batch is what the model is called with: a tensor, a tuple or list of inputs, or a dict of keywords; or one
+    item longer, its last the target (a labelled DataLoader).
+
+    Parameters
+    ----------
+    batches : iterable
+        Read once for each pass; a generator, which would be empty the second time, is refused.
+    inputs : int
+        How many positional inputs the model takes; what follows them is the target.
+    name : str
+        The parameter's name, for messages.
+
+    Raises
+    ------
+    CalibrationError
+        If ``batches`` can be read only once, or yields nothing.
+
+    Examples
+    --------
+    >>> [(args[0].shape, target) for args, _, target in Batches([torch.zeros(2, 4)])]
+    [(torch.Size([2, 4]), None)]
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], *, inputs: int = 1, name: str = "calibration", device: Any = None
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise CalibrationError(
+                f"{name}: expected a collection that can be read more than once; got a {type(batches).__name__}; "
+                f"pass list(...) of it, or a DataLoader"
+            )
+        if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+            raise CalibrationError(
+                f"{name}: expected a list or DataLoader of batches; got a {type(batches).__name__}; pass [batch]"
+            )
+        self._batches, self._inputs, self._name, self._device = batches, inputs, name, device
+
+    def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+        """Yield positional inputs, keywords and the target (``None`` without one)."""
+        empty = True
+        for batch in self._batches:
+            empty = False
+            args, kwargs = split_inputs(_to(batch, self._device))
+            if isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
+                yield args[:-1], kwargs, args[-1]
+            elif not kwargs and len(args) == 2 and self._inputs == 0 and isinstance(args[0], Mapping):
+                yield (), dict(args[0]), args[1]
+            elif kwargs or len(args) == self._inputs:
+                yield args, kwargs, None
+            else:
+                raise CalibrationError(
+                    f"{self._name}: expected batches of {self._inputs} inputs, with or without a target; "
+                    f"got {len(args)} items"
+                )
+        if empty:
+            raise CalibrationError(f"{self._name}: expected at least one batch; got none")
+
+
+def _to(value: Any, device: Any) -> Any:
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_to(item, device) for item in value)
+    return value
+
+
+def count_inputs(model: nn.Module) -> int:
+    """How many positional inputs ``model.forward`` takes without a default; at least one.
+
+    >>> count_inputs(nn.Linear(2, 2))
+    1
+    """
+    signature = inspect.signature(model.forward)
+    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is inspect.Parameter.empty]
+    return max(1, len(needed))
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All floating tensors in a model's output, in order: the output may be a tensor, a tuple or a dict.
+
+    >>> len(tensors({"logits": torch.zeros(2), "hidden": (torch.zeros(3), None)}))
+    2
+    """
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in tensors(value)]
+    if isinstance(output, tuple | list):
+        return [tensor for value in output for tensor in tensors(value)]
+    return []

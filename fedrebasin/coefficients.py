@@ -1,0 +1,26 @@
+"""Averaging weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fedrebasin.errors import RebasinError
+
+
+def check_coefficients(coefficients: Sequence[float] | None, count: int) -> list[float]:
+    """Coefficients that sum to 1, equal ones by default.
+
+    >>> check_coefficients([1, 3], 2)
+    [0.25, 0.75]
+    """
+    if count == 0:
+        raise RebasinError("models: expected at least one state dict; got none")
+    if coefficients is None:
+        return [1 / count] * count
+    values = [float(value) for value in coefficients]
+    if len(values) != count:
+        raise RebasinError(f"coefficients: expected {count}, one for each model; got {len(values)}")
+    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) <= 0:
+        raise RebasinError(f"coefficients: expected finite numbers, none negative and not all zero; got {values}")
+    return [value / sum(values) for value in values]

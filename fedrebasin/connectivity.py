@@ -1,0 +1,121 @@
+"""Loss along the straight line between two models, and its barrier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.corrections.working import load, working_copy
+from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.merge import interpolate
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """Mean loss at points of the line between two models.
+
+    Attributes
+    ----------
+    lams : tuple of float
+        From 0 (the reference) to 1 (the model), ascending.
+    losses : tuple of float
+    """
+
+    lams: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def best_lam(self) -> float:
+        """Where the loss is lowest."""
+        return self.lams[self.losses.index(min(self.losses))]
+
+
+def loss_along_path(
+    net: nn.Module,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    loss: Loss,
+    lams: int | Iterable[float] = 25,
+    device: torch.device | str | None = None,
+) -> LossPath:
+    """Evaluate ``(1 - lam) * a + lam * b`` on labelled batches, at evenly spaced or given ``lam``.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Of the architecture; its own weights are not used.
+    a, b : dict of str to Tensor
+        State dicts of the ends.
+    batches : iterable of (input, target)
+        Read once for each ``lam``.
+    loss : callable
+        ``loss(output, target)``, a mean over the batch.
+    lams : int or iterable of float
+        How many points from 0 to 1, or the points.
+
+    Raises
+    ------
+    CalibrationError
+        If a batch has no target.
+    RebasinError
+        If fewer than two points are asked for.
+
+    Examples
+    --------
+    >>> net = nn.Linear(2, 1)
+    >>> data = [(torch.ones(4, 2), torch.zeros(4, 1))]
+    >>> path = loss_along_path(net, net.state_dict(), net.state_dict(), data, loss=nn.functional.mse_loss, lams=3)
+    >>> path.lams
+    (0.0, 0.5, 1.0)
+    """
+    points = tuple(index / (lams - 1) for index in range(lams)) if isinstance(lams, int) and lams > 1 else lams
+    if isinstance(points, int) or len(found := tuple(sorted(float(lam) for lam in points))) < 2:
+        raise RebasinError(f"lams: expected two points or more; got {lams}")
+    model = working_copy(net, a, device)
+    where = device if device is not None else next(iter(a.values())).device
+    data = Batches(batches, inputs=count_inputs(net), name="batches", device=where)
+    losses = []
+    for lam in found:
+        load(model, interpolate(a, b, lam))
+        losses.append(_mean_loss(model, data, loss))
+    return LossPath(found, tuple(losses))
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, data: Batches, loss: Loss) -> float:
+    total, count = 0.0, 0
+    for args, kwargs, target in data:
+        if target is None:
+            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
+        size = len(target) if isinstance(target, Tensor) and target.ndim else 1
+        total += float(loss(model(*args, **kwargs), target)) * size
+        count += size
+    return total / count
+
+
+def loss_barrier(path: LossPath) -> float:
+    """``max_lam L(lam) - (L(0) + L(1)) / 2`` (Git Re-Basin, Definition 2.2).
+
+    >>> loss_barrier(LossPath((0.0, 0.5, 1.0), (1.0, 4.0, 2.0)))
+    2.5
+    """
+    return max(path.losses) - (path.losses[0] + path.losses[-1]) / 2
+
+
+def barrier_above_chord(path: LossPath) -> float:
+    """``max_lam L(lam) - ((1 - lam) L(0) + lam L(1))``: for ends of unequal loss, where it is 0 at both.
+
+    >>> barrier_above_chord(LossPath((0.0, 0.5, 1.0), (1.0, 1.5, 2.0)))
+    0.0
+    """
+    first, last = path.losses[0], path.losses[-1]
+    return max(value - ((1 - lam) * first + lam * last) for lam, value in zip(path.lams, path.losses, strict=True))

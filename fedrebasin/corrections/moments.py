@@ -1,0 +1,102 @@
+"""Mean and standard deviation of activations per channel, streamed over calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.batches import Batches
+from fedrebasin.corrections.sites import Site
+from fedrebasin.errors import CalibrationError
+
+
+class Moments:
+    """Running count, mean and sum of squared deviations per channel, merged batch by batch in float64.
+
+    Examples
+    --------
+    >>> moments = Moments()
+    >>> moments.add(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), dim=1)
+    >>> moments.mean, moments.std
+    (tensor([2., 5.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self._squares = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, activations: Tensor, dim: int) -> None:
+        """Add activations whose channels lie along ``dim`` (Chan et al.'s update)."""
+        rows = activations.detach().movedim(dim, 0).flatten(1).double()
+        count, mean = rows.shape[1], rows.mean(1)
+        squares = (rows - mean.unsqueeze(1)).square().sum(1)
+        if self.count == 0:
+            self.count, self.mean, self._squares = count, mean, squares
+            return
+        total, delta = self.count + count, mean - self.mean
+        self._squares = self._squares + squares + delta.square() * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation per channel (biased)."""
+        return (self._squares / max(1, self.count)).sqrt()
+
+    def check(self, name: str) -> None:
+        """Raise :class:`CalibrationError` if an activation was NaN or infinite."""
+        if not bool(self.mean.isfinite().all() and self._squares.isfinite().all()):
+            raise CalibrationError(
+                f"calibration: the activations of {name!r} hold a NaN or an infinity; check the models and the inputs"
+            )
+
+
+class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
+    """The forward pass has run as far as it is needed."""
+
+
+def output_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
+    """Moments of every site's output, in one pass."""
+    return _measure(model, batches, sites, of_input=False, stop=False)
+
+
+def input_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
+    """Moments of one site's input along its channels; the pass stops there."""
+    return _measure(model, batches, [site], of_input=True, stop=True)[site.name]
+
+
+def site_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
+    """Moments of one site's output; the pass stops there."""
+    return _measure(model, batches, [site], of_input=False, stop=True)[site.name]
+
+
+@torch.no_grad()
+def _measure(
+    model: nn.Module, batches: Batches, sites: Sequence[Site], *, of_input: bool, stop: bool
+) -> dict[str, Moments]:
+    found = {site.name: Moments() for site in sites}
+
+    def record(site: Site) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+            found[site.name].add(args[0] if of_input else output, site.dim)
+            if stop:
+                raise _Stop
+
+        return hook
+
+    handles = [model.get_submodule(site.name).register_forward_hook(record(site)) for site in sites]
+    try:
+        for args, kwargs, _ in batches:
+            with suppress(_Stop):
+                model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, moments in found.items():
+        moments.check(name)
+    return found

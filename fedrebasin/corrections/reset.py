@@ -1,0 +1,85 @@
+"""reset_batchnorm: recompute BatchNorm's running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.errors import CalibrationError, RebasinError
+
+
+def reset_batchnorm(
+    net: nn.Module,
+    merged: Mapping[str, Tensor],
+    calibration: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Recompute the running statistics of every BatchNorm as the mean over the calibration batches.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Of the architecture; its own weights are not used.
+    merged : dict of str to Tensor
+        The state dict to correct; it is not changed.
+    calibration : iterable of batches
+        Inputs, no labels; read once. Batches of 100 and more give good variances.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``merged`` with other running means and variances; counters stay.
+
+    Raises
+    ------
+    RebasinError
+        If the network has no BatchNorm with running statistics.
+    CalibrationError
+        If the data is empty, can be read only once, or holds a batch of one example.
+
+    References
+    ----------
+    Jordan et al. (2023), "REPAIR", Section 3; there it is the first step for networks with BatchNorm.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> reset = reset_batchnorm(net, net.state_dict(), [torch.randn(200, 2)])
+    >>> reset["1.running_mean"].shape
+    torch.Size([3])
+    """
+    model = working_copy(net, merged, device)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        raise RebasinError(
+            "net: reset_batchnorm needs a BatchNorm with running statistics; this network has none; use repair"
+        )
+    parameter = next(iter(merged.values()))
+    batches = Batches(calibration, inputs=count_inputs(net), device=device or parameter.device)
+    counters = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    with torch.no_grad():
+        for args, kwargs, _ in batches:
+            try:
+                model(*args, **kwargs)
+            except ValueError as error:
+                raise CalibrationError(
+                    f"calibration: BatchNorm needs batches of more than one example ({error})"
+                ) from error
+    for norm, counter in zip(norms, counters, strict=False):
+        norm.num_batches_tracked = counter
+    result = extract(model, merged)
+    odd = next((name for name, tensor in result.items() if not bool(torch.isfinite(tensor).all())), None)
+    if odd is not None:
+        raise CalibrationError(f"calibration: {odd!r} became NaN or infinite; check the models and the inputs")
+    return result

@@ -1,0 +1,37 @@
+"""A private copy of the user's network that takes one state dict after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.errors import SpecMismatchError
+from fedrebasin.permute import like_state
+
+
+def working_copy(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
+    """``net`` with the weights of ``state``, in evaluation mode, on ``device`` or where ``state`` is."""
+    target = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
+    model = copy.deepcopy(net).to(target).eval()
+    load(model, state)
+    return model
+
+
+def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load ``state`` into the working copy."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise SpecMismatchError(f"net: expected a module of the state dict's architecture; {first}") from error
+
+
+def extract(model: nn.Module, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The working copy's weights with the keys, order, dtypes and devices of ``like``."""
+    own = model.state_dict()
+    return like_state(
+        like, {name: own[name].detach().to(tensor.device, tensor.dtype, copy=True) for name, tensor in like.items()}
+    )

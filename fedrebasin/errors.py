@@ -1,0 +1,31 @@
+"""The errors that fedrebasin raises for what a caller can mend."""
+
+from __future__ import annotations
+
+
+class RebasinError(ValueError):
+    """Base of all errors of the core; the message names the parameter, what was expected, what came."""
+
+
+class UnsupportedOpError(RebasinError):
+    """``trace(..., strict=True)`` met an op that no rule covers."""
+
+
+class TraceError(RebasinError):
+    """The model could not be exported, or its spec could not be derived."""
+
+
+class InvalidSpecError(RebasinError):
+    """A permutation spec changes the function of the network."""
+
+
+class SpecMismatchError(RebasinError):
+    """A state dict, a set of permutations or a model does not fit the spec or the reference."""
+
+
+class CalibrationError(RebasinError):
+    """Calibration or evaluation data is missing, exhausted or of the wrong kind."""
+
+
+class UsageError(RebasinError):
+    """A command or option that the user can mend; the command line prints it and exits with status 2."""

@@ -1,0 +1,169 @@
+"""Averages of state dicts: two models, many models, and everything in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.check import check_spec
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.corrections import repair
+from fedrebasin.errors import RebasinError, SpecMismatchError
+from fedrebasin.matching import match_many, weight_matching
+from fedrebasin.permute import like_state, permute
+from fedrebasin.spec import PermutationSpec
+from fedrebasin.trace import trace
+
+State = Mapping[str, Tensor]
+
+
+def align(
+    spec: PermutationSpec,
+    reference: State,
+    model: State,
+    *,
+    seed: int = 0,
+    restarts: int = 0,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Put ``model``'s hidden units into the order of ``reference``: weight matching, then ``permute``.
+
+    Parameters and errors as for :func:`fedrebasin.weight_matching`.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> spec = trace(net, (torch.randn(2, 4),))
+    >>> list(align(spec, net.state_dict(), net.state_dict()))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    matching = weight_matching(spec, reference, model, seed=seed, restarts=restarts, device=device)
+    return permute(spec, matching.perms, model)
+
+
+def interpolate(reference: State, model: State, lam: float) -> dict[str, Tensor]:
+    """``(1 - lam) * reference + lam * model``, in float64, cast back to the reference's dtypes.
+
+    Parameters
+    ----------
+    reference, model : dict of str to Tensor
+        State dicts with the same keys and shapes.
+    lam : float
+        In [0, 1]: 0 is the reference, 1 the model; both come back bit for bit.
+
+    Raises
+    ------
+    SpecMismatchError
+        If keys or shapes differ.
+    RebasinError
+        If ``lam`` is outside [0, 1].
+
+    Examples
+    --------
+    >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)
+    {'w': tensor([0.2500, 0.2500])}
+    """
+    if not 0 <= lam <= 1:
+        raise RebasinError(f"lam: expected a number in [0, 1]; got {lam}")
+    return merge([reference, model], coefficients=[1 - lam, lam])
+
+
+def merge(models: Sequence[State], *, coefficients: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """The weighted average of state dicts.
+
+    Parameters
+    ----------
+    models : sequence of dict of str to Tensor
+        With the same keys and shapes. Integer buffers (counters) come from the heaviest model.
+    coefficients : sequence of float, optional
+        Not negative; scaled to sum 1. By default all models weigh the same.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Keys, order, dtypes and devices of the first model.
+
+    Raises
+    ------
+    SpecMismatchError
+        If keys or shapes differ.
+    RebasinError
+        If there are no models, or coefficients do not fit.
+
+    Examples
+    --------
+    >>> merge([{"w": torch.zeros(1)}, {"w": torch.ones(1)}], coefficients=[1, 3])
+    {'w': tensor([0.7500])}
+    """
+    weights = check_coefficients(coefficients, len(models))
+    first = models[0]
+    for index, model in enumerate(models[1:], 1):
+        if list(model) != list(first) and set(model) != set(first):
+            odd = sorted(set(model) ^ set(first))[0]
+            raise SpecMismatchError(f"models[{index}]: expected the tensors of models[0]; {odd!r} is in one only")
+        for name, tensor in first.items():
+            if model[name].shape != tensor.shape:
+                raise SpecMismatchError(
+                    f"models[{index}]: expected {name!r} as {tuple(tensor.shape)}; got {tuple(model[name].shape)}"
+                )
+    heaviest = models[weights.index(max(weights))]
+
+    def average(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return heaviest[name].to(tensor.device).clone()
+        total = torch.zeros_like(tensor, dtype=torch.float64)
+        for model, weight in zip(models, weights, strict=True):
+            if weight:
+                total.add_(model[name].to(tensor.device, torch.float64), alpha=weight)
+        return total.to(tensor.dtype)
+
+    return like_state(first, {name: average(name, tensor) for name, tensor in first.items()})
+
+
+def merge_modules(
+    modules: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    calibration: Iterable[Any] | None = None,
+    coefficients: Sequence[float] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Trace, prove, match, average and, with calibration data, repair: one new module out of several.
+
+    Parameters
+    ----------
+    modules : sequence of nn.Module
+        Of one architecture; none is changed.
+    example_inputs : Tensor, tuple or dict
+        As for :func:`fedrebasin.trace`.
+    calibration : iterable of batches, optional
+        Inputs for :func:`fedrebasin.repair`; without it the average is not repaired.
+    coefficients : sequence of float, optional
+        As for :func:`merge`.
+
+    Returns
+    -------
+    nn.Module
+        A copy of the first module with the merged weights, in evaluation mode.
+
+    Examples
+    --------
+    >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(3)]
+    >>> merge_modules(nets, (torch.randn(2, 4),))(torch.zeros(1, 4)).shape
+    torch.Size([1, 2])
+    """
+    weights = check_coefficients(coefficients, len(modules))
+    spec = check_spec(modules[0], trace(modules[0], example_inputs), example_inputs, seed=seed)
+    states = [module.state_dict() for module in modules]
+    found = match_many(spec, states, coefficients=weights, seed=seed)
+    aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, states, strict=True)]
+    merged: Mapping[str, Tensor] = merge(aligned, coefficients=weights)
+    if calibration is not None:
+        merged = repair(modules[0], merged, aligned, calibration, coefficients=weights)
+    result = copy.deepcopy(modules[0])
+    result.load_state_dict(merged)
+    return result.eval()

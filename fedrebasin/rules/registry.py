@@ -1,0 +1,82 @@
+"""What rules are made of: values, ties, and the registry that ``rule`` adds to.
+
+A rule gets the arguments of the op, each tensor as a :class:`Value`, and returns the Value of its output.
+Rules tie axes with ``traced.tie``; a shape that a rule does not cover raises ``NotCoveredError``, and the
+tracer then fixes every axis that the op touches, which is always correct.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedrebasin import axes
+from fedrebasin.axes import Node
+
+
+class NotCoveredError(Exception):
+    """The rule does not cover these arguments."""
+
+
+@dataclass
+class Value:
+    """A tensor of the graph: its axes, its ``name`` in the state dict if it has one, whether all entries are equal."""
+
+    axes: list[Node]
+    name: str = ""
+    uniform: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the axes."""
+        return tuple(axis.size for axis in self.axes)
+
+
+@dataclass
+class Traced:
+    """What the rules share: tied axes, seen tensors, running statistics, the shapes that the op at hand returns."""
+
+    tensors: list[list[Node]] = field(default_factory=list)
+    statistics: set[str] = field(default_factory=set)
+    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def tie(self, *nodes: Node) -> Node:
+        """One permutation moves all these axes."""
+        for other in nodes[1:]:
+            axes.unify(nodes[0], other)
+        return nodes[0]
+
+    def fix(self, value: Value, reason: str) -> None:
+        """No permutation may move any axis of the value."""
+        for axis in value.axes:
+            axes.fix(axis, reason)
+
+    def within(self, nodes: Iterable[Node]) -> None:
+        """Note a tensor inside the op, e.g. a sum over an axis: a family needs its outer axis there, too."""
+        self.tensors.append(list(nodes))
+
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops, named without namespace, overload and the ``_`` of in-place variants."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def op_name(node: torch.fx.Node) -> str:
+    """``aten.relu_.default`` is ``relu``; ops of other libraries keep their namespace."""
+    name = re.sub(r"\.[A-Za-z0-9_]+$", "", str(node.target)) if "." in str(node.target) else str(node.target)
+    base = name.removeprefix("aten.")
+    return base.rstrip("_") if name.startswith("aten.") and not base.startswith("__") else name

@@ -1,0 +1,225 @@
+"""PermutationSpec: for every tensor of a state dict, the layout of each of its axes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fedrebasin.errors import RebasinError, SpecMismatchError
+from fedrebasin.layout import Fixed, Free, Layout, describe, from_json, leaves, to_json
+
+_FORMAT = "fedrebasin-spec-1"
+
+
+class Axis(NamedTuple):
+    """One axis of one tensor of the state dict."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """Which axes of which tensors one permutation ties; made by :func:`fedrebasin.trace`.
+
+    Attributes
+    ----------
+    axes : dict of str to tuple of Layout
+        For every tensor of the state dict, the layout of each axis (see :mod:`fedrebasin.layout`).
+    buffers : tuple of str
+        Tensors that are not parameters: running statistics, which move with their units, and counters.
+    uses : dict of str to str
+        The op and module that use each tensor, for messages.
+    notes : tuple of str
+        What was left fixed for want of a rule, each once.
+    checked : bool
+        True if :func:`fedrebasin.check_spec` has passed on these axes.
+    inputs : int
+        How many positional inputs the traced model takes.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> import fedrebasin, torch
+    >>> spec = fedrebasin.trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), (torch.randn(2, 4),))
+    >>> spec.perm_shapes, round(spec.log10_order, 2)
+    ({'0': (3,)}, 0.78)
+    """
+
+    axes: dict[str, tuple[Layout, ...]]
+    buffers: tuple[str, ...] = ()
+    uses: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    checked: bool = False
+    inputs: int = 1
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tuple(layout.size for layout in layouts) for name, layouts in self.axes.items()}
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """The tensors that are trained."""
+        held = set(self.buffers)
+        return tuple(name for name in self.axes if name not in held)
+
+    @cached_property
+    def perm_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every permutation: ``(n,)``, or ``(outer, n)`` for a family."""
+        sizes = {leaf.perm if isinstance(leaf, Free) else leaf.name: leaf.size for leaf in self._leaves()}
+        return {
+            leaf.perm: (sizes[leaf.over], leaf.size) if leaf.over else (leaf.size,)
+            for leaf in self._leaves()
+            if isinstance(leaf, Free)
+        }
+
+    @cached_property
+    def over(self) -> dict[str, str]:
+        """For every family, the leaf whose index chooses its permutation."""
+        return {leaf.perm: leaf.over for leaf in self._leaves() if isinstance(leaf, Free) and leaf.over}
+
+    @cached_property
+    def tied(self) -> dict[str, tuple[Axis, ...]]:
+        """For every permutation, the axes that it moves."""
+        found: dict[str, list[Axis]] = {name: [] for name in self.perm_shapes}
+        for name, layouts in self.axes.items():
+            for dim, layout in enumerate(layouts):
+                for perm in dict.fromkeys(leaf.perm for leaf in leaves(layout) if isinstance(leaf, Free)):
+                    found[perm].append(Axis(name, dim))
+        return {perm: tuple(axes) for perm, axes in found.items()}
+
+    @cached_property
+    def log10_order(self) -> float:
+        """log10 of the number of permutations that keep the network's function."""
+        return sum(
+            (shape[0] if len(shape) == 2 else 1) * math.lgamma(shape[-1] + 1) / math.log(10)
+            for shape in self.perm_shapes.values()
+        )
+
+    def check_state(self, state: Mapping[str, Tensor], label: str = "model") -> None:
+        """Raise :class:`SpecMismatchError` unless ``state`` has this spec's tensors with these shapes."""
+        for name, shape in self.shapes.items():
+            if name not in state:
+                raise SpecMismatchError(
+                    f"{label}: the spec has a tensor {name!r} that the state dict lacks (it has {len(state)} tensors, "
+                    f"e.g. {next(iter(state), None)!r}); use the spec of this architecture"
+                )
+            if tuple(state[name].shape) != shape:
+                raise SpecMismatchError(
+                    f"{label}: expected {name!r} as {shape}; got {tuple(state[name].shape)}; "
+                    "use the spec of this architecture"
+                )
+        extra = next((name for name in state if name not in self.axes), None)
+        if extra is not None:
+            raise SpecMismatchError(
+                f"{label}: the state dict has a tensor {extra!r} that the spec lacks; use the spec of this architecture"
+            )
+
+    def mark_checked(self) -> PermutationSpec:
+        """This spec with the mark of a passed check."""
+        return replace(self, checked=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the spec as JSON; a later hand edit of the axes clears the mark of the passed check."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> PermutationSpec:
+        """Read a spec that :meth:`save` wrote, edited by hand or not.
+
+        Raises
+        ------
+        RebasinError
+            If the file is not a spec.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RebasinError(f"spec: cannot read {path} as JSON ({error}); save one with spec.save(path)") from error
+        return PermutationSpec.from_json(data)
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON types."""
+        return {
+            "format": _FORMAT,
+            "checked": self._digest() if self.checked else None,
+            "inputs": self.inputs,
+            "notes": list(self.notes),
+            "buffers": list(self.buffers),
+            "uses": self.uses,
+            "axes": {name: [to_json(layout) for layout in layouts] for name, layouts in self.axes.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> PermutationSpec:
+        """The spec from plain JSON types; its mark counts only if it belongs to these very axes."""
+        if not isinstance(data, dict) or data.get("format") != _FORMAT or not isinstance(data.get("axes"), dict):
+            raise RebasinError(f"spec: expected JSON with format {_FORMAT!r} and axes; save one with spec.save(path)")
+        spec = PermutationSpec(
+            axes={name: tuple(from_json(layout) for layout in layouts) for name, layouts in data["axes"].items()},
+            buffers=tuple(data.get("buffers", ())),
+            uses=dict(data.get("uses", {})),
+            notes=tuple(data.get("notes", ())),
+            inputs=int(data.get("inputs", 1)),
+        )
+        spec._check_families()
+        return replace(spec, checked=data.get("checked") == spec._digest())
+
+    def _digest(self) -> str:
+        axes = {name: [to_json(layout) for layout in layouts] for name, layouts in self.axes.items()}
+        text = json.dumps([axes, list(self.buffers)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _check_families(self) -> None:
+        sizes: dict[str, int] = {}
+        for leaf in self._leaves():
+            name = leaf.perm if isinstance(leaf, Free) else leaf.name
+            if name and sizes.setdefault(name, leaf.size) != leaf.size:
+                raise RebasinError(f"spec: {name!r} has {sizes[name]} units on one axis and {leaf.size} on another")
+        missing = next(
+            (leaf for leaf in self._leaves() if isinstance(leaf, Free) and leaf.over not in {"", *sizes}), None
+        )
+        if missing is not None:
+            raise RebasinError(f"spec: {missing.perm!r} is a family over {missing.over!r}, which no axis has")
+
+    def _leaves(self) -> list[Free | Fixed]:
+        return [leaf for layouts in self.axes.values() for layout in layouts for leaf in leaves(layout)]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.perm_shapes)} perms, log10 of the number of permutations {self.log10_order:,.1f}"]
+        for perm, shape in self.perm_shapes.items():
+            axes = ", ".join(f"{axis.name}:{axis.dim}" for axis in self.tied[perm])
+            size = f"{shape[0]} x {shape[1]}" if len(shape) == 2 else str(shape[0])
+            lines.append(f"  {perm} ({size}): {axes}")
+        composed = [
+            f"  {name}:{dim} = {describe(layout)}"
+            for name, layouts in self.axes.items()
+            for dim, layout in enumerate(layouts)
+            if not isinstance(layout, Free | Fixed)
+        ]
+        if composed:
+            lines += ["composed axes:", *composed]
+        reasons: dict[str, list[str]] = {}
+        for name, layouts in self.axes.items():
+            for dim, layout in enumerate(layouts):
+                for leaf in leaves(layout):
+                    if isinstance(leaf, Fixed) and leaf.size > 1:
+                        reasons.setdefault(leaf.reason or "fixed", []).append(f"{name}:{dim}")
+        if reasons:
+            lines.append("fixed:")
+        for reason, places in reasons.items():
+            shown = list(dict.fromkeys(places))
+            more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+            lines.append(f"  {reason}: {', '.join(shown[:4])}{more}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append("checked: yes" if self.checked else "checked: no (check_spec proves it)")
+        return "\n".join(lines)

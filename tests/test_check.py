@@ -1,0 +1,113 @@
+"""check_spec accepts what trace finds and refuses every broken spec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import nn
+
+from fedrebasin import InvalidSpecError, PermutationSpec, SpecMismatchError, check_spec, trace
+from fedrebasin.check import _Proof
+from fedrebasin.layout import Fixed, Free, Layout, leaves
+
+
+@pytest.fixture(scope="module", params=list(networks.NETWORKS))
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, PermutationSpec, Any]:
+    net, inputs = networks.NETWORKS[request.param]()
+    return net, trace(net, inputs), inputs
+
+
+def test_a_traced_spec_passes_and_is_marked(case: tuple[nn.Module, PermutationSpec, Any]) -> None:
+    net, spec, inputs = case
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert not spec.checked
+    assert check_spec(net, spec, inputs).checked
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_densenet121_passes() -> None:
+    net, inputs = networks.densenet121()
+    assert check_spec(net, trace(net, inputs), inputs).checked
+
+
+def test_swapping_two_units_of_any_axis_of_any_tensor_is_detected(
+    case: tuple[nn.Module, PermutationSpec, Any],
+) -> None:
+    net, spec, inputs = case
+    proof = _Proof(net, spec, inputs, seed=0)
+    for name, tensor in proof.state.items():
+        used = name in spec.uses or any(proof.state[other] is tensor for other in spec.uses)
+        for dim, size in enumerate(tensor.shape):
+            if size > 1 and used and tensor.is_floating_point():
+                order = torch.arange(size)
+                order[[0, size // 2]] = order[[size // 2, 0]]  # a kernel's border may see nothing but padding
+                swapped = {
+                    key: value.index_select(dim, order) if value is tensor else value
+                    for key, value in proof.state.items()
+                }
+                changes = [
+                    (a - b).abs().max() / b.abs().max() for a, b in zip(proof.run(swapped), proof.outputs, strict=True)
+                ]
+                assert max(changes) > proof.tolerance, f"{name} dim {dim}"
+
+
+def _fix(spec: PermutationSpec, name: str, dim: int) -> PermutationSpec:
+    layouts = list(spec.axes[name])
+    layouts[dim] = Fixed(layouts[dim].size, "by hand")
+    return replace(spec, axes={**spec.axes, name: tuple(layouts)})
+
+
+def test_leaving_any_tied_axis_out_is_refused_by_name(case: tuple[nn.Module, PermutationSpec, Any]) -> None:
+    net, spec, inputs = case
+    ties = [axis for axes in spec.tied.values() for axis in axes if len(axes) > 1]
+    for axis in ties[:: max(1, len(ties) // 4)]:
+        if any(isinstance(leaf, Free) and leaf.over for leaf in leaves(spec.axes[axis.name][axis.dim])):
+            continue
+        with pytest.raises(InvalidSpecError, match="changes an output by"):
+            check_spec(net, _fix(spec, axis.name, axis.dim), inputs)
+
+
+def test_the_message_names_the_tensor_and_the_op() -> None:
+    net, inputs = networks.mlp()
+    with pytest.raises(InvalidSpecError, match=r"leaves out '3.weight' dim 1, used by linear in 3"):
+        check_spec(net, _fix(trace(net, inputs), "3.weight", 1), inputs)
+
+
+def test_a_perm_too_many_is_refused_by_name() -> None:
+    net, inputs = networks.mlp()
+    spec = trace(net, inputs)
+    layouts: tuple[Layout, ...] = (Free("extra", 3), spec.axes["7.weight"][1])
+    with pytest.raises(InvalidSpecError, match=r"'extra' alone changes .* wrongly ties '7.weight' dim 0"):
+        check_spec(net, replace(spec, axes={**spec.axes, "7.weight": layouts}), inputs)
+
+
+def test_a_spec_of_another_architecture_is_refused() -> None:
+    net, inputs = networks.mlp()
+    other, other_inputs = networks.NETWORKS["conv"]()
+    with pytest.raises(SpecMismatchError, match="use the spec of this architecture"):
+        check_spec(net, trace(other, other_inputs), inputs)
+
+
+def test_a_saved_spec_keeps_its_mark_and_a_hand_edit_clears_it(tmp_path: Path) -> None:
+    net, inputs = networks.NETWORKS["grouped"]()
+    spec = check_spec(net, trace(net, inputs), inputs)
+    path = tmp_path / "spec.json"
+    spec.save(path)
+    assert PermutationSpec.load(path) == spec
+    path.write_text(path.read_text().replace('"size": 5', '"size": 6'))
+    assert not PermutationSpec.load(path).checked
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": "other"}', '{"format": "fedrebasin-spec-1", "axes": {"w": [{}]}}']
+)
+def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="spec: "):
+        PermutationSpec.load(path)

@@ -1,0 +1,132 @@
+"""What trace ties, counts, fixes and says."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fedrebasin import Axis, TraceError, UnsupportedOpError, trace
+from fedrebasin.layout import Free, Product, Sum
+
+
+def test_an_mlp_with_three_hidden_layers_has_exactly_three_perms() -> None:
+    net, inputs = networks.mlp()
+    assert list(trace(net, inputs).perm_shapes.values()) == [(12,), (12,), (12,)]
+
+
+@pytest.mark.parametrize(("name", "order"), [("resnet18", 5934), ("densenet121", 16537), ("resnext50_32x4d", 24223)])
+def test_freedom_is_not_lost(name: str, order: int) -> None:
+    net = getattr(torchvision.models, name)(weights=None)
+    spec = trace(net, (torch.zeros(2, 3, 32, 32),))
+    assert round(spec.log10_order) == order
+    assert spec.notes == ()
+
+
+def test_a_flattened_convolution_ties_channels_not_pixels() -> None:
+    net, inputs = networks.NETWORKS["conv"]()
+    spec = trace(net, inputs)
+    head = spec.axes["11.weight"][1]
+    assert isinstance(head, Product) and isinstance(head.factors[0], Free)
+    assert head.factors[0].perm == "6" and head.size == 8 * 2 * 2
+
+
+def test_concatenation_is_a_sum_of_its_parts() -> None:
+    spec = trace(networks.DenseBlock(), networks.IMAGE)
+    layout = spec.axes["convs.2.weight"][1]
+    assert isinstance(layout, Sum) and [part.size for part in layout.parts] == [6, 4, 4]
+    assert Axis("head.weight", 1) in spec.tied["stem"]
+
+
+def test_units_within_each_group_have_permutations_of_their_own() -> None:
+    spec = trace(networks.Grouped(), networks.IMAGE)
+    assert sorted(spec.perm_shapes.values()) == [(4,), (4, 3), (4, 6)]
+
+
+def test_running_statistics_move_with_their_units_and_counters_do_not() -> None:
+    net, inputs = networks.NETWORKS["conv"]()
+    spec = trace(net, inputs)
+    assert Axis("1.running_var", 0) in spec.tied["0"]
+    assert spec.axes["1.num_batches_tracked"] == ()
+    assert "1.running_mean" in spec.buffers and "1.weight" in spec.parameters
+
+
+def test_a_buffer_that_training_does_not_change_is_fixed() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 2)
+            self.register_buffer("table", torch.arange(4.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) + self.table)
+
+    assert trace(Table(), (torch.zeros(1, 2),)).perm_shapes == {}
+
+
+def test_an_op_without_a_rule_is_named_once_and_fixes_its_axes() -> None:
+    spec = trace(networks.Unknown(), (torch.zeros(2, 4),))
+    assert list(spec.perm_shapes) == ["second"]
+    assert len(spec.notes) == 1 and "cumsum" in spec.notes[0]
+    with pytest.raises(UnsupportedOpError, match="cumsum in the model: no rule covers it"):
+        trace(networks.Unknown(), (torch.zeros(2, 4),), strict=True)
+
+
+def test_a_zero_state_that_two_layers_share_ties_nothing() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 5), nn.Linear(3, 5)
+            self.out_one, self.out_two = nn.Linear(5, 2), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros(x.shape[0], 5)
+            return self.out_one(torch.tanh(self.one(x)) + state) + self.out_two(torch.relu(self.two(x)) + state)
+
+    assert len(trace(Shared(), (torch.zeros(2, 3),)).perm_shapes) == 2
+
+
+def test_tied_weights_share_their_perms() -> None:
+    net, inputs = networks.NETWORKS["two-inputs"]()
+    spec = trace(net, inputs)
+    assert spec.axes["out.weight"] == spec.axes["again.weight"]
+
+
+def test_tracing_leaves_the_net_as_it_was() -> None:
+    net, inputs = networks.NETWORKS["conv"]()
+    net.train()
+    net[1].eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    trace(net, inputs)
+    assert net.training and net[0].training and not net[1].training
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_a_layer_that_the_forward_pass_skips_is_fixed() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.last, self.spare = nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.used(x).relu())
+
+    spec = trace(Skips(), (torch.zeros(1, 2),))
+    assert list(spec.perm_shapes) == ["used"]
+    assert "not used in evaluation mode: spare.weight:0" in str(spec)
+
+
+def test_a_branch_on_data_is_refused_with_what_to_do() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if bool(x.sum() > 0) else x
+
+    with pytest.raises(TraceError, match="hand over a spec"):
+        trace(Branch(), (torch.zeros(2),))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(TraceError, match="expected a torch.nn.Module; got function"):
+        trace(lambda x: x, (torch.zeros(2),))  # type: ignore[arg-type]
