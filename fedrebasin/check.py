@@ -56,7 +56,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     """
     spec.check_state(model.state_dict(), "model")
     proof = _Proof(model, spec, example_inputs, seed)
-    perms = random_perms(spec, proof.generator)
+    perms = _cycles(spec, proof.generator)
     change = proof.change(perms)
     if change <= proof.tolerance:
         return spec.mark_checked()
@@ -109,8 +109,14 @@ class _Proof:
         return max(changes, default=0.0)
 
 
+def _cycles(spec: PermutationSpec, generator: torch.Generator) -> Perms:
+    """Random permutations that move every unit: a uniform draw of two units is the identity half of the time."""
+    orders = random_perms(spec, generator)
+    return {perm: torch.empty_like(order).scatter_(-1, order, order.roll(1, -1)) for perm, order in orders.items()}
+
+
 def _redraw(state: Mapping[str, Tensor], parameters: set[str], generator: torch.Generator) -> dict[str, Tensor]:
-    """Random values of a size that keeps signals alive; buffers (running variances among them) are positive."""
+    """Random values of a size that keeps signals alive: vectors are positive, so that few units are dead."""
     drawn: dict[str, Tensor] = {}
     for name, tensor in state.items():
         alias = next(
@@ -122,8 +128,6 @@ def _redraw(state: Mapping[str, Tensor], parameters: set[str], generator: torch.
             drawn[name] = tensor
         elif name not in parameters or tensor.ndim <= 1:
             drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
-            if name in parameters:
-                drawn[name] *= torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).sign()
         else:
             fan_in = max(1, tensor[0].numel())
             drawn[name] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * (2 / fan_in) ** 0.5
@@ -151,6 +155,7 @@ def _explain(model: nn.Module, spec: PermutationSpec, example_inputs: Any, perm:
     except RebasinError:
         return f"{said}; it ties {_list(tied)}; mend the spec or trace the model again"
     truth = max((set(axes) for axes in right.tied.values()), key=lambda axes: len(axes & tied), default=set())
+    truth = truth if truth & tied else set()
     for wrong, verb in ((truth - tied, "leaves out"), (tied - truth, "wrongly ties")):
         for axis in sorted(wrong):
             op = right.uses.get(axis.name, "an op")
