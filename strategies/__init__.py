@@ -1,0 +1,8 @@
+"""Flower strategies that align the clients' hidden units before they aggregate."""
+
+from __future__ import annotations
+
+from fedrebasin.strategies.fed_rebasin import FedRebasin
+from fedrebasin.strategies.rebasin import Rebasin
+
+__all__ = ["FedRebasin", "Rebasin"]

@@ -1,0 +1,101 @@
+"""From aligned replies to one model: rewriting them, merging a round apart, putting the pieces together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from logging import INFO
+
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from torch import Tensor
+
+from fedrebasin import PermutationSpec, merge, moved_fraction, permute
+from fedrebasin.strategies.alignment import Perms, shares
+from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.records import cast_arrays, replace_arrays, select_arrays, state_to_record, tensor_to_array
+from fedrebasin.strategies.replies import Reply
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AlignedReplies:
+    """What is taken from the replies before the inner strategy consumes them.
+
+    Attributes
+    ----------
+    buffers : list of state dict
+        The aligned buffers of each reply.
+    ends : list of state dict
+        The whole aligned models; empty unless asked for.
+    """
+
+    buffers: list[State]
+    ends: list[State]
+
+
+def rewrite_replies(
+    spec: PermutationSpec, perms: Sequence[Perms], replies: Sequence[Reply], trained: Sequence[str], *, keep_ends: bool
+) -> AlignedReplies:
+    """Permute the replies' arrays in place, and take out all but ``trained``.
+
+    Arrays that do not move stay the very same bytes.
+    """
+    held = set(trained)
+    buffers, ends = [], []
+    for perm, reply in zip(perms, replies, strict=True):
+        moved = moved_fraction(perm) > 0
+        state = permute(spec, perm, reply.state()) if moved else reply.state()
+        buffers.append({name: tensor for name, tensor in state.items() if name not in held})
+        if keep_ends:
+            ends.append(dict(state))
+        for name in buffers[-1]:
+            del reply.arrays[name]
+        if moved:
+            replace_arrays(reply.arrays, {name: state.pop(name) for name in trained})
+    return AlignedReplies(buffers, ends)
+
+
+def merge_round_apart(
+    strategy: Strategy, replies: Sequence[Reply], ends: Sequence[State], trained: Sequence[str]
+) -> tuple[ArrayRecord, MetricRecord | None]:
+    """Average the aligned replies and their metrics, outside the strategy that samples them.
+
+    A server optimizer, a median or a fair weighting would step from the model that was sent, which has no
+    relation to the replies.
+    """
+    log(INFO, "aggregate_train: Received %d results", len(replies))
+    params = [{name: end[name] for name in trained} for end in ends]
+    merged = merge(params, coefficients=shares(replies))
+    aggregate: Callable[[list[RecordDict], str], MetricRecord] = read_attribute(
+        strategy, "train_metrics_aggr_fn", aggregate_metricrecords
+    )
+    weighted_by_key = read_attribute(strategy, "weighted_by_key", "num-examples")
+    metrics = aggregate([reply.message.content for reply in replies], weighted_by_key)
+    return state_to_record(merged), metrics
+
+
+def complete_model(params: ArrayRecord, buffers: State, sent: ArrayRecord) -> ArrayRecord:
+    """Put parameters and buffers together, in the order and with the dtypes of the model that was sent."""
+    model = ArrayRecord()
+    cast = cast_arrays(params, sent)
+    for name, array in sent.items():
+        if name in cast:
+            model[name] = cast[name]
+        else:
+            model[name] = tensor_to_array(buffers[name]) if name in buffers else array
+    return model
+
+
+def adopt_model(strategy: Strategy, model: ArrayRecord) -> None:
+    """Make a model that the inner strategy did not compute its current one.
+
+    FedAvgM keeps its own and never takes it from ``configure_train``; the others refresh theirs there.
+    """
+    for link in chain(strategy):
+        current = getattr(link, "current_arrays", None)
+        if isinstance(current, ArrayRecord):
+            link.current_arrays = select_arrays(model, list(current))  # type: ignore[attr-defined]

@@ -1,0 +1,181 @@
+"""Which permutation each reply of a round gets, by the policy on the reference.
+
+A round is *apart* if most examples are behind replies that are not near the model that was sent
+(``common_start.py``). Replies that are aligned to each other have lost the sent model's order; unless the round is
+apart, and starts the server's optimizer anew, the merged model is brought back into that order, so that optimizer
+moments keep their meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import WARNING
+
+import torch
+from flwr.common.logger import log
+from torch import Tensor
+
+from fedrebasin import (
+    PermutationSpec,
+    compose,
+    identity_perms,
+    match_many,
+    merge,
+    moved_fraction,
+    permute,
+    weight_matching,
+)
+from fedrebasin.strategies.common_start import Nearness, measure_nearness
+from fedrebasin.strategies.replies import Reply
+
+Perms = dict[str, Tensor]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The permutations of a round.
+
+    Attributes
+    ----------
+    perms : list of dict
+        One for each reply.
+    apart : bool
+        True if the replies were not trained from the model that was sent, and their order is a new one.
+    objective_gain : float
+        How much the matching objective (an inner product of weights) gained, mean over the matchings.
+    moved_fraction : float
+        Share of the hidden units that change their place, mean over the replies.
+    how : str
+        For the log: which reference, and why.
+    """
+
+    perms: list[Perms]
+    apart: bool
+    objective_gain: float
+    moved_fraction: float
+    how: str
+
+    @property
+    def moves(self) -> bool:
+        """True if any unit of any reply changes its place."""
+        return self.moved_fraction > 0
+
+
+def find_alignment(
+    spec: PermutationSpec,
+    sent: State,
+    replies: Sequence[Reply],
+    *,
+    reference: str,
+    seed: int,
+    device: torch.device | None,
+) -> Alignment:
+    """Find the permutations of a round.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+    sent : state dict
+        The model that the server sent.
+    replies : sequence of Reply
+        At least one.
+    reference : {"auto", "global", "largest", "merge-many"}
+    seed : int
+    device : torch.device, optional
+
+    Notes
+    -----
+    A matching that fails (the sent model holds a NaN, a device is out of memory) is logged, and nothing moves.
+    """
+    try:
+        return _find(spec, sent, replies, reference=reference, seed=seed, device=device)
+    except (ValueError, RuntimeError) as error:
+        log(WARNING, "rebasin: alignment failed (%s: %s); the replies stay as they are", type(error).__name__, error)
+        return Alignment([identity_perms(spec) for _ in replies], False, 0.0, 0.0, "nothing")
+
+
+def _find(
+    spec: PermutationSpec,
+    sent: State,
+    replies: Sequence[Reply],
+    *,
+    reference: str,
+    seed: int,
+    device: torch.device | None,
+) -> Alignment:
+    if reference == "global":
+        return _align_to_sent(spec, sent, replies, seed=seed, device=device, how="the sent model")
+    nearness = [measure_nearness(spec, sent, reply.state(), seed=seed) for reply in replies]
+    apart, how = _judge(replies, nearness)
+    if reference == "auto" and not apart:
+        return _align_to_sent(spec, sent, replies, seed=seed, device=device, how=f"the sent model, since {how}")
+    largest = reference == "largest"
+    perms, gain = _align_to_each_other(spec, replies, largest=largest, seed=seed, device=device)
+    if not apart:
+        perms = _back_to_sent(spec, sent, replies, perms, seed=seed, device=device)
+    return Alignment(perms, apart, gain, _moved_fraction(perms), f"{'the largest' if largest else 'each other'}; {how}")
+
+
+def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool, str]:
+    examples = [reply.examples for reply in replies]
+    near = sum(count for count, found in zip(examples, nearness, strict=True) if found.near)
+    evidence = sorted(found.evidence for found in nearness)
+    share = f"{sum(found.near for found in nearness)} of {len(nearness)} replies"
+    apart = near < sum(examples) / 2
+    return apart, f"{share} are nearer to the sent model than their relabellings (z from {evidence[0]:.3g})"
+
+
+def _align_to_sent(
+    spec: PermutationSpec, sent: State, replies: Sequence[Reply], *, seed: int, device: torch.device | None, how: str
+) -> Alignment:
+    found = [weight_matching(spec, sent, reply.state(), seed=seed, device=device) for reply in replies]
+    perms = [matching.perms for matching in found]
+    gains = [matching.objective - matching.objective_before for matching in found]
+    return Alignment(perms, False, sum(gains) / len(gains), _moved_fraction(perms), how)
+
+
+def _align_to_each_other(
+    spec: PermutationSpec, replies: Sequence[Reply], *, largest: bool, seed: int, device: torch.device | None
+) -> tuple[list[Perms], float]:
+    if not largest:
+        states = [reply.state() for reply in replies]
+        many = match_many(spec, states, coefficients=shares(replies), seed=seed, device=device)
+        return list(many.perms), many.objective - many.objective_before
+    chosen = max(range(len(replies)), key=lambda place: replies[place].examples)
+    reference = replies[chosen].state()
+    found = [
+        weight_matching(spec, reference, reply.state(), seed=seed, device=device)
+        for place, reply in enumerate(replies)
+        if place != chosen
+    ]
+    perms = [matching.perms for matching in found]
+    perms.insert(chosen, identity_perms(spec))
+    gains = [matching.objective - matching.objective_before for matching in found]
+    return perms, sum(gains) / max(1, len(gains))
+
+
+def _back_to_sent(
+    spec: PermutationSpec,
+    sent: State,
+    replies: Sequence[Reply],
+    perms: list[Perms],
+    *,
+    seed: int,
+    device: torch.device | None,
+) -> list[Perms]:
+    aligned = [permute(spec, perm, reply.state()) for perm, reply in zip(perms, replies, strict=True)]
+    merged = merge(aligned, coefficients=shares(replies))
+    back = weight_matching(spec, sent, merged, seed=seed, device=device).perms
+    return [compose(spec, perm, back) for perm in perms]
+
+
+def shares(replies: Sequence[Reply]) -> list[float]:
+    """Each reply's share of the examples."""
+    total = sum(reply.examples for reply in replies)
+    return [reply.examples / total for reply in replies]
+
+
+def _moved_fraction(perms: Sequence[Perms]) -> float:
+    return sum(moved_fraction(one) for one in perms) / len(perms)

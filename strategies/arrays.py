@@ -1,0 +1,154 @@
+"""What can be wrong with the arrays of a reply: keys, shapes, dtypes, values.
+
+The bound on size: a reply is *huge* if the root mean square of one of its trained tensors is over ``FACTOR``
+times the largest of: that tensor's in the sent model, the sent model's over all its tensors, the lower median of
+that tensor's over the replies (of two or more), and ``FLOOR``; or if one of its values overflows float32 when
+squared. The median is the lower one so that of two replies the huge one is not its own yardstick. Running
+statistics are held to the second rule only: a variance of 1e10 is right for raw inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from flwr.app import Array
+
+from fedrebasin.strategies.records import DECODE_ERRORS
+
+FACTOR = 1e3
+FLOOR = 1e-2
+LARGEST = math.sqrt(float(np.finfo(np.float32).max))
+Measured = float  # the root mean square of one tensor
+
+
+class _Values(NamedTuple):
+    rms: float
+    largest: float
+
+
+def _measure(values: np.ndarray) -> _Values:
+    """NaN or infinite if any value is."""
+    if values.size == 0 or values.dtype.kind not in "fc":
+        return _Values(0.0, 0.0)
+    sizes = np.abs(values)
+    largest = float(np.max(sizes))
+    scaled = sizes / largest if 0 < largest < math.inf else sizes  # no overflow on the way to the sum
+    return _Values(largest * float(np.sqrt(np.mean(np.square(scaled, dtype=np.float64)))), largest)
+
+
+def measure_arrays(arrays: Mapping[str, Array], sent: Mapping[str, Array]) -> dict[str, Measured] | str:
+    """Return the root mean square of every tensor, or say which is wrong and how.
+
+    Examples
+    --------
+    >>> from flwr.app import ArrayRecord
+    >>> sent = ArrayRecord({"a": Array(np.ones((2, 3), np.float32))})
+    >>> measure_arrays(sent, sent)
+    {'a': 1.0}
+    >>> measure_arrays(ArrayRecord({"a": Array(np.ones((3, 2), np.float32))}), sent)
+    "'a' as (3, 2), the sent model has (2, 3)"
+    """
+    found: dict[str, Measured] = {}
+    for name, expected in sent.items():
+        try:
+            values = arrays[name].numpy()
+        except DECODE_ERRORS as error:
+            return f"{name!r} in a form that cannot be decoded ({type(error).__name__}: {error})"
+        if not isinstance(values, np.ndarray) or tuple(values.shape) != tuple(expected.shape):
+            return f"{name!r} as {tuple(arrays[name].shape)}, the sent model has {tuple(expected.shape)}"
+        if str(values.dtype) != expected.dtype:
+            return f"{name!r} with dtype {values.dtype}, the sent model has {expected.dtype}"
+        rms, largest = _measure(values)
+        if not math.isfinite(rms):
+            return f"{name!r} with a NaN or an infinity"
+        if largest > LARGEST:
+            return f"{name!r} with the value {largest:.3g}, whose square overflows float32"
+        found[name] = rms
+    return found
+
+
+def find_huge(
+    measured: Mapping[int, Mapping[str, Measured]], sent: Mapping[str, Array], parameters: Collection[str]
+) -> dict[int, str]:
+    """Say which replies are beyond the bound on size, and in which tensor."""
+    if not measured:
+        return {}
+    names = [name for name in sent if name in parameters]
+    own = {name: _measure(sent[name].numpy()).rms for name in names}
+    sizes = {name: math.prod(sent[name].shape) for name in names}
+    total = sum(sizes.values())
+    overall = math.sqrt(sum(sizes[name] * own[name] ** 2 for name in names) / total) if total else 0.0
+    huge: dict[int, str] = {}
+    for name in names:
+        values = sorted(found[name] for found in measured.values())
+        median = values[(len(values) - 1) // 2] if len(values) > 1 else 0.0
+        scales = [scale for scale in (own[name], overall, median, FLOOR) if math.isfinite(scale)]
+        for place, found in measured.items():
+            if place not in huge and found[name] > FACTOR * max(scales):
+                huge[place] = (
+                    f"{name!r} with root mean square {found[name]:.3g}, over {FACTOR:g} times what the sent model "
+                    f"and the other replies have ({max(scales):.3g})"
+                )
+    return huge
+
+
+def missing_and_extra(arrays: Collection[str], sent: Collection[str]) -> str:
+    """Name the first tensor that is missing or not known.
+
+    Examples
+    --------
+    >>> missing_and_extra(["a"], ["a", "b"])
+    "1 of 2 tensors, without 'b'"
+    """
+    missing = [name for name in sent if name not in arrays]
+    extra = [name for name in arrays if name not in sent]
+    if missing and not extra:
+        return f"{len(arrays)} of {len(sent)} tensors, without {missing[0]!r}"
+    if extra and not missing:
+        return f"a tensor {extra[0]!r} that the sent model lacks"
+    return f"a tensor {extra[0]!r} that the sent model lacks, and no {missing[0]!r}"
+
+
+def explain_keys(arrays: Collection[str], sent: Collection[str]) -> str:
+    """Say why all clients may send the same other keys, and what to do.
+
+    Examples
+    --------
+    >>> explain_keys(["module.a", "module.b"], ["a", "b"])
+    "their keys have the prefix 'module.' (DataParallel): send ArrayRecord(model.module.state_dict())"
+    """
+    wrappers = {
+        "module.": (" (DataParallel)", "send ArrayRecord(model.module.state_dict())"),
+        "_orig_mod.": (" (torch.compile)", "send ArrayRecord(model._orig_mod.state_dict())"),
+    }
+    for here, there, whose in ((arrays, sent, "their keys have"), (sent, arrays, "the sent model's keys have")):
+        prefix = _common_prefix(here, there)
+        if prefix:
+            cause, remedy = wrappers.get(prefix, ("", "send the state dict of the model that the server sends"))
+            if here is sent:
+                remedy = "pass initial_arrays made from the same model as the clients', without its wrapper"
+            return f"{whose} the prefix {prefix!r}{cause}: {remedy}"
+    if set(arrays) == {str(place) for place in range(len(arrays))}:
+        return (
+            "their keys are '0', '1', ..., as of a list of NumPy arrays, which has lost the names: "
+            "send ArrayRecord(model.state_dict())"
+        )
+    if set(arrays) < set(sent):
+        return (
+            f"they hold {missing_and_extra(arrays, sent)}: send the whole ArrayRecord(model.state_dict()), "
+            "frozen parameters and running statistics too"
+        )
+    return f"they hold {missing_and_extra(arrays, sent)}: send the state dict of the model that the server sends"
+
+
+def _common_prefix(long: Collection[str], short: Collection[str]) -> str:
+    """Return the prefix that every name of ``long`` has before a name of ``short``."""
+    if not long or not short:
+        return ""
+    first = next(iter(long))
+    ends = [name for name in short if first.endswith(name) and first != name]
+    prefixes = [first[: -len(name)] for name in ends]
+    return next((prefix for prefix in prefixes if {prefix + name for name in short} == set(long)), "")

@@ -1,0 +1,49 @@
+"""Running statistics and counters: kept out of the inner strategy, and put back after it.
+
+An inner strategy treats every array as a weight: a server optimizer drives variances below zero, a counter swamps a
+clipping norm, FedAvg returns counters as floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedrebasin import merge
+
+State = dict[str, Tensor]
+
+
+def merge_buffers(buffers: Sequence[State], coefficients: Sequence[float]) -> State:
+    """Average the floating buffers of several models; take the largest of integers.
+
+    Parameters
+    ----------
+    buffers : sequence of state dict
+        The buffers of each aligned model, with the same keys.
+    coefficients : sequence of float
+        Sum to 1.
+
+    Returns
+    -------
+    state dict
+        Same keys, order and dtypes. A counter is the largest of the replies', not their sum: it says
+        how long the statistics have been averaged, and the clients trained at the same time.
+
+    Examples
+    --------
+    >>> one = {"mean": torch.tensor([0.0]), "count": torch.tensor(3)}
+    >>> two = {"mean": torch.tensor([1.0]), "count": torch.tensor(5)}
+    >>> merge_buffers([one, two], [0.75, 0.25])
+    {'mean': tensor([0.2500]), 'count': tensor(5)}
+    """
+    if not buffers[0]:
+        return {}
+    floating = [name for name, tensor in buffers[0].items() if tensor.is_floating_point()]
+    averaged = merge([{name: one[name] for name in floating} for one in buffers], coefficients=coefficients)
+    return {
+        name: averaged[name] if name in averaged else torch.stack([one[name] for one in buffers]).amax(0)
+        for name in buffers[0]
+    }

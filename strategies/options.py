@@ -1,0 +1,161 @@
+"""What the strategy's options may be, and around which strategies it may stand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedXgbBagging,
+    FedXgbCyclic,
+    MultiKrum,
+    Strategy,
+)
+from flwr.serverapp.strategy.bulyan import Bulyan
+
+from fedrebasin.errors import UsageError
+
+JOINT_REFERENCES = ("merge-many",)
+BUILT: dict[str, tuple[str | None, ...]] = {
+    "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
+    "matching": ("weight",),
+    "correction": (None, "repair", "reset-batchnorm"),
+    "select": (None,),
+}
+LATER: dict[str, tuple[str, ...]] = {
+    "reference": ("medoid", "cycle-consistent", "straight-through-many"),
+    "matching": ("activation", "straight-through", "sinkhorn", "frank-wolfe", "activation+weight", "learned"),
+    "correction": (
+        *("rescale", "reshift", "closed-form", "bias-normalisation", "least-squares", "regmean", "distill"),
+        *("federated-repair", "federated-least-squares", "federated-regmean"),
+    ),
+    "select": ("calibration",),
+}
+PRIVACY = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
+CLIENT_SIDE_PRIVACY = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
+SELECTION = (MultiKrum, Bulyan)  # Krum is a MultiKrum
+
+
+def check_option(name: str, value: object) -> None:
+    """Refuse a value that is not built, with the list of those that are.
+
+    Examples
+    --------
+    >>> check_option("reference", "medoid")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    fedrebasin.errors.UsageError: reference='medoid' is not built yet; values built now: 'auto', 'global', ...
+    """
+    if value in BUILT[name]:
+        return
+    built = ", ".join(map(repr, BUILT[name]))
+    if value in LATER[name]:
+        raise UsageError(f"{name}={value!r} is not built yet; values built now: {built}")
+    raise UsageError(f"{name}: expected one of {built}; got {value!r}")
+
+
+def check_unbuilt(name: str, value: object) -> None:
+    """Refuse an option whose only value built now is ``None``.
+
+    Examples
+    --------
+    >>> check_unbuilt("checkpoint_dir", "runs")
+    Traceback (most recent call last):
+    ...
+    fedrebasin.errors.UsageError: checkpoint_dir='runs' is not built yet; values built now: None
+    """
+    if value is not None:
+        raise UsageError(f"{name}={value!r} is not built yet; values built now: None")
+
+
+def chain(strategy: Strategy) -> Iterator[Strategy]:
+    """Yield the strategy, the one that it wraps, the one that that wraps, and so on.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAvg
+    >>> [type(link).__name__ for link in chain(FedAvg())]
+    ['FedAvg']
+    """
+    link: object = strategy
+    while isinstance(link, Strategy):
+        yield link
+        link = getattr(link, "strategy", None)
+
+
+def read_attribute(strategy: Strategy, name: str, default: Any) -> Any:
+    """Read an attribute from the first link of the chain that has it."""
+    return next((getattr(link, name) for link in chain(strategy) if hasattr(link, name)), default)
+
+
+def guarded_by(strategy: Strategy) -> str:
+    """Name the wrapped differential privacy or selection strategy, or return ``""``.
+
+    Inside one, the choice of the permutations, the buffers and REPAIR's goals must not depend on the raw model of
+    another client: privacy's sensitivity would have no bound, and what selection rejects would come in again.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAvg, Krum
+    >>> guarded_by(Krum()), guarded_by(FedAvg())
+    ('Krum', '')
+    """
+    return next((type(link).__name__ for link in chain(strategy) if isinstance(link, (*PRIVACY, *SELECTION))), "")
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse to stand around a strategy for which alignment on the server is wrong or means nothing."""
+    if not isinstance(strategy, Strategy):
+        raise UsageError(
+            f"strategy: expected an instance of flwr.serverapp.strategy.Strategy (the message API), as in "
+            f"Rebasin(FedAvg(), ...); got {strategy!r}"
+        )
+    for link in chain(strategy):
+        name = type(link).__name__
+        if isinstance(link, CLIENT_SIDE_PRIVACY):
+            raise UsageError(
+                f"strategy: {name} has the clients clip before the server aligns, so that the clipped updates are "
+                "those of unaligned models; align on the client (rebasin_mod, last in its list of mods), or use the "
+                "server-side wrapper of the same name inside Rebasin"
+            )
+        if isinstance(link, (FedXgbBagging, FedXgbCyclic)):
+            raise UsageError(f"strategy: {name} aggregates trees, which have no hidden units to align")
+
+
+def check_guarded(guard: str, reference: str, correction: str | None) -> None:
+    """Refuse, inside differential privacy or selection, what looks at the raw models of several clients."""
+    if guard and reference not in ("auto", "global"):
+        raise UsageError(
+            f"reference={reference!r}: under {guard} one client's permutation would depend on the other clients' raw "
+            "models, before clipping or selection, so that nothing bounds one client's influence; use "
+            "reference='global', or leave it 'auto'"
+        )
+    if guard and correction == "repair":
+        raise UsageError(
+            f"correction='repair': under {guard} its goals would be statistics of the clients' raw models, past "
+            "clipping or selection; use correction='reset-batchnorm', which needs the calibration data alone"
+        )
+
+
+def check_not_wrapped_by_privacy() -> None:
+    """Refuse to run inside a differential privacy wrapper, which must be one of the callers.
+
+    The wrapper's constructor only stores the strategy, so that its call of ``configure_train`` is the first moment at
+    which it can be seen; nothing has been sent by then.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, (*PRIVACY, *CLIENT_SIDE_PRIVACY)):
+            name = type(caller).__name__
+            raise UsageError(
+                f"{name}(Rebasin(...)) clips before alignment; turn them round: Rebasin({name}(FedAvg(), ...), ...)"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back

@@ -1,0 +1,249 @@
+"""Rebasin: align the replies, aggregate them by any Flower strategy, correct the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedrebasin import PermutationSpec
+from fedrebasin.errors import RebasinError, UsageError
+from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
+from fedrebasin.strategies.alignment import find_alignment, shares
+from fedrebasin.strategies.buffers import State, merge_buffers
+from fedrebasin.strategies.correction import check_calibration, correct, has_running_statistics
+from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
+from fedrebasin.strategies.network import Model, build_network, find_device
+from fedrebasin.strategies.options import (
+    chain,
+    check_guarded,
+    check_not_wrapped_by_privacy,
+    check_option,
+    check_strategy,
+    check_unbuilt,
+    guarded_by,
+    read_attribute,
+)
+from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
+from fedrebasin.strategies.replies import ReplyScreen
+
+
+class Rebasin(Strategy):
+    """Align the clients' hidden units before another strategy aggregates them.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Any strategy of Flower's message API; it samples the nodes and aggregates the aligned replies.
+    model : nn.Module or function of no arguments, optional
+        The clients' model; its weights are not read. Needed unless ``spec`` is given, and for a correction.
+    example_inputs : tuple of Tensor, optional
+        One batch of the model's inputs, for the trace and the check of the spec; needed with ``model``.
+    spec : PermutationSpec or path, optional
+        A checked spec instead of ``model`` and ``example_inputs``; with them, it is checked again.
+    calibration : iterable of batches, optional
+        Inputs for the correction, read anew in every round.
+    reference : {"auto", "global", "largest", "merge-many"}
+        What the replies are aligned to: the model that was sent, the reply with most examples, or each other.
+        ``"auto"`` is the model that was sent, unless most replies were not trained from it
+        (``common_start.py``): then each other. Inside differential privacy, Krum, MultiKrum and Bulyan it is the
+        model that was sent.
+    matching : {"weight"}
+    correction : {"repair", "reset-batchnorm"} or None
+        The default, ``"default"``, is ``"repair"`` with calibration data (``"reset-batchnorm"`` inside
+        differential privacy and selection), otherwise ``None``.
+    select, loss, checkpoint_dir : None
+        Not built yet.
+    seed : int
+    device : torch.device or str, optional
+        Where alignment and correction run.
+
+    Raises
+    ------
+    RebasinError
+        At construction: an option that is not built or does not fit the strategy, a spec that fails its
+        check. In a round nothing is raised for a bad reply; it is left out, and the log says why.
+
+    Notes
+    -----
+    A round apart (see ``alignment.py``) is a weighted average outside the inner strategy, which starts
+    from its result in the next round. Buffers never enter the inner strategy. Metrics of every round:
+    ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
+    ``rebasin-objective-gain`` (of the matching objective, an inner product of weights; mean over the matchings),
+    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies).
+
+    References
+    ----------
+    Ainsworth, Hayase, Srinivasa (ICLR 2023), "Git Re-Basin"; Jordan et al. (ICLR 2023), "REPAIR".
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAdam
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> strategy = Rebasin(FedAdam(eta=0.01), model=net, example_inputs=(torch.randn(2, 4),))
+    >>> strategy.reference, strategy.correction
+    ('auto', None)
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        model: Model | None = None,
+        example_inputs: Any = None,
+        spec: PermutationSpec | str | Path | None = None,
+        calibration: Any = None,
+        reference: str = "auto",
+        matching: str = "weight",
+        correction: str | None = "default",
+        select: str | None = None,
+        loss: Callable[..., Any] | None = None,
+        checkpoint_dir: str | Path | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_strategy(strategy)
+        if any(isinstance(link, Rebasin) for link in chain(strategy)):
+            raise UsageError("strategy: it aligns already; give Rebasin the strategy inside")
+        self.guard = guarded_by(strategy)
+        self.device = find_device(device)
+        check_option("reference", reference)
+        check_option("matching", matching)
+        if correction != "default":
+            check_option("correction", correction)
+        for name, unbuilt in (("select", select), ("loss", loss), ("checkpoint_dir", checkpoint_dir)):
+            check_unbuilt(name, unbuilt)
+        check_guarded(self.guard, reference, correction)
+        if self.guard and reference == "auto":
+            log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)
+        self.model, self.spec = build_network(model, example_inputs, spec, seed)
+        if correction == "default":
+            correction = None if calibration is None else "repair"
+            if self.guard and calibration is not None:
+                correction = "reset-batchnorm" if has_running_statistics(self.model) else None
+        check_calibration(correction, self.model, calibration, inputs=self.spec.inputs, device=self.device)
+        self.strategy = strategy
+        self.calibration = calibration
+        self.reference = reference
+        self.matching = matching
+        self.correction = correction
+        self.seed = seed
+        self.arrayrecord_key = str(read_attribute(strategy, "arrayrecord_key", "arrays"))
+        train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
+        self._screen = ReplyScreen(
+            self.arrayrecord_key,
+            str(read_attribute(strategy, "weighted_by_key", "num-examples")),
+            [] if train_loss_key is None else [train_loss_key],
+            self.spec.parameters,
+        )
+        self._sent: ArrayRecord | None = None
+        self._messages: list[Message] = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.strategy!r})"
+
+    def summary(self) -> None:
+        """Log the settings, then the inner strategy's."""
+        log(INFO, "\t├──> Rebasin settings:")
+        log(INFO, "\t│\t├── reference: %s", self.reference)
+        log(INFO, "\t│\t├── matching: %s", self.matching)
+        log(INFO, "\t│\t├── correction: %s", self.correction)
+        log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
+        log(INFO, "\t│\t├── seed: %s", self.seed)
+        log(INFO, "\t│\t└── device: %s", self.device)
+        self.strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy sample nodes; it sees the parameters alone, the nodes get the buffers too.
+
+        Raises
+        ------
+        RebasinError
+            In the first round, if ``arrays`` are not the model's, or if a differential privacy wrapper stands around.
+        """
+        if self._sent is None:
+            check_not_wrapped_by_privacy()
+            self.spec.check_state(record_to_state(arrays), "initial_arrays")
+        self._sent = arrays
+        trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
+        messages = list(self.strategy.configure_train(server_round, trained, config, grid))
+        restore_buffers(messages, self.arrayrecord_key, trained, arrays)
+        self._messages = messages
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Align the replies, let the inner strategy aggregate them, correct the result."""
+        started = time.perf_counter()
+        sent = self._sent
+        if sent is None:
+            raise RebasinError("aggregate_train was called before configure_train, which gives it the sent model")
+        nodes = node_of_message(self._messages)
+        screened = self._screen.screen(server_round, list(replies), sent, nodes)
+        if not screened.replies:
+            log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
+            return None, None
+        state, reference = record_to_state(sent), "global" if self.guard else self.reference
+        alignment = find_alignment(
+            self.spec, state, screened.replies, reference=reference, seed=self.seed, device=self.device
+        )
+        moved = alignment.moved_fraction
+        log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
+        outside = alignment.apart and alignment.moves
+        trained = names_of_weights(self.spec, sent)
+        keep_ends = outside or self.correction == "repair"
+        aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
+        coefficients = shares(screened.replies)
+        seconds = time.perf_counter() - started
+        arrays: ArrayRecord | None
+        if outside:
+            arrays, metrics = merge_round_apart(self.strategy, screened.replies, aligned.ends, trained)
+        else:
+            messages = [*(reply.message for reply in screened.replies), *screened.failures]
+            arrays, metrics = self.strategy.aggregate_train(server_round, messages)
+        started = time.perf_counter()
+        if arrays is None:
+            return None, metrics
+        buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
+        model = complete_model(arrays, buffers, sent)
+        corrected = self._correct(model, aligned.ends, coefficients)
+        if outside or corrected is not None:
+            model = model if corrected is None else corrected
+            adopt_model(self.strategy, model)
+        metrics = MetricRecord() if metrics is None else metrics
+        metrics["rebasin-moved-fraction"] = moved
+        metrics["rebasin-objective-gain"] = alignment.objective_gain
+        metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
+        metrics["rebasin-left-out"] = screened.left_out
+        return model, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy configure the evaluation of the whole model."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Let the inner strategy aggregate the evaluation."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def _correct(self, model: ArrayRecord, ends: list[State], coefficients: list[float]) -> ArrayRecord | None:
+        if self.correction is None or self.model is None:
+            return None
+        state, device = record_to_state(model), self.device
+        corrected = correct(
+            self.correction, self.model, state, ends, self.calibration, coefficients=coefficients, device=device
+        )
+        return None if corrected is None else cast_arrays(state_to_record(corrected), model)

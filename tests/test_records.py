@@ -1,0 +1,99 @@
+"""ArrayRecord <-> state dict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+
+from fedrebasin.errors import SpecMismatchError
+from fedrebasin.strategies.records import (
+    DECODE_ERRORS,
+    cast_arrays,
+    record_to_state,
+    replace_arrays,
+    select_arrays,
+    state_to_record,
+)
+
+DTYPES = [
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 1, 3)], ids=str)
+def test_a_state_dict_comes_back_with_its_keys_dtypes_and_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    state = {"z": (torch.rand(shape) * 100).to(dtype), "a": torch.zeros(2)}
+    back = record_to_state(state_to_record(state))
+    assert list(back) == ["z", "a"]
+    assert back["z"].dtype == dtype
+    assert back["z"].shape == shape
+    assert torch.equal(back["z"], state["z"])
+
+
+def test_a_transposed_tensor_and_one_in_channels_last_come_back_equal() -> None:
+    state = {"t": torch.rand(3, 4).t(), "c": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    back = record_to_state(state_to_record(state))
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_an_array_in_fortran_order_is_read_right() -> None:
+    values = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert torch.equal(record_to_state(ArrayRecord({"a": Array(values)}))["a"], torch.from_numpy(values.copy()))
+
+
+def test_a_decoded_tensor_owns_its_memory() -> None:
+    record = state_to_record({"a": torch.zeros(3)})
+    record_to_state(record)["a"].add_(1)
+    assert torch.equal(record_to_state(record)["a"], torch.zeros(3))
+
+
+def test_bfloat16_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        SpecMismatchError, match=r"torch.bfloat16, which Flower's wire does not carry; send it as float32"
+    ):
+        state_to_record({"a": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+def test_garbage_raises_one_of_the_decoding_errors() -> None:
+    whole = Array(np.ones(3, np.float32))
+    for data in (b"", b"garbage", whole.data[:-3], whole.data[:9], b"PK\x03\x04" + bytes(40), b"\x80\x04." + bytes(9)):
+        with pytest.raises(DECODE_ERRORS, match=r"."):
+            record_to_state(ArrayRecord({"a": Array("float32", (3,), "numpy.ndarray", data)}))
+    with pytest.raises(DECODE_ERRORS, match="serialization"):
+        record_to_state(ArrayRecord({"a": Array("float32", (3,), "my.format", whole.data)}))
+
+
+def test_arrays_are_replaced_in_place_and_the_state_is_emptied() -> None:
+    record = state_to_record({"b": torch.zeros(2), "a": torch.zeros(())})
+    state = {"a": torch.ones(())}
+    replace_arrays(record, state)
+    assert state == {}
+    assert list(record) == ["b", "a"]
+    assert record_to_state(record)["a"].shape == ()
+    assert record_to_state(record)["a"] == 1
+
+
+def test_selecting_arrays_copies_none() -> None:
+    record = state_to_record({"b": torch.zeros(2), "a": torch.zeros(1)})
+    assert select_arrays(record, ["a", "b"])["b"] is record["b"]
+
+
+def test_casting_restores_dtypes_and_order_and_leaves_right_arrays_alone() -> None:
+    like = state_to_record({"b": torch.zeros(1), "a": torch.zeros((), dtype=torch.float16), "c": torch.zeros(1)})
+    record = state_to_record({"a": torch.tensor(1.5, dtype=torch.float64), "b": torch.ones(1)})
+    cast = cast_arrays(record, like)
+    assert list(cast) == ["b", "a"]
+    assert cast["b"] is record["b"]
+    assert cast["a"].dtype == "float16"
+    assert cast["a"].shape == ()
+    assert record_to_state(cast)["a"] == 1.5

@@ -1,0 +1,216 @@
+"""Construction: what is refused, with which words; the settings in the log."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flower_messages import MemoryGrid, answer, configure, small_net, trained_copy, warnings
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
+from test_strategies_exact import spec_of
+
+from fedrebasin import trace
+from fedrebasin.errors import InvalidSpecError, RebasinError, SpecMismatchError, UsageError
+from fedrebasin.layout import Fixed
+from fedrebasin.strategies import FedRebasin, Rebasin
+from fedrebasin.strategies.records import state_to_record
+
+__all__ = ["warnings"]
+
+INPUTS = (torch.randn(4, 5),)
+BATCHES = [torch.randn(200, 5)]
+
+
+def dp(inner: Strategy) -> Strategy:
+    return flower.DifferentialPrivacyServerSideFixedClipping(inner, 0.1, 1.0, 2)
+
+
+def dp_clients(inner: Strategy) -> Strategy:
+    return flower.DifferentialPrivacyClientSideFixedClipping(inner, 0.1, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"reference": "medoid"},
+            "'medoid' is not built yet; values built now: 'auto', 'global', 'largest', 'merge-many'$",
+        ),
+        ({"reference": "best"}, "reference: expected one of 'auto', 'global', 'largest', 'merge-many'; got 'best'"),
+        ({"reference": "default"}, "reference: expected one of 'auto'"),
+        ({"matching": "activation"}, "matching='activation' is not built yet; values built now: 'weight'$"),
+        ({"correction": "rescale"}, "'rescale' is not built yet; values built now: None, 'repair', 'reset-batchnorm'$"),
+        ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),
+        ({"checkpoint_dir": "runs"}, "checkpoint_dir='runs' is not built yet; values built now: None$"),
+        ({"loss": torch.nn.functional.cross_entropy}, "loss=<function .*> is not built yet; values built now: None$"),
+        ({"correction": "repair"}, "correction='repair' needs calibration"),
+        (
+            {"calibration": BATCHES, "model": None},
+            "correction='repair' runs the model on calibration data, and a spec alone",
+        ),
+        (
+            {"calibration": (batch for batch in BATCHES)},
+            "calibration: expected a collection that can be read more than once",
+        ),
+        ({"calibration": []}, "calibration: expected at least one batch; got none"),
+        ({"calibration": [torch.randn(200, 7)]}, "calibration: the model cannot run on its first batch: "),
+        ({"model": None, "spec": None}, r"model: give model= and example_inputs=.*or a checked spec="),
+        ({"spec": 3}, "spec: expected a PermutationSpec, or the path of a saved one; got int"),
+        ({"model": 3}, "model: expected an nn.Module or a function of no arguments that makes one; got int"),
+        ({"model": dict}, "model: expected an nn.Module or a function of no arguments that makes one; got dict"),
+        ({"example_inputs": None}, r"example_inputs: needed with model=, as \(images,\)"),
+        ({"device": "nowhere"}, "device='nowhere' cannot be used here"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_what_fits(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"model": small_net(), "example_inputs": INPUTS, "spec": spec_of(), **options}
+    with pytest.raises(RebasinError, match=message):
+        FedRebasin(**given)
+
+
+def test_reset_batchnorm_of_a_net_without_batchnorm_is_refused() -> None:
+    with pytest.raises(RebasinError, match="needs a BatchNorm with running statistics"):
+        FedRebasin(
+            model=small_net(norm=False), example_inputs=INPUTS, calibration=BATCHES, correction="reset-batchnorm"
+        )
+
+
+def test_a_spec_without_the_mark_of_its_check_needs_the_model(tmp_path: Path) -> None:
+    net = small_net()
+    unchecked = trace(net, INPUTS)
+    with pytest.raises(UsageError, match="spec: it lacks the mark of a passed check"):
+        FedRebasin(spec=unchecked)
+    assert FedRebasin(spec=unchecked, model=net, example_inputs=INPUTS).spec.checked
+    spec_of().save(tmp_path / "spec.json")
+    assert FedRebasin(spec=tmp_path / "spec.json").spec == FedRebasin(spec=spec_of()).spec
+    text = (tmp_path / "spec.json").read_text(encoding="utf-8")
+    (tmp_path / "spec.json").write_text(text.replace('"0"', '"zero"'), encoding="utf-8")
+    with pytest.raises(RebasinError, match="spec: "):
+        FedRebasin(spec=tmp_path / "spec.json")
+
+
+def test_a_spec_that_changes_the_function_is_refused_at_construction() -> None:
+    net = small_net()
+    spec = trace(net, INPUTS)
+    broken = replace(spec, axes={**spec.axes, "0.bias": (Fixed(12, "by hand"),)}, checked=True)
+    with pytest.raises(InvalidSpecError, match=r"0\.bias"):
+        FedRebasin(spec=broken, model=net, example_inputs=INPUTS)
+
+
+def test_the_model_may_be_a_module_a_class_or_a_function() -> None:
+    for model in (small_net(), small_net, lambda: small_net()):
+        assert FedRebasin(model=model, example_inputs=INPUTS).spec.perm_shapes == spec_of().perm_shapes
+
+
+def test_construction_leaves_the_model_as_it_was() -> None:
+    net = small_net().train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    FedRebasin(model=net, example_inputs=INPUTS, calibration=BATCHES)
+    assert net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FedAvg, "strategy: expected an instance of flwr.serverapp.strategy.Strategy"),
+        (
+            dp_clients(FedAvg()),
+            "DifferentialPrivacyClientSideFixedClipping has the clients clip before the server aligns",
+        ),
+        (flower.FedXgbBagging(), "FedXgbBagging aggregates trees"),
+        (FedRebasin(spec=spec_of()), "strategy: it aligns already"),
+        (dp(FedRebasin(spec=spec_of())), "strategy: it aligns already"),
+    ],
+)
+def test_strategies_that_server_side_alignment_does_not_fit_are_refused(strategy: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Rebasin(strategy, spec=spec_of())
+
+
+@pytest.mark.parametrize("inner", [flower.Krum, flower.MultiKrum, flower.Bulyan, lambda: dp(FedAdam())])
+@pytest.mark.parametrize("reference", ["merge-many", "largest"])
+def test_under_privacy_and_selection_only_the_global_reference_is_built(inner: Any, reference: str) -> None:
+    with pytest.raises(UsageError, match=f"reference='{reference}': under .* nothing bounds one client's influence"):
+        Rebasin(inner(), spec=spec_of(), reference=reference)
+
+
+def test_under_privacy_auto_warns_and_repair_is_not_used(warnings: list[str]) -> None:
+    strategy = Rebasin(dp(FedAvg()), model=small_net(), example_inputs=INPUTS, calibration=BATCHES)
+    assert "DifferentialPrivacyServerSideFixedClipping the reference is the global model" in warnings[0]
+    assert strategy.correction == "reset-batchnorm"
+    with pytest.raises(UsageError, match=r"correction='repair': under .* past clipping or selection"):
+        Rebasin(dp(FedAvg()), model=small_net(), example_inputs=INPUTS, calibration=BATCHES, correction="repair")
+    plain = Rebasin(dp(FedAvg()), model=small_net(norm=False), example_inputs=INPUTS, calibration=BATCHES)
+    assert plain.correction is None
+
+
+@pytest.mark.parametrize("wrapper", [dp, dp_clients])
+def test_privacy_around_alignment_is_refused_before_anything_is_sent(wrapper: Any) -> None:
+    outer = wrapper(FedRebasin(spec=spec_of()))
+    grid = MemoryGrid({1: lambda message: message, 2: lambda message: message})
+    with pytest.raises(UsageError, match=r"\(Rebasin\(...\)\) clips before alignment; turn them round: Rebasin\(Diff"):
+        outer.start(grid=grid, initial_arrays=state_to_record(small_net().state_dict()), num_rounds=1)
+
+
+def test_initial_arrays_of_another_model_are_refused_before_anything_is_sent() -> None:
+    grid = MemoryGrid({1: lambda message: message, 2: lambda message: message})
+    for arrays in (state_to_record(small_net(norm=False).state_dict()), ArrayRecord([torch.ones(2).numpy()])):
+        with pytest.raises(SpecMismatchError, match="initial_arrays"):
+            FedRebasin(spec=spec_of()).configure_train(1, arrays, ConfigRecord(), grid)
+
+
+def test_the_keys_of_the_inner_strategy_are_used() -> None:
+    strategy = Rebasin(FedAvg(weighted_by_key="n", arrayrecord_key="weights"), spec=spec_of())
+    sent = small_net().state_dict()
+    messages = configure(strategy, sent, 2)
+    replies = []
+    for seed, message in enumerate(messages):
+        assert list(message.content.array_records) == ["weights"]
+        reply = answer(message, trained_copy(sent, seed), examples=None, n=2)
+        reply.content["weights"] = reply.content.pop("arrays")
+        replies.append(reply)
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    assert metrics is not None
+    assert list(arrays) == list(sent)
+    assert metrics["rebasin-left-out"] == 0
+
+
+def test_fedrebasin_hands_fedavgs_keywords_on() -> None:
+    strategy = FedRebasin(
+        spec=spec_of(), fraction_train=0.5, fraction_evaluate=0.25, min_train_nodes=3, min_evaluate_nodes=4,
+        min_available_nodes=5, weighted_by_key="n", arrayrecord_key="a", configrecord_key="c",
+    )  # fmt: skip
+    given = vars(strategy.strategy)
+    wanted = (0.5, 0.25, 3, 4, 5, "n", "a", "c")
+    assert tuple(value for value in given.values() if not callable(value)) == wanted
+
+
+def test_the_summary_is_a_tree_of_the_settings_and_of_the_inner_strategys() -> None:
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("flwr").addHandler(handler)
+    try:
+        Rebasin(FedAdam(eta=0.25), spec=spec_of(), reference="largest").summary()
+    finally:
+        logging.getLogger("flwr").removeHandler(handler)
+    assert lines[:4] == [
+        "\t├──> Rebasin settings:",
+        "\t│\t├── reference: largest",
+        "\t│\t├── matching: weight",
+        "\t│\t├── correction: None",
+    ]
+    assert any("eta (0.25)" in line for line in lines)
+    assert lines[-1] == "\t\t└── ConfigRecord key: 'config'"

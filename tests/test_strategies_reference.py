@@ -1,0 +1,229 @@
+"""The reference is a policy: apart or from the model that was sent, joint rounds, privacy and selection."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flower_messages import State, play_round, small_net, trained_copy
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, QFedAvg, Strategy
+from test_strategies_exact import same_bytes, spec_of
+from torch import Tensor, nn
+
+from fedrebasin import merge, permute, random_perms
+from fedrebasin.strategies import Rebasin
+from fedrebasin.strategies.common_start import measure_nearness
+from fedrebasin.strategies.records import record_to_state, state_to_record
+
+WIDTH = 24
+
+
+@cache
+def data() -> tuple[Tensor, Tensor]:
+    """Five features, three classes by the nearest of three centres."""
+    generator = torch.Generator().manual_seed(0)
+    x, centres = torch.randn(600, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    return x, torch.cdist(x, centres).argmin(1)
+
+
+def train(net: nn.Module, seed: int, epochs: int = 5) -> State:
+    x, y = data()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(net.train().parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=generator).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[index]), y[index]).backward()
+            optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+@cache
+def fresh() -> nn.Module:
+    return small_net(WIDTH, norm=False)
+
+
+@cache
+def trained(kind: str) -> list[State]:
+    if kind == "apart":
+        return [train(small_net(WIDTH, norm=False, seed=100 + node), node) for node in range(3)]
+    return [train(copy.deepcopy(fresh()), node) for node in range(3)]
+
+
+def strategy_around(inner: Strategy, **options: str) -> Rebasin:
+    return Rebasin(inner, model=lambda: small_net(WIDTH, norm=False), example_inputs=(torch.randn(4, 5),), **options)  # type: ignore[arg-type]
+
+
+def round_of(kind: str, inner: Strategy, **options: str) -> tuple[Rebasin, ArrayRecord, dict[str, float]]:
+    strategy = strategy_around(inner, **options)
+    sent = fresh().state_dict()
+    arrays, metrics = play_round(strategy, sent, trained(kind), examples=[10, 30, 20])
+    assert arrays is not None
+    assert metrics is not None
+    return strategy, arrays, {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+
+
+def alone(kind: str, inner: Strategy) -> State:
+    arrays, _ = play_round(inner, fresh().state_dict(), trained(kind), examples=[10, 30, 20])
+    assert arrays is not None
+    return record_to_state(arrays)
+
+
+def accuracy(state: State) -> float:
+    x, y = data()
+    net = small_net(WIDTH, norm=False).eval()
+    net.load_state_dict(state)
+    with torch.no_grad():
+        return float((net(x).argmax(1) == y).double().mean())
+
+
+def nearest(a: State, b: State) -> float:
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replies_trained_from_the_sent_model_are_near_and_others_are_not(seed: int) -> None:
+    spec = strategy_around(FedAvg()).spec
+    sent = fresh().state_dict()
+    for near, apart in zip(trained("common"), trained("apart"), strict=True):
+        assert measure_nearness(spec, sent, near, seed=seed).near
+        assert not measure_nearness(spec, sent, apart, seed=seed).near
+        shuffled = permute(spec, random_perms(spec, 50 + seed), near)
+        assert not measure_nearness(spec, sent, shuffled, seed=seed).near
+
+
+def test_a_sent_model_of_zeros_is_near_to_nothing() -> None:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in small_net().state_dict().items()}
+    assert not measure_nearness(spec_of(), zeros, small_net(seed=1).state_dict()).near
+
+
+def test_in_a_common_start_auto_gives_the_inner_strategys_result() -> None:
+    _, arrays, metrics = round_of("common", FedAdam(eta=0.01))
+    assert metrics["rebasin-moved-fraction"] == 0
+    expected = alone("common", FedAdam(eta=0.01))
+    found = record_to_state(arrays)
+    assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in found)
+
+
+def test_in_a_round_apart_auto_aligns_the_replies_to_each_other() -> None:
+    _, arrays, metrics = round_of("apart", FedAvg())
+    _, same, _ = round_of("apart", FedAvg(), reference="merge-many")
+    assert same_bytes(arrays, same)
+    assert metrics["rebasin-moved-fraction"] > 0.5
+    assert metrics["rebasin-objective-gain"] > 0
+    _, to_sent, _ = round_of("apart", FedAvg(), reference="global")
+    assert not same_bytes(arrays, to_sent)
+    assert accuracy(record_to_state(arrays)) > accuracy(merge(trained("apart"), coefficients=[1, 3, 2])) + 0.05
+
+
+@pytest.mark.parametrize("reference", ["auto", "merge-many", "largest"])
+@pytest.mark.parametrize("inner", [lambda: FedAdam(eta=0.1), FedMedian, lambda: QFedAvg(client_learning_rate=0.1)])
+def test_a_round_apart_is_a_weighted_average_outside_the_inner_strategy(
+    inner: Callable[[], Strategy], reference: str
+) -> None:
+    _, arrays, metrics = round_of("apart", inner(), reference=reference)
+    _, average, _ = round_of("apart", FedAvg(), reference=reference)
+    assert same_bytes(arrays, average)
+    assert metrics["train_loss"] == pytest.approx((0.5 * 10 + 1.5 * 30 + 2.5 * 20) / 60)
+
+
+def test_the_largest_reply_keeps_its_order_when_it_is_the_reference() -> None:
+    replies = trained("apart")
+    strategy = strategy_around(FedAvg(), reference="largest")
+    arrays, _ = play_round(strategy, fresh().state_dict(), replies, examples=[1, 1e9, 1])
+    assert arrays is not None
+    assert nearest(record_to_state(arrays), replies[1]) < 1e-6
+
+
+@pytest.mark.parametrize("reference", ["largest", "merge-many"])
+def test_replies_aligned_to_each_other_come_back_into_the_order_of_the_model_that_they_were_trained_from(
+    reference: str,
+) -> None:
+    """Otherwise a server optimizer's moments would belong to other units."""
+    sent = fresh().state_dict()
+    strategy = strategy_around(FedAvg(), reference=reference)
+    near = trained("common")
+    odd = permute(strategy.spec, random_perms(strategy.spec, 2), near[2])  # the heaviest, but not most examples
+    expected = merge(near, coefficients=[0.35, 0.25, 0.4])
+    arrays, metrics = play_round(strategy, sent, [near[0], near[1], odd], examples=[35, 25, 40])
+    assert arrays is not None
+    assert metrics is not None
+    assert nearest(record_to_state(arrays), expected) < 1e-6
+    assert 0 < float(metrics["rebasin-moved-fraction"]) < 0.4  # type: ignore[arg-type]
+
+
+def test_the_inner_strategy_starts_from_the_merged_model_in_the_next_round() -> None:
+    """FedAvgM keeps a model of its own, and would step back to the random one."""
+    inner = FedAvgM(server_learning_rate=0.5, server_momentum=0.9)
+    strategy, arrays, _ = round_of("apart", inner)
+    merged = record_to_state(arrays)
+    states = [trained_copy(merged, seed, noise=0.01) for seed in range(3)]
+    found, _ = play_round(strategy, merged, states, server_round=2)
+    fresh_start = FedAvgM(server_learning_rate=0.5, server_momentum=0.9)
+    expected, _ = play_round(fresh_start, merged, states, server_round=2)
+    assert found is not None
+    assert expected is not None
+    assert same_bytes(found, expected)
+
+
+def test_an_adaptive_server_optimizer_starts_from_the_merged_model_too() -> None:
+    strategy, arrays, _ = round_of("apart", FedAdam(eta=0.01))
+    merged = record_to_state(arrays)
+    states = [trained_copy(merged, seed, noise=0.01) for seed in range(3)]
+    found, _ = play_round(strategy, merged, states, server_round=2)
+    expected, _ = play_round(FedAdam(eta=0.01), merged, states, server_round=2)
+    assert found is not None
+    assert expected is not None
+    state = record_to_state(expected)
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in record_to_state(found).items())
+
+
+def test_a_lone_reply_that_was_trained_apart_becomes_the_model() -> None:
+    reply = trained("apart")[0]
+    inner = FedAvg(min_train_nodes=1, min_available_nodes=1)
+    arrays, metrics = play_round(strategy_around(inner), fresh().state_dict(), [reply])
+    assert arrays is not None
+    assert metrics is not None
+    assert same_bytes(arrays, state_to_record(reply))
+
+
+def test_replies_that_share_a_start_of_their_own_are_not_moved() -> None:
+    """A common pre-trained model that the server does not have: do no harm."""
+    states = [trained_copy(trained("apart")[0], seed, noise=0.01) for seed in range(3)]
+    sent = fresh().state_dict()
+    arrays, metrics = play_round(strategy_around(FedAdam(eta=0.01)), sent, states)
+    expected, _ = play_round(FedAdam(eta=0.01), sent, states)
+    assert arrays is not None
+    assert expected is not None
+    assert metrics is not None
+    assert metrics["rebasin-moved-fraction"] == 0
+    state = record_to_state(expected)
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in record_to_state(arrays).items())
+
+
+def test_with_one_huge_client_the_accuracy_is_that_of_the_round_without_it() -> None:
+    sent = fresh().state_dict()
+    good = trained("apart")
+    huge = {name: torch.full_like(tensor, 1e30) for name, tensor in sent.items()}
+    with_it, metrics = play_round(strategy_around(FedAvg()), sent, [*good, huge], examples=[10, 10, 10, 1000])
+    without, _ = play_round(strategy_around(FedAvg()), sent, good, examples=[10, 10, 10])
+    assert with_it is not None
+    assert without is not None
+    assert metrics is not None
+    assert metrics["rebasin-left-out"] == 1
+    assert abs(accuracy(record_to_state(with_it)) - accuracy(record_to_state(without))) < 0.01
+
+
+@pytest.mark.parametrize("reference", ["auto", "global", "largest"])
+def test_a_sent_model_of_nan_does_not_end_the_run(reference: str) -> None:
+    sent = {name: torch.full_like(tensor, torch.nan) for name, tensor in fresh().state_dict().items()}
+    arrays, metrics = play_round(strategy_around(FedAvg(), reference=reference), sent, trained("apart"))
+    assert arrays is not None
+    assert metrics is not None
+    assert (metrics["rebasin-moved-fraction"] == 0) == (reference == "global")
+    assert all(torch.isfinite(tensor).all() for tensor in record_to_state(arrays).values())
