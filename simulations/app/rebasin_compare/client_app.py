@@ -1,0 +1,85 @@
+"""The client: trains on its own rows, from its own start or from the model that the server sent."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedrebasin.simulations.events import emit
+from fedrebasin.simulations.handover import take_over
+from fedrebasin.simulations.partition import parse_partition, partition_rows
+from fedrebasin.simulations.settings import from_run_config
+from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+from fedrebasin.simulations.watch import ABOUT
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    torch.set_num_threads(1)  # clients share the cores
+    settings = from_run_config(context.run_config)
+    node, nodes = (int(str(context.node_config[key])) for key in ("partition-id", "num-partitions"))
+    config = message.content.config_records["config"]
+    seed, server_round = int(str(config["seed"])), int(str(config["server-round"]))
+    strategy = str(config["strategy"])
+    progress_file = str(context.run_config["progress-file"])
+
+    data = take_over(settings.data, str(context.run_config["data-file"]))
+    rows = partition_rows(data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed)[node]
+    apart = config["start"] == "apart" and server_round == 1
+    epochs = settings.epochs if server_round == 1 else settings.later_epochs
+    model = initial_model(settings, data, seed=seed, owner=node)
+    started = time.perf_counter()
+
+    def report(epoch: int, loss: float) -> None:
+        emit(
+            progress_file,
+            "epoch",
+            seed=seed,
+            strategy=strategy,
+            round=server_round,
+            node=node,
+            epoch=epoch,
+            epochs=epochs,
+            loss=loss,
+        )
+
+    ends_folder = str(context.run_config["ends-folder"]) if apart else ""
+    known = load_end(ends_folder, seed, node)
+    if known is not None:
+        state, loss = known
+        model.load_state_dict(state)
+        report(epochs, loss)
+    else:
+        if not apart:
+            model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        loss = train_round(
+            model,
+            settings,
+            data,
+            rows,
+            seed=seed,
+            owner=node,
+            server_round=server_round,
+            epochs=epochs,
+            # a client that starts apart has no global model to stay near
+            prox=0.0 if apart else float(str(config.get("proximal-mu", 0.0))),
+            progress=report,
+        )
+        save_end(ends_folder, seed, node, model.state_dict(), loss)
+
+    seconds = time.perf_counter() - started
+    about = ConfigRecord({"node": node, "examples": len(rows), "train-loss": loss, "seconds": seconds})
+    about["reused"] = known is not None
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord({"train-loss": loss, "num-examples": len(rows)}),
+            ABOUT: about,
+        }
+    )
+    return Message(content=content, reply_to=message)

@@ -1,0 +1,165 @@
+"""The server: one ``start()`` for each seed and strategy, all in one run, scored on the test images."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from fedrebasin.simulations.baselines import client_baselines, score
+from fedrebasin.simulations.competitors import COMMON_START, make_strategy
+from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.events import emit
+from fedrebasin.simulations.handover import take_over
+from fedrebasin.simulations.partition import parse_partition, partition_rows
+from fedrebasin.simulations.results import save_results
+from fedrebasin.simulations.settings import Settings, from_run_config
+from fedrebasin.simulations.silo import initial_model, train_round
+from fedrebasin.simulations.training import predict, select_device
+from fedrebasin.simulations.watch import WatchedGrid
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    torch.set_num_threads(1)
+    settings = from_run_config(context.run_config)
+    progress_file, results_file = (str(context.run_config[key]) for key in ("progress-file", "results-file"))
+    data = take_over(settings.data, str(context.run_config["data-file"]))
+    nodes = len(list(grid.get_node_ids()))
+    emit(progress_file, "phase", text=f"the server is ready; {nodes} nodes are starting")
+    runs, baselines = [], []
+    for seed in settings.seed_list:
+        arena = Arena(settings, data, nodes, seed, progress_file)
+        # the server waits while clients train, so the model of all data trains beside them
+        with ThreadPoolExecutor(1) as background:
+            everything = background.submit(arena.train_on_all) if settings.start == "apart" else None
+            runs += [arena.play(grid, name) for name in settings.line_up]
+            baselines += arena.baselines(everything)
+    emit(progress_file, "done")
+    results = {"settings": asdict(settings), "nodes": nodes, "runs": runs, "baselines": baselines}
+    if results_file:
+        save_results(Path(results_file), results)
+    for run in runs:
+        accuracies = " ".join(f"{100 * row['accuracy']:.1f}" for row in run["rounds"])
+        log(logging.INFO, "seed %s, %s: test accuracy by round %s", run["seed"], run["strategy"], accuracies)
+
+
+class Arena:
+    """One seed: the same nodes, rows and starts for every strategy."""
+
+    def __init__(self, settings: Settings, data: Dataset, nodes: int, seed: int, progress_file: str) -> None:
+        self.settings = settings
+        self.data = data
+        self.nodes = nodes
+        self.seed = seed
+        self.progress_file = progress_file
+        self.rows = partition_rows(
+            data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed
+        )
+        self.device = select_device(settings.device)
+        self.model = initial_model(settings, data, seed=seed)
+        self.initial = ArrayRecord(self.model.state_dict())
+        self.ends: dict[str, Any] = {}
+        # made here, not in its thread: fresh weights are drawn from torch's one global generator
+        self.model_of_all = initial_model(settings, data, seed=seed, owner=nodes)
+
+    def play(self, grid: Grid, name: str) -> dict[str, Any]:
+        """Let one strategy run all its rounds."""
+        start = "common" if name == COMMON_START else self.settings.start
+        watched = WatchedGrid(grid, self.score_ends if start == "apart" else None)
+        rounds: list[dict[str, Any]] = []
+        clock = time.perf_counter()
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+            nonlocal clock
+            result = self.score_model(arrays)
+            row: dict[str, Any] = {"round": server_round, **result}
+            if server_round:
+                row |= {"expected": watched.expected, "failures": watched.failures, "nodes": watched.nodes}
+                row |= {"replies": len(watched.nodes), "seconds": time.perf_counter() - clock}
+            clock = time.perf_counter()
+            rounds.append(row)
+            emit(self.progress_file, "round", seed=self.seed, strategy=name, rounds=self.settings.rounds, **row)
+            return MetricRecord({**result})
+
+        strategy = make_strategy(
+            name,
+            nodes=self.nodes,
+            model=lambda: initial_model(self.settings, self.data, seed=self.seed),
+            example_inputs=(self.data.normalise(self.data.train_images[:2]),),
+            calibration=self.calibration(),
+            reference=self.settings.reference,
+            matching=self.settings.matching,
+            correction=self.settings.correction,
+            server_lr=self.settings.server_lr,
+            proximal_mu=self.settings.proximal_mu,
+            seed=self.seed,
+            device=str(self.device),
+        )
+        result = strategy.start(
+            grid=watched,
+            initial_arrays=self.initial,
+            num_rounds=self.settings.rounds,
+            timeout=1e6,
+            train_config=ConfigRecord({"strategy": name, "seed": self.seed, "start": start}),
+            evaluate_fn=evaluate,
+        )
+        for row in rounds[1:]:
+            metrics = result.train_metrics_clientapp.get(row["round"], MetricRecord())
+            row |= {key: value for key, value in metrics.items() if key != "num-examples"}
+        return {"seed": self.seed, "strategy": name, "rounds": rounds}
+
+    def calibration(self) -> list[torch.Tensor]:
+        """Training images without labels, the same for every strategy of a seed."""
+        order = torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(self.seed))
+        images = self.data.train_images[order[: self.settings.calibration]]
+        return [self.data.normalise(images[first : first + 250]) for first in range(0, len(images), 250)]
+
+    def score_model(self, arrays: ArrayRecord) -> dict[str, float]:
+        return score(self.logits(arrays), self.data.test_labels)
+
+    def logits(self, arrays: ArrayRecord) -> torch.Tensor:
+        self.model.load_state_dict(arrays.to_torch_state_dict())
+        return predict(self.model, self.data, self.data.test_images, device=self.device)
+
+    def score_ends(self, replies: list[Message]) -> None:
+        """Score the clients themselves, once: every strategy gets the same ends in a first round apart."""
+        if self.ends or len(replies) < self.nodes:
+            return
+        logits = [self.logits(reply.content.array_records["arrays"]) for reply in replies]
+        labels = [self.data.train_labels[rows] for rows in self.rows]
+        self.ends = client_baselines(logits, labels, self.data.test_labels, self.data.classes)
+
+    def train_on_all(self) -> dict[str, float]:
+        """One model on everybody's rows, for as many epochs as a silo trains."""
+        everything = torch.arange(len(self.data.train_labels))
+        train_round(
+            self.model_of_all,
+            self.settings,
+            self.data,
+            everything,
+            seed=self.seed,
+            owner=self.nodes,
+            server_round=1,
+            epochs=self.settings.epochs,
+        )
+        return score(
+            predict(self.model_of_all, self.data, self.data.test_images, device=self.device),
+            self.data.test_labels,
+        )
+
+    def baselines(self, everything: Future[dict[str, float]] | None) -> list[dict[str, Any]]:
+        if everything is None:
+            return []
+        emit(self.progress_file, "waiting", seed=self.seed)
+        return [{"seed": self.seed, **self.ends, "all_data": everything.result()}]

@@ -1,0 +1,63 @@
+"""What the merge of clients that trained apart has to be compared with (the ordinary baselines)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Score = dict[str, float]
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """Mean cross-entropy and the share of right answers.
+
+    >>> score(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]))["accuracy"]
+    0.5
+    """
+    return {
+        "loss": float(F.cross_entropy(logits, labels)),
+        "accuracy": float((logits.argmax(1) == labels).double().mean()),
+    }
+
+
+def correct_prior(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Take the log of the client's own label shares off its logits; a class that it never saw counts as one row.
+
+    Examples
+    --------
+    >>> correct_prior(torch.zeros(1, 2), torch.tensor([0, 0, 0, 1]), 2)
+    tensor([[0.2877, 1.3863]])
+    """
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1).double()
+    return logits - (counts / counts.sum()).log().to(logits.dtype)
+
+
+def client_baselines(
+    client_logits: Sequence[Tensor], client_labels: Sequence[Tensor], test_labels: Tensor, classes: int
+) -> dict[str, object]:
+    """Score each client alone, alone with its label prior corrected, and the ensemble of their logits.
+
+    Parameters
+    ----------
+    client_logits : sequence of Tensor, shape (n, classes)
+        Each client's logits on the test images.
+    client_labels : sequence of Tensor
+        The labels that each client trained on.
+
+    Returns
+    -------
+    dict
+        ``clients`` (a list with ``loss``, ``accuracy``, ``corrected_loss``, ``corrected_accuracy``, ``examples``) and
+        ``ensemble``.
+    """
+    clients = []
+    for node, (logits, labels) in enumerate(zip(client_logits, client_labels, strict=True)):
+        alone = score(logits, test_labels)
+        corrected = score(correct_prior(logits, labels, classes), test_labels)
+        row = {"node": node, "examples": len(labels), **alone}
+        clients.append(row | {f"corrected_{key}": value for key, value in corrected.items()})
+    ensemble = score(torch.stack(list(client_logits)).mean(0), test_labels)
+    return {"clients": clients, "ensemble": ensemble}

@@ -1,0 +1,198 @@
+"""The command ``fedrebasin``. Everything heavy is imported where it is used, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+app = typer.Typer(
+    name="fedrebasin",
+    help="Merge models that were trained apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+reproduce = typer.Typer(help="Repeat a published experiment.", no_args_is_help=True)
+app.add_typer(reproduce, name="reproduce")
+
+DataPath = Annotated[
+    str | None, typer.Option("--data", help="Folder with train-*.parquet and test-*.parquet; default: download.")
+]
+Model = Annotated[str, typer.Option(help="mlp, conv, vgg or resnet20; default: the data set's usual one.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Units or channels; default: the network's usual width.")]
+Norm = Annotated[str, typer.Option(help="batch or layer.")]
+Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Argument(help="digits, mnist, cifar10 or cifar100.")] = "digits",
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="With commas between: fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad, fedmedian, fedrebasin, "
+            "rebasin:NAME; the last two also with +repair or +reset-batchnorm."
+        ),
+    ] = "fedavg,fedrebasin",
+    nodes: Annotated[int, typer.Option(min=2, help="Number of clients.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each strategy.")] = 3,
+    partition: Annotated[str, typer.Option(help="biased:HELD, dirichlet:ALPHA or iid.")] = "biased:0.2",
+    start: Annotated[str, typer.Option(help="apart: own initialisations; common: the server's.")] = "apart",
+    model: Model = "",
+    width: Width = None,
+    norm: Norm = "batch",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Local epochs of round 1; default: the data set's.")] = None,
+    later_epochs: Annotated[int | None, typer.Option(min=1, help="Local epochs of each later round.")] = None,
+    seeds: Seeds = "0",
+    data_path: DataPath = None,
+    reference: Annotated[str, typer.Option(help="auto, global, largest or merge-many.")] = "auto",
+    matching: Annotated[str, typer.Option(help="weight.")] = "weight",
+    correction: Annotated[
+        str, typer.Option(help="none, repair or reset-batchnorm, for re-basin strategies that name none.")
+    ] = "none",
+    calibration: Annotated[int, typer.Option(min=1, help="Images without labels that corrections may use.")] = 1000,
+    server_lr: Annotated[float, typer.Option(help="FedAdam's, FedYogi's and FedAdagrad's eta.")] = 0.01,
+    proximal_mu: Annotated[float, typer.Option(help="FedProx's mu.")] = 0.01,
+    device: Device = "cpu",
+    output: Output = None,
+) -> None:
+    """Compare strategies on clients that start apart or together, in Flower's simulation runtime."""
+    from fedrebasin.simulations.settings import Settings, resolve
+
+    settings = resolve(
+        Settings(
+            data=data,
+            strategies=strategies,
+            rounds=rounds,
+            partition=partition,
+            start=start,
+            model=model,
+            width=width or 0,
+            norm=norm,
+            epochs=epochs or 0,
+            later_epochs=later_epochs or 0,
+            seeds=seeds,
+            reference=reference,
+            matching=matching,
+            correction=correction,
+            calibration=calibration,
+            server_lr=server_lr,
+            proximal_mu=proximal_mu,
+            device=device,
+        )
+    )
+    from fedrebasin.simulations.compare import Options, check_extra
+    from fedrebasin.simulations.compare import compare as run_comparison
+
+    check_extra()
+    from fedrebasin.simulations.console import print_summary, progress_display
+    from fedrebasin.simulations.results import load_results
+
+    options = Options(settings, nodes=nodes, path=data_path, output=output, command=_command_line())
+    with progress_display(rounds * len(settings.line_up) * len(settings.seed_list)) as on_event:
+        folder = run_comparison(options, on_event=on_event)
+    print_summary(load_results(folder / "results.json"), folder)
+
+
+@reproduce.callback()
+def _reproduce() -> None:
+    """Repeat a published experiment."""
+
+
+@reproduce.command()
+def disjoint(
+    dataset: Annotated[str, typer.Argument(help="digits, mnist, cifar10 or cifar100.")],
+    model: Model = "",
+    width: Width = None,
+    norm: Norm = "batch",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default: the data set's.")] = None,
+    seeds: Seeds = "0",
+    held: Annotated[float, typer.Option(help="Share of a class that goes to the other half.")] = 0.2,
+    lams: Annotated[int, typer.Option(min=3, help="Points between the two models.")] = 25,
+    calibration: Annotated[int, typer.Option(min=1, help="Images without labels that corrections may use.")] = 5000,
+    data_path: DataPath = None,
+    device: Device = "auto",
+    output: Output = None,
+) -> None:
+    """Two models of two halves of the data, and the way between them (Git Re-Basin, Section 5.4)."""
+    from fedrebasin.simulations.disjoint import DisjointOptions, reproduce_disjoint
+    from fedrebasin.simulations.settings import parse_seeds
+
+    options = DisjointOptions(
+        dataset=dataset,
+        path=Path(data_path) if data_path else None,
+        model=model or None,
+        width=width,
+        norm=norm,
+        epochs=epochs,
+        seeds=tuple(parse_seeds(seeds)),
+        held=held,
+        lams=lams,
+        device=device,
+        output=output or Path("fedrebasin-results") / f"disjoint-{dataset}",
+        calibration_images=calibration,
+        command=_command_line(),
+    )
+    page = reproduce_disjoint(options, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"the page is {page}")
+
+
+def _command_line() -> str:
+    return shlex.join(["fedrebasin", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Run the command; whatever the user can mend is one line on stderr and exit status 2."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command with ``arguments`` and return its exit status."""
+    try:
+        status = typer.main.get_command(app).main(args=arguments, prog_name="fedrebasin", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _complain(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted", 130)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fedrebasin"):
+            raise
+        return _complain(f'missing: {error.name}; pip install "fedrebasin[simulation]"', 2)
+    except BaseException as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        return _complain(str(error), status)
+    return status if isinstance(status, int) else 0
+
+
+def _status_of(error: BaseException) -> int | None:
+    from fedrebasin.errors import UsageError
+
+    if isinstance(error, UsageError):
+        return 2
+    from fedrebasin.simulations.runtime import Interrupted, RunError
+
+    if isinstance(error, RunError):
+        return 1
+    return error.status if isinstance(error, Interrupted) else None
+
+
+def _complain(message: str, status: int) -> int:
+    line = " ".join(message.split())
+    print(f"fedrebasin: {line}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

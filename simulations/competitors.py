@@ -1,0 +1,158 @@
+"""The strategies by the names that the command line knows them by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fedrebasin.errors import UsageError
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
+
+#: name on the command line -> (class in flwr.serverapp.strategy, how tables call it)
+FLOWER = {
+    "fedavg": "FedAvg",
+    "fedavgm": "FedAvgM",
+    "fedprox": "FedProx",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fedadagrad": "FedAdagrad",
+    "fedmedian": "FedMedian",
+}
+#: joins every comparison of clients that start apart: what the same work is worth from a common start
+COMMON_START = "fedavg@common"
+REFERENCES = ("auto", "global", "largest", "merge-many")
+MATCHINGS = ("weight",)
+CORRECTIONS = ("none", "repair", "reset-batchnorm")
+_NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
+
+
+def parse_strategies(text: str) -> list[str]:
+    """Read the names of strategies: FedAvg's kin, ``fedrebasin`` and ``rebasin:NAME``, both also with ``+CORRECTION``.
+
+    Raises
+    ------
+    UsageError
+        If a name is unknown or given twice.
+
+    Examples
+    --------
+    >>> parse_strategies("fedavg,fedrebasin,rebasin:fedadam,fedrebasin+repair")
+    ['fedavg', 'fedrebasin', 'rebasin:fedadam', 'fedrebasin+repair']
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name in FLOWER:
+            continue
+        match = _NAME.fullmatch(name)
+        inner, correction = (match["inner"], match["correction"]) if match else (None, None)
+        if match is None or (inner and inner not in FLOWER) or (correction and correction not in CORRECTIONS):
+            raise UsageError(
+                f"--strategies: expected {', '.join(FLOWER)}, fedrebasin or rebasin:NAME, these two also with "
+                f"+repair or +reset-batchnorm; got {name!r}"
+            )
+    if len(set(names)) < len(names):
+        raise UsageError(f"--strategies: expected each name once; got {text!r}")
+    return names
+
+
+def check_words(reference: str, matching: str, correction: str) -> None:
+    """Refuse a word that the strategies do not know, before anything starts.
+
+    >>> check_words("auto", "weight", "none")
+    """
+    for option, word, known in (
+        ("reference", reference, REFERENCES),
+        ("matching", matching, MATCHINGS),
+        ("correction", correction, CORRECTIONS),
+    ):
+        if word not in known:
+            raise UsageError(f"--{option}: expected one of {', '.join(known)}; got {word!r}")
+
+
+def label_of(name: str) -> str:
+    """How tables and plots call a strategy.
+
+    >>> label_of("fedprox"), label_of("fedrebasin+repair"), label_of("rebasin:fedadam")
+    ('FedProx', 'FedRebasin + repair', 'Rebasin(FedAdam)')
+    """
+    if name == COMMON_START:
+        return "FedAvg, common start"
+    plain, _, correction = name.partition("+")
+    if plain in FLOWER:
+        label = FLOWER[plain]
+    elif plain == "fedrebasin":
+        label = "FedRebasin"
+    else:
+        label = f"Rebasin({FLOWER[plain.removeprefix('rebasin:')]})"
+    return f"{label} + {correction}" if correction else label
+
+
+def make_strategy(
+    name: str,
+    *,
+    nodes: int,
+    model: Callable[[], nn.Module],
+    example_inputs: tuple[Tensor, ...],
+    calibration: Sequence[Tensor],
+    reference: str,
+    matching: str,
+    correction: str,
+    server_lr: float,
+    proximal_mu: float,
+    seed: int,
+    device: str,
+) -> Strategy:
+    """Build a strategy that trains on every node each round and leaves evaluation to the server.
+
+    Parameters
+    ----------
+    calibration : sequence of Tensor
+        Batches of inputs; only strategies with a correction get them.
+    correction : str
+        For re-basin strategies whose name has no ``+CORRECTION``.
+    server_lr : float
+        FedAdam's, FedYogi's and FedAdagrad's eta.
+    """
+    plain, _, own = name.removesuffix("@common").partition("+")
+    if plain in FLOWER:
+        return _flower(plain, nodes, server_lr, proximal_mu)
+    from fedrebasin.strategies import FedRebasin, Rebasin
+
+    chosen = own or correction
+    options: dict[str, Any] = {
+        "model": model,
+        "example_inputs": example_inputs,
+        "reference": reference,
+        "matching": matching,
+        "seed": seed,
+        "device": device,
+    }
+    if chosen != "none":
+        options |= {"correction": chosen, "calibration": calibration}
+    if plain == "fedrebasin":
+        return FedRebasin(**options, **_sampling(nodes))
+    return Rebasin(_flower(plain.removeprefix("rebasin:"), nodes, server_lr, proximal_mu), **options)
+
+
+def _sampling(nodes: int) -> dict[str, Any]:
+    # with Flower's default minimum of two, round 1 could sample only two of many nodes
+    return {"fraction_evaluate": 0.0, "min_train_nodes": nodes, "min_available_nodes": nodes}
+
+
+def _flower(name: str, nodes: int, server_lr: float, proximal_mu: float) -> Strategy:
+    from flwr.serverapp import strategy as flower
+
+    options = _sampling(nodes)
+    if name == "fedprox":
+        options["proximal_mu"] = proximal_mu
+    if name in ("fedadam", "fedyogi", "fedadagrad"):
+        options["eta"] = server_lr
+    if name == "fedavgm":
+        options["server_momentum"] = 0.9
+    strategy: Strategy = getattr(flower, FLOWER[name])(**options)
+    return strategy

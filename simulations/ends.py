@@ -1,0 +1,122 @@
+"""Trained ends: a network trained on some of the rows, made once, saved as safetensors and used again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.models import build_model
+from fedrebasin.simulations.training import RECIPES, Progress, train
+
+#: the ends of the experiment; the index is part of their seeds
+END_NAMES = ("a", "b", "all")
+
+
+@dataclass(frozen=True)
+class EndConfig:
+    """All that decides the weights of a trained end, but for hardware and versions."""
+
+    dataset: str
+    source: str
+    held: float
+    model: str
+    width: int
+    norm: str
+    epochs: int
+    seed: int
+    end: str
+
+
+def disjoint_halves(labels: Tensor, classes: int, held: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Split the rows as Git Re-Basin's Section 5.4 does.
+
+    In the order of ``default_rng(123)``, A gets the first ``held`` of the rows whose label is in the lower half
+    of the classes and all but the first ``held`` of the others; B gets the rest.
+
+    Examples
+    --------
+    >>> a, b = disjoint_halves(torch.arange(10).repeat(10), 10)
+    >>> len(a), len(b), int((torch.arange(10).repeat(10)[a] < 5).sum())
+    (50, 50, 10)
+    """
+    order = torch.from_numpy(np.random.default_rng(123).permutation(len(labels)))
+    lower = labels[order] < classes // 2
+    low, high = order[lower], order[~lower]
+    cut_low, cut_high = round(held * len(low)), round(held * len(high))
+    return torch.cat([low[:cut_low], high[cut_high:]]), torch.cat([low[cut_low:], high[:cut_high]])
+
+
+def make_model(config: EndConfig, data: Dataset) -> nn.Module:
+    """Build the end's network with the initial weights that its seed gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(config))
+        return build_model(config.model, data.shape, data.classes, width=config.width, norm=config.norm)
+
+
+def trained_end(
+    config: EndConfig,
+    data: Dataset,
+    rows: Tensor,
+    folder: Path,
+    *,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Tensor], float]:
+    """Return the end's state dict and the seconds that its training took, trained now or read from ``folder``.
+
+    A file is used again only if its metadata names the same ``config``.
+    """
+    path = folder / f"{config.end}-{config.model}{config.width}-{config.norm}-{config.epochs}ep-seed{config.seed}.safetensors"
+    described = json.dumps(asdict(config), sort_keys=True)
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata.get("config") == described:
+                progress(f"{path.name}: trained earlier, used again")
+                return {key: file.get_tensor(key) for key in file.keys()}, float(metadata["seconds"])  # noqa: SIM118
+    model = make_model(config, data)
+    started = time.perf_counter()
+    train(
+        model,
+        data,
+        data.train_images[rows],
+        data.train_labels[rows],
+        recipe=RECIPES[config.model],
+        epochs=config.epochs,
+        seed=_seed(config),
+        device=device,
+        progress=_report(f"seed {config.seed}, end {config.end}", config.epochs, len(rows), progress),
+    )
+    seconds = time.perf_counter() - started
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, {"config": described, "seconds": f"{seconds:.1f}"})
+    os.replace(partial, path)
+    return state, seconds
+
+
+def _seed(config: EndConfig) -> int:
+    sequence = np.random.SeedSequence([config.seed, END_NAMES.index(config.end)])
+    return int(sequence.generate_state(1)[0])
+
+
+def _report(label: str, epochs: int, rows: int, progress: Callable[[str], None]) -> Progress:
+    started = time.perf_counter()
+
+    def report(epoch: int, loss: float) -> None:
+        rate = epoch * rows / (time.perf_counter() - started)
+        progress(f"{label}: epoch {epoch}/{epochs}, training loss {loss:.3f}, {rate:,.0f} images/s")
+
+    return report

@@ -1,0 +1,233 @@
+"""Line plots in one look: colour-blind safe, readable in black and white, legends that need no caption."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedrebasin.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: colour (Okabe and Ito, 2008; the yellow is left out: it drowns on white), line, marker
+STYLES: tuple[tuple[str, Any, str], ...] = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "D"),
+    ("#CC79A7", ":", "X"),
+    ("#56B4E9", (0, (5, 1)), "^"),
+    ("#E69F00", (0, (3, 1, 1, 1, 1, 1)), "v"),
+    ("#000000", "-.", "P"),
+    ("#7F7F7F", ":", "*"),
+)
+HLINE_DASHES = ((0, (1, 1.5)), (0, (5, 2)), (0, (8, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)), (0, (12, 3)))
+LOOK: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "lines.linewidth": 1.9,
+    "lines.markersize": 5.5,
+    "savefig.facecolor": "white",
+}
+LABEL_GAP = 0.062  # smallest distance of two labels beside an axes, as a fraction of its height
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: ``y`` over ``x``; ``spread``, a standard deviation over seeds, is drawn as a band around it.
+
+    ``style`` is an index into ``STYLES``; by default a label keeps its style in all panels of a figure.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    spread: Sequence[float | None] | None = None
+    style: int | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: lines, and horizontal lines that are labelled at the right-hand border.
+
+    ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x and names it;
+    ``ticks`` are the places of the x axis' ticks; ``log`` takes the logarithm of the y axis.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: Sequence[Series]
+    ticks: Sequence[float] | None = None
+    hlines: Sequence[tuple[str, float]] = ()
+    percent: bool = False
+    log: bool = False
+    diagonal: str = ""
+
+
+def save_lines(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw ``panels`` beside each other, with one legend below, into a PNG file: whole or not at all.
+
+    Raises
+    ------
+    UsageError
+        If matplotlib is missing.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "loss.png"
+    >>> save_lines(path, [Panel("Test loss", "lam", "loss", [Series("plain", [0, 0.5, 1], [0.1, 0.9, 0.2])])])
+    >>> path.read_bytes()[1:4]
+    b'PNG'
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(f'plots need matplotlib ({error}); pip install "fedrebasin[simulation]"') from error
+    labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series))
+    with matplotlib.rc_context(LOOK):
+        columns = _legend_columns(labels, len(panels))
+        rows = -(-len(labels) // columns)
+        figure = Figure(figsize=(6.0 * len(panels), 3.9 + 0.24 * rows), dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        for axis, panel in zip(axes, panels, strict=True):
+            for series in panel.series:
+                number = labels.index(series.label) if series.style is None else series.style
+                handles.setdefault(series.label, _draw(axis, series, STYLES[number % len(STYLES)]))
+            _dress(axis, panel)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.4
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            figure.savefig(partial, format="png")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _legend_columns(labels: Sequence[str], panels: int) -> int:
+    """As many columns as look well and fit: 10 points of a letter take about 6, line and gaps of an entry 62."""
+    wanted = 2 if len(labels) <= 4 and panels == 1 else min(3, len(labels))
+    fitting = int(6.0 * panels * 72 / (62 + 6 * max(map(len, labels))))
+    return max(1, min(wanted, fitting))
+
+
+def _draw(axis: Axes, series: Series, style: tuple[str, Any, str]) -> Any:
+    colour, line, marker = style
+    x, y = np.asarray(series.x, dtype=float), np.array(series.y, dtype=float)
+    every = max(1, len(x) // 8)
+    (handle,) = axis.plot(
+        x, y, color=colour, linestyle=line, marker=marker, markevery=every, markeredgecolor="white", markeredgewidth=0.6
+    )
+    if series.spread is not None and np.nanmax(np.nan_to_num(np.array(series.spread, dtype=float))) > 0:
+        spread = np.array(series.spread, dtype=float)
+        axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.17, linewidth=0)
+    return handle
+
+
+def _dress(axis: Axes, panel: Panel) -> None:
+    axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.ticks is not None:
+        axis.set_xticks(list(panel.ticks))
+    if panel.percent:
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+    if panel.diagonal:
+        axis.plot([0, 1], [0, 1], color="#777777", linewidth=1, zorder=1)
+        axis.text(
+            0.2,
+            0.21,
+            panel.diagonal,
+            rotation=45,
+            rotation_mode="anchor",
+            transform_rotates_text=True,
+            ha="center",
+            va="bottom",
+            color="#555555",
+            fontsize=8.5,
+        )
+    hlines = [(label, value) for label, value in panel.hlines if np.isfinite(value)]
+    for number, (_, value) in enumerate(hlines):
+        axis.axhline(
+            value, color="#3C3C3C", linewidth=1.1, linestyle=HLINE_DASHES[number % len(HLINE_DASHES)], zorder=1.5
+        )
+    if panel.log:
+        _log_scale(axis)
+    # the limits must be final before labels are placed beside them
+    axis.set_ylim(axis.get_ylim())
+    axis.margins(x=0.02)
+    to_axes = axis.transData + axis.transAxes.inverted()
+    heights = [float(to_axes.transform((axis.get_xlim()[0], value))[1]) for _, value in hlines]
+    for (label, _), height, place in zip(hlines, heights, spread_apart(heights, LABEL_GAP), strict=True):
+        axis.annotate(
+            label,
+            xy=(1.0, height),
+            xytext=(1.035, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8.5,
+            color="#222222",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#9A9A9A", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+        )
+
+
+def _log_scale(axis: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = math.log10(high / low)
+    axis.yaxis.set_major_locator(
+        LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5) if decades > 1 else (1, 2, 3, 5, 7))
+    )
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def spread_apart(places: Sequence[float], gap: float) -> list[float]:
+    """Move places as little as is needed for neighbours to be ``gap`` apart, their order kept.
+
+    Examples
+    --------
+    >>> [round(place, 2) for place in spread_apart([0.5, 0.5, 0.9], 0.1)]
+    [0.45, 0.55, 0.9]
+    """
+    order = np.argsort(places, kind="stable")
+    # least squares under y[i + 1] - y[i] >= gap is an isotonic regression of places - i * gap
+    blocks: list[tuple[float, int]] = []
+    for rank, index in enumerate(order):
+        blocks.append((places[index] - rank * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (low, n), (high, m) = blocks[-2:]
+            blocks[-2:] = [((low * n + high * m) / (n + m), n + m)]
+    flat = [value for value, count in blocks for _ in range(count)]
+    moved = [0.0] * len(places)
+    for rank, index in enumerate(order):
+        moved[index] = float(flat[rank] + rank * gap)
+    return moved

@@ -1,0 +1,90 @@
+"""The README's tables, rendered from the committed results: ``python -m fedrebasin.simulations.readme README.md``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedrebasin.simulations.competitors import label_of
+from fedrebasin.simulations.disjoint_page import ROWS, per_seed, spread_text
+from fedrebasin.simulations.results import load_results, write_whole
+from fedrebasin.simulations.summary import baseline_rows, by_round, percent, plain, strategies
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_MARKED = re.compile(r"(<!-- table: (?P<name>[a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ROUNDS = (1, 2, 5)
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
+
+    ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
+    other; every NAME is a folder of ``simulations/results/``.
+
+    Examples
+    --------
+    >>> render("no table here")
+    'no table here'
+    """
+
+    def table(match: re.Match[str]) -> str:
+        kind, *names = match["name"].split()
+        results = [load_results(folder / name / "results.json") for name in names]
+        rendered = {"disjoint": _disjoint, "rounds": _rounds}[kind](results)
+        return f"{match[1]}{rendered}\n{match[3]}"
+
+    return _MARKED.sub(table, text)
+
+
+def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["test loss / top-1 %", *(_title(one["config"]) for one in results)]
+    rows = []
+    for row, label in ROWS.items():
+        cells = [_cell(one, row) for one in results]
+        if any(cells):
+            ours = row.startswith("aligned")
+            rows.append([f"**{label}**" if ours else label, *(cell or "-" for cell in cells)])
+    return _markdown(columns, rows)
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    return f"{config['dataset']}, {config['model']} of width {config['width']}, {config['epochs']} epochs"
+
+
+def _cell(results: Mapping[str, Any], row: str) -> str:
+    if row not in results["seeds"][0]["rows"]:
+        return ""
+    loss = spread_text(per_seed(results, row, "test", "loss"))
+    return f"{loss} / {spread_text(per_seed(results, row, 'test', 'top1'), percent=True)}"
+
+
+def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["data, start", "strategy", *(f"round {number}" for number in _ROUNDS)]
+    rows = []
+    for one in results:
+        where = f"{one['settings']['data']}, {one['settings']['start']}"
+        for name in strategies(one):
+            cells = [percent(by_round(one, name, "accuracy", number)) for number in _ROUNDS]
+            label = label_of(name)
+            rows.append([where, f"**{label}**" if "rebasin" in name else label, *cells])
+        for label, accuracies, losses in baseline_rows(one):
+            rows.append([where, f"{label} (loss {plain(losses)})", percent(accuracies), "", ""])
+    return _markdown(columns, rows)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Rewrite the tables of the README that is named on the command line."""
+    path = Path(sys.argv[1])
+    write_whole(path, render(path.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

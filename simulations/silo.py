@@ -1,0 +1,102 @@
+"""What one node does in a round: its rows, its start, its training, and the ends that strategies share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.models import build_model
+from fedrebasin.simulations.settings import Settings
+from fedrebasin.simulations.training import RECIPES, Progress, Recipe, select_device, train
+
+#: purposes that random numbers are drawn for, so that no two share a seed
+_INITIAL, _TRAINING = 0, 1
+
+
+def initial_model(settings: Settings, data: Dataset, *, seed: int, owner: int = -1) -> nn.Module:
+    """The network with fresh weights: the server's (owner -1) or a node's own.
+
+    Examples
+    --------
+    >>> from fedrebasin.simulations.data import load_dataset
+    >>> settings = Settings(model="mlp", width=4)
+    >>> a, b = (initial_model(settings, load_dataset("digits"), seed=0, owner=owner) for owner in (0, 1))
+    >>> torch.equal(a[1].weight, b[1].weight)
+    False
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(seed, _INITIAL, owner, 0))
+        return build_model(settings.model, data.shape, data.classes, width=settings.width, norm=settings.norm)
+
+
+def train_round(
+    model: nn.Module,
+    settings: Settings,
+    data: Dataset,
+    rows: Tensor,
+    *,
+    seed: int,
+    owner: int,
+    server_round: int,
+    epochs: int,
+    prox: float = 0.0,
+    progress: Progress | None = None,
+) -> float:
+    """Train ``model`` in place on ``rows`` and return the mean loss of its last epoch.
+
+    The order of the batches depends on seed, owner and round alone, not on the strategy.
+    """
+    usual = RECIPES[settings.model]
+    recipe = Recipe(usual.optimizer, usual.lr, usual.batch, usual.schedule, usual.weight_decay, prox)
+    device = select_device(settings.device)
+    loss = train(
+        model,
+        data,
+        data.train_images[rows],
+        data.train_labels[rows],
+        recipe=recipe,
+        epochs=epochs,
+        seed=_seed(seed, _TRAINING, owner, server_round),
+        device=device,
+        progress=progress,
+    )
+    model.to("cpu")
+    return loss
+
+
+def load_end(folder: str, seed: int, node: int) -> tuple[dict[str, Tensor], float] | None:
+    """The weights and training loss with which a node left round 1 apart, if an earlier strategy had them trained.
+
+    Nothing that a server sends enters such a training, so every strategy would get these same weights; they are
+    kept in the run's own folder and never outlive the run.
+    """
+    path = _end_path(folder, seed, node)
+    if not folder or not path.exists():
+        return None
+    state = load_file(path)
+    return state, float(state.pop("loss"))
+
+
+def save_end(folder: str, seed: int, node: int, state: dict[str, Tensor], loss: float) -> None:
+    """Keep a node's end for the strategies that follow; with an empty ``folder``, do nothing."""
+    if not folder:
+        return
+    path = _end_path(folder, seed, node)
+    partial = path.with_suffix(f".{os.getpid()}")
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    save_file({**tensors, "loss": torch.tensor(loss, dtype=torch.float64)}, partial)
+    partial.replace(path)
+
+
+def _end_path(folder: str, seed: int, node: int) -> Path:
+    return Path(folder) / f"end-seed{seed}-node{node}.safetensors"
+
+
+def _seed(seed: int, purpose: int, owner: int, server_round: int) -> int:
+    return int(np.random.SeedSequence([seed, purpose, owner + 1, server_round]).generate_state(1)[0])
