@@ -141,7 +141,7 @@ def _read(name: str, files: list[Path]) -> Split:
     for file in files:
         try:
             table = parquet.read_table(file, columns=[image_column, label_column])
-        except Exception as error:  # noqa: BLE001  # pyarrow raises many kinds for a file that is not the expected one
+        except Exception as error:  # pyarrow raises many kinds for a file that is not the expected one
             raise UsageError(f"--data: {file} is not a Parquet file of {name} ({error})") from error
         images += [cell["bytes"] for cell in table.column(image_column).to_pylist()]
         labels += table.column(label_column).to_pylist()
@@ -168,7 +168,7 @@ def _download(name: str) -> tuple[Split, Split]:
     for split in ("train", "test"):
         try:
             rows = load_from_hub(hub_name, split=split).cast_column(image_column, ImageFeature(decode=False))
-        except Exception as error:  # noqa: BLE001  # the hub's client raises many kinds for one cause: no network
+        except Exception as error:  # the hub's client raises many kinds for one cause: no network
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(f"{name}: cannot download {hub_name} ({first_line}); {remedy}") from error
         splits.append((_decode([cell["bytes"] for cell in rows[image_column]]), torch.tensor(rows[label_column])))

@@ -177,7 +177,7 @@ def _effort(options: DisjointOptions, model: str, device: torch.device) -> Effor
     corrected = options.corrected_lams
     if corrected is None:
         cheap = model == "mlp" or device.type == "cuda"
-        corrected = options.lams if cheap else max(2, (options.lams - 1) // 4 + 1)
+        corrected = options.lams if cheap else max(3, 2 * ((options.lams - 1) // 8) + 1)  # odd: with the middle
     return Effort(
         lams=options.lams,
         corrected_lams=corrected,

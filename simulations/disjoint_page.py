@@ -36,10 +36,10 @@ ROWS = {
 #: curve -> name in the legend and index of its style; the order fills the legend column by column
 CURVES = {
     "plain": ("plain", 1),
-    "aligned": ("aligned", 0),
     "plain+reset": ("plain + reset", 5),
-    "aligned+reset": ("aligned + reset", 4),
     "plain+repair": ("plain + REPAIR", 3),
+    "aligned": ("aligned", 0),
+    "aligned+reset": ("aligned + reset", 4),
     "aligned+repair": ("aligned + REPAIR", 2),
 }
 DATASETS = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -78,8 +78,9 @@ def draw(results: Results, folder: Path) -> list[Picture]:
         ("train-loss.png", _along(results, "train", "loss", f"{name}: training loss between A and B", "cross-entropy")),
         ("reliability.png", _reliability(results, f"{name}: are confident answers right?")),
     ]
+    bands = " Bands: standard deviation over seeds." if len(results["seeds"]) > 1 else ""
     captions = (
-        "Test loss along the straight line from A to B (the paper's Figure 5). Bands: standard deviation over seeds.",
+        f"Test loss along the straight line from A to B (the paper's Figure 5).{bands}",
         "Top-1 accuracy along the same line (Figure 10).",
         "The same on training images of both halves.",
         "Share of right answers against confidence, on test images, averages at lam = 0.5 (Figure 11): above the "
@@ -167,15 +168,21 @@ def answer(results: Results) -> str:
         ("level", "level"): "It is level with the better of them, on loss and on accuracy",
     }.get((loss, top1), f"Against the better of them it is {loss} on loss and {top1} on accuracy")
 
+    counted = ""
+    if seeds > 1:
+        counted = (
+            f" The merge beats both ends on loss in {wins['loss']} of {seeds} seeds, "
+            f"on accuracy in {wins['top1']} of {seeds}."
+        )
+
     def numbers(row: str) -> str:
         losses, shares = per_seed(results, row, "test", "loss"), per_seed(results, row, "test", "top1")
         return f"{spread_text(losses)} and {spread_text(shares, percent=True)}"
 
     return (
         f"{opening}. Test loss and top-1 accuracy: {ROWS[merge]} {numbers(merge)}; the better of A and B "
-        f"{numbers('better-end')}; plain average {numbers('plain')}. The merge beats both ends on loss in "
-        f"{wins['loss']} of {seeds} seeds and on accuracy in {wins['top1']} of {seeds}. The ensemble, which runs both "
-        f"networks, has {numbers('ensemble-logits')}."
+        f"{numbers('better-end')}; plain average {numbers('plain')}; the ensemble, which runs both networks, "
+        f"{numbers('ensemble-logits')}.{counted}"
     )
 
 

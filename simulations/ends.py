@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -77,7 +76,8 @@ def trained_end(
 
     A file is used again only if its metadata names the same ``config``.
     """
-    path = folder / f"{config.end}-{config.model}{config.width}-{config.norm}-{config.epochs}ep-seed{config.seed}.safetensors"
+    kind = f"{config.model}{config.width}-{config.norm}-{config.epochs}ep"
+    path = folder / f"{config.end}-{kind}-seed{config.seed}.safetensors"
     described = json.dumps(asdict(config), sort_keys=True)
     if path.exists():
         with safe_open(path, framework="pt") as file:
@@ -103,7 +103,7 @@ def trained_end(
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(state, partial, {"config": described, "seconds": f"{seconds:.1f}"})
-    os.replace(partial, path)
+    partial.replace(path)
     return state, seconds
 
 

@@ -122,7 +122,7 @@ def _biased(labels: Tensor, classes: int, nodes: int, held: float, seed: int) ->
 @lru_cache(maxsize=4)
 def _from_flower(labels: tuple[int, ...], nodes: int, partition: Partition, seed: int) -> list[Tensor]:
     try:
-        from datasets import Dataset as Table  # type: ignore[import-untyped]
+        from datasets import Dataset as Table
         from flwr_datasets.partitioner import (  # type: ignore[import-untyped]
             DirichletPartitioner,
             IidPartitioner,

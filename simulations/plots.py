@@ -68,7 +68,7 @@ class Series:
 class Panel:
     """One pair of axes: lines, and horizontal lines that are labelled at the right-hand border.
 
-    ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x and names it;
+    ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x to plot and legend;
     ``ticks`` are the places of the x axis' ticks; ``log`` takes the logarithm of the y axis.
     """
 
@@ -106,9 +106,10 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
     except ImportError as error:
         raise UsageError(f'plots need matplotlib ({error}); pip install "fedrebasin[simulation]"') from error
     labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series))
+    entries = [*labels, *dict.fromkeys(panel.diagonal for panel in panels if panel.diagonal)]
     with matplotlib.rc_context(LOOK):
-        columns = _legend_columns(labels, len(panels))
-        rows = -(-len(labels) // columns)
+        columns = _legend_columns(entries, len(panels))
+        rows = -(-len(entries) // columns)
         figure = Figure(figsize=(6.0 * len(panels), 3.9 + 0.24 * rows), dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -117,6 +118,8 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
             for series in panel.series:
                 number = labels.index(series.label) if series.style is None else series.style
                 handles.setdefault(series.label, _draw(axis, series, STYLES[number % len(STYLES)]))
+            if panel.diagonal:
+                (handles[panel.diagonal],) = axis.plot([0, 1], [0, 1], color="#777777", linewidth=1, zorder=1)
             _dress(axis, panel)
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.4
@@ -131,10 +134,15 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
 
 
 def _legend_columns(labels: Sequence[str], panels: int) -> int:
-    """As many columns as look well and fit: 10 points of a letter take about 6, line and gaps of an entry 62."""
-    wanted = 2 if len(labels) <= 4 and panels == 1 else min(3, len(labels))
-    fitting = int(6.0 * panels * 72 / (62 + 6 * max(map(len, labels))))
-    return max(1, min(wanted, fitting))
+    """As many columns as look well and fit; a letter takes about 5.6 points, the line and gaps of an entry 66."""
+    columns = 2 if len(labels) <= 4 and panels == 1 else min(3, len(labels))
+    while columns > 1:
+        rows = -(-len(labels) // columns)  # a legend fills its first column first
+        widths = [66 + 5.6 * max(map(len, labels[first : first + rows])) for first in range(0, len(labels), rows)]
+        if sum(widths) <= 6.0 * panels * 72:
+            break
+        columns -= 1
+    return columns
 
 
 def _draw(axis: Axes, series: Series, style: tuple[str, Any, str]) -> Any:
@@ -156,20 +164,6 @@ def _dress(axis: Axes, panel: Panel) -> None:
         axis.set_xticks(list(panel.ticks))
     if panel.percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
-    if panel.diagonal:
-        axis.plot([0, 1], [0, 1], color="#777777", linewidth=1, zorder=1)
-        axis.text(
-            0.2,
-            0.21,
-            panel.diagonal,
-            rotation=45,
-            rotation_mode="anchor",
-            transform_rotates_text=True,
-            ha="center",
-            va="bottom",
-            color="#555555",
-            fontsize=8.5,
-        )
     hlines = [(label, value) for label, value in panel.hlines if np.isfinite(value)]
     for number, (_, value) in enumerate(hlines):
         axis.axhline(

@@ -141,7 +141,7 @@ def question_of(results: Results) -> str:
         begin = (
             f"{nodes} nodes train a network on their own part of {data} ({partition}), each from its own random start"
         )
-        return f"{begin}, for {settings['epochs']} epochs, and then send it. What does each strategy make of them?"
+        return f"{begin}, for {_epochs(settings['epochs'])}, and then send it. What does each strategy make of them?"
     return (
         f"{nodes} nodes train on their own part of {data} ({partition}), from one common start, "
         f"{_epochs(settings['epochs'])} in round 1. Does alignment change what each strategy makes of them?"

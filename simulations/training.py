@@ -78,7 +78,7 @@ def train(
     progress : callable, optional
         Called with the epoch (from 1) and its mean training loss.
     """
-    model.to(device, memory_format=torch.channels_last).train()  # a third faster on the CPU, more on a GPU
+    model.to(device).to(memory_format=torch.channels_last).train()  # a third faster on the CPU, more on a GPU
     images, labels = images.to(device), labels.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = _optimizer(model, recipe)
@@ -90,7 +90,7 @@ def train(
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(images), generator=generator).to(device)
         total = torch.zeros((), device=device)
-        for index in order[: batches * batch].split(batch):
+        for index in torch.split(order[: batches * batch], batch):
             x = data.normalise(images[index])
             if data.augment:
                 x = flip_and_shift(x, generator)
@@ -154,7 +154,7 @@ def predict(model: nn.Module, data: Dataset, images: Tensor, *, device: torch.de
     """Logits of ``model`` in evaluation mode on uint8 ``images``: float32 ``(n, classes)`` on the CPU."""
     model.to(device).eval()
     parts = []
-    for chunk in images.split(batch):
+    for chunk in torch.split(images, batch):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             parts.append(model(data.normalise(chunk.to(device))).float().cpu())
     return torch.cat(parts)

@@ -163,9 +163,8 @@ class ReplyScreen:
         for place, reply in wrong:
             bad[place] = f"node {reply.node} sent {missing_and_extra(reply.arrays, sent)}"
         same = {frozenset(reply.arrays) for _, reply in wrong}
-        if (
-            not right and len(same) == 1
-        ):  # the clients' code, not a node's fault: one explanation instead of a line each
+        # all alike: the clients' code, not a node's fault; one explanation instead of a line each
+        if not right and len(same) == 1:
             bad.update({place: "" for place, _ in wrong})
             explanation = "their keys, as explained before"
             if not self._explained:

@@ -167,7 +167,7 @@ def test_what_cannot_be_corrected_is_refused() -> None:
     state, data = net.state_dict(), [torch.randn(200, 4)]
     with pytest.raises(RebasinError, match="this network has none; use repair"):
         reset_batchnorm(net, state, data)
-    with pytest.raises(RebasinError, match="max_gain: expected 1 or more; got 0.5"):
+    with pytest.raises(RebasinError, match=r"max_gain: expected 1 or more; got 0.5"):
         repair(net, state, [state], data, max_gain=0.5)
     with pytest.raises(RebasinError, match="found none"):
         repair(nn.Linear(4, 2), nn.Linear(4, 2).state_dict(), [nn.Linear(4, 2).state_dict()], data)

@@ -173,8 +173,8 @@ def test_a_convolutional_network_gets_its_batch_norm_reset(tmp_path, no_page):
     results = load_results(tmp_path / "results.json")
     assert set(results["seeds"][0]["rows"]) == set(ROWS)
     assert headline(results) == "aligned+reset"
-    assert results["seeds"][0]["curves"]["aligned+reset"]["lams"] == [0, 1]
-    assert results["config"]["corrected_lams"] == 2
+    assert results["seeds"][0]["curves"]["aligned+reset"]["lams"] == [0, 0.5, 1]
+    assert results["config"]["corrected_lams"] == 3
 
 
 def test_the_halves_are_disjoint_complete_and_skewed_as_asked():

@@ -122,7 +122,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_tensor() -> None:
     perms = identity_perms(spec)
     with pytest.raises(SpecMismatchError, match=r"expected '0.weight' as \(3, 2\); got \(3, 3\)"):
         permute(spec, perms, {**state, "0.weight": torch.zeros(3, 3)})
-    with pytest.raises(SpecMismatchError, match="has a tensor '2.bias' that the state dict lacks"):
+    with pytest.raises(SpecMismatchError, match=r"has a tensor '2.bias' that the state dict lacks"):
         permute(spec, perms, {name: tensor for name, tensor in state.items() if name != "2.bias"})
     with pytest.raises(SpecMismatchError, match="has a tensor 'more' that the spec lacks"):
         permute(spec, perms, {**state, "more": torch.zeros(1)})

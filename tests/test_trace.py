@@ -128,5 +128,5 @@ def test_a_branch_on_data_is_refused_with_what_to_do() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(TraceError, match="expected a torch.nn.Module; got function"):
+    with pytest.raises(TraceError, match=r"expected a torch.nn.Module; got function"):
         trace(lambda x: x, (torch.zeros(2),))  # type: ignore[arg-type]

@@ -129,9 +129,9 @@ class WeightProblem:
 
     def _scale(self, block: Block) -> float:
         names = sorted(self.tensors(block))
-        first = sum(_dot(self.reference[name], self.reference[name]) for name in names)
-        second = sum(_dot(self.original[name], self.original[name]) for name in names)
-        return float(first * second) ** 0.5
+        first = math.fsum(_dot(self.reference[name], self.reference[name]) for name in names)
+        second = math.fsum(_dot(self.original[name], self.original[name]) for name in names)
+        return math.sqrt(first * second)
 
     def _unfold(self, block: Block) -> list[_Unfolding]:
         found = []
