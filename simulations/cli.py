@@ -1,4 +1,4 @@
-"""The command ``fedrebasin``. Everything heavy is imported where it is used, so that ``--help`` is quick."""
+"""The command ``fedrebasin``. What is heavy, but for torch, is imported where it is used."""
 
 from __future__ import annotations
 

@@ -84,10 +84,10 @@ def test_a_missing_package_names_the_extra_that_has_it(
     assert capsys.readouterr().err == 'fedrebasin: missing: flwr[simulation]; pip install "fedrebasin[simulation]"\n'
 
 
-def test_the_help_needs_neither_torch_nor_flower() -> None:
+def test_the_help_needs_neither_flower_nor_matplotlib() -> None:
     code = (
         "import sys; from fedrebasin.simulations import cli; status = cli.run(['--help']); "
-        "print(status, sorted({'torch', 'flwr', 'ray', 'matplotlib'} & set(sys.modules)))"
+        "print(status, sorted({'flwr', 'ray', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "compare" in done.stdout
