@@ -1,50 +1,25 @@
-"""What the experiment shows: plots and page, drawn from the results alone."""
+"""The experiment's page: question, answer, tables and plots, made from the results alone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fedrebasin.simulations.plots import Panel, Series, save_lines
+from fedrebasin.simulations.disjoint_numbers import (
+    CURVES,
+    DATASETS,
+    ROWS,
+    Results,
+    headline,
+    number,
+    per_seed,
+    spread_text,
+)
+from fedrebasin.simulations.disjoint_plots import draw
 from fedrebasin.simulations.report import Picture, Section, Table, duration, write_report
 from fedrebasin.simulations.results import summarise
-
-Results = Mapping[str, Any]
-
-#: row of the results -> what the reader calls it, in the order of the table
-ROWS = {
-    "plain": "plain average",
-    "plain+temperature": "plain average + temperature (labels)",
-    "plain+reset": "plain average + BatchNorm reset",
-    "plain+repair": "plain average + REPAIR",
-    "aligned": "aligned average",
-    "aligned+temperature": "aligned average + temperature (labels)",
-    "aligned+reset": "aligned average + BatchNorm reset",
-    "aligned+repair": "aligned average + REPAIR",
-    "a": "A alone",
-    "b": "B alone",
-    "a+corrected": "A, label prior corrected",
-    "b+corrected": "B, label prior corrected",
-    "ensemble-logits": "ensemble of logits (twice the cost)",
-    "ensemble-probabilities": "ensemble of probabilities (twice the cost)",
-    "all": "one model trained on all data",
-}
-#: curve -> name in the legend and index of its style; the order fills the legend column by column
-CURVES = {
-    "plain": ("plain", 1),
-    "plain+reset": ("plain + reset", 5),
-    "plain+repair": ("plain + REPAIR", 3),
-    "aligned": ("aligned", 0),
-    "aligned+reset": ("aligned + reset", 4),
-    "aligned+repair": ("aligned + REPAIR", 2),
-}
-DATASETS = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-TICKS = (0, 0.25, 0.5, 0.75, 1)
-FEWEST_IMAGES = 0.01  # of all: a reliability bin with fewer is noise and is not drawn
 
 
 def render(results: Results, folder: Path) -> Path:
@@ -67,67 +42,6 @@ def render(results: Results, folder: Path) -> Path:
         provenance=results["provenance"],
     )
     return page
-
-
-def draw(results: Results, folder: Path) -> list[Picture]:
-    """Draw loss and accuracy along lam (the paper's Figures 5 and 10) and calibration (Figure 11) as PNG files."""
-    name = DATASETS[results["config"]["dataset"]]
-    jobs = [
-        ("test-loss.png", _along(results, "test", "loss", f"{name}: test loss between A and B", "cross-entropy")),
-        ("test-top1.png", _along(results, "test", "top1", f"{name}: test accuracy between A and B", "top-1 accuracy")),
-        ("train-loss.png", _along(results, "train", "loss", f"{name}: training loss between A and B", "cross-entropy")),
-        ("reliability.png", _reliability(results, f"{name}: are confident answers right?")),
-    ]
-    bands = " Bands: standard deviation over seeds." if len(results["seeds"]) > 1 else ""
-    captions = (
-        f"Test loss along the straight line from A to B (the paper's Figure 5).{bands}",
-        "Top-1 accuracy along the same line (Figure 10).",
-        "The same on training images of both halves.",
-        "Share of right answers against confidence, on test images, averages at lam = 0.5 (Figure 11): above the "
-        "diagonal a model is less sure than it could be. Bins with fewer than 1% of the images are left out.",
-    )
-    pictures = []
-    for (file, panel), caption in zip(jobs, captions, strict=True):
-        save_lines(folder / file, [panel])
-        pictures.append(Picture(caption, folder / file))
-    return pictures
-
-
-def headline(results: Results) -> str:
-    """The merge that the answer speaks of, fixed beforehand: with BatchNorm its reset, without norm no correction."""
-    return "aligned+reset" if "aligned+reset" in results["seeds"][0]["rows"] else "aligned"
-
-
-def per_seed(results: Results, row: str, part: str, key: str) -> list[float]:
-    """One number of every seed; ``better-end`` and ``better-end+corrected`` are the better of A and B in it."""
-    lower_is_better = key in ("loss", "ece")
-    choose: Callable[[Sequence[float]], float] = min if lower_is_better else max
-    names = {"better-end": ("a", "b"), "better-end+corrected": ("a+corrected", "b+corrected")}.get(row, (row,))
-    return [choose([_number(seed["rows"][name][part][key]) for name in names]) for seed in results["seeds"]]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _mean(results: Results, row: str, key: str) -> float:
-    return summarise(per_seed(results, row, "test", key))[0]
-
-
-def spread_text(values: Sequence[float], *, percent: bool = False) -> str:
-    """Mean and, for several seeds, standard deviation.
-
-    >>> spread_text([0.5, 0.7], percent=True), spread_text([0.0912]), spread_text([12.3, 12.5])
-    ('60.0 ± 14.1%', '0.091', '12.40 ± 0.14')
-    """
-    mean, deviation, n = summarise(values)
-    if n == 0:
-        return "not finite"
-    scale, digits = (100, 1) if percent else (1, 3 if abs(mean) < 10 else 2)
-    text = f"{scale * mean:.{digits}f}"
-    if n > 1:
-        text += f" ± {scale * deviation:.{digits}f}"
-    return text + "%" if percent else text
 
 
 def _question(results: Results) -> str:
@@ -256,10 +170,10 @@ def _path_table(results: Results) -> Table:
         row = [label]
         for part in ("test", "train"):
             for key in ("loss-barrier", "barrier-above-chord"):
-                row.append(spread_text([_number(seed["curves"][name][part][key]) for seed in results["seeds"]]))
+                row.append(spread_text([number(seed["curves"][name][part][key]) for seed in results["seeds"]]))
         best = [seed["curves"][name]["test"] for seed in results["seeds"]]
-        row.append(", ".join(f"{_number(one['best-lam']):.2f}" for one in best))
-        row.append(spread_text([min(_number(loss) for loss in one["loss"]) for one in best]))
+        row.append(", ".join(f"{number(one['best-lam']):.2f}" for one in best))
+        row.append(spread_text([min(number(loss) for loss in one["loss"]) for one in best]))
         rows.append(row)
     config = results["config"]
     note = (
@@ -294,58 +208,4 @@ def _matching(results: Results) -> str:
         f"{seconds} a seed, moved {moved} of the units, and raised the inner product of the two networks' weights "
         f"from {before} to {after}. Training of all networks took {training} in all; what an earlier run had "
         f"trained or measured is used again and is not in the duration below."
-    )
-
-
-def _along(results: Results, part: str, key: str, title: str, ylabel: str) -> Panel:
-    series = []
-    for name, (label, style) in CURVES.items():
-        curves = [seed["curves"][name] for seed in results["seeds"] if name in seed["curves"]]
-        if not curves:
-            continue
-        points = [summarise([curve[part][key][i] for curve in curves]) for i in range(len(curves[0]["lams"]))]
-        series.append(
-            Series(label, curves[0]["lams"], [point[0] for point in points], [point[1] for point in points], style)
-        )
-    lines = [("better end", "better-end"), ("better end, prior corrected", "better-end+corrected")]
-    lines.append(("ensemble of logits", "ensemble-logits"))
-    if part == "test":  # on its own training images that model is near zero, far below everything else
-        lines.append(("trained on all data", "all"))
-    hlines = [(label, summarise(per_seed(results, row, part, key))[0]) for label, row in lines]
-    return Panel(
-        title=title,
-        xlabel="lam (0: A, 1: B)",
-        ylabel=ylabel,
-        series=series,
-        ticks=TICKS,
-        hlines=hlines,
-        percent=key != "loss",
-        log=key == "loss",
-    )
-
-
-def _reliability(results: Results, title: str) -> Panel:
-    merge = headline(results)
-    shown = {
-        "plain average": (("plain",), 1),
-        ROWS[merge]: ((merge,), 0),
-        "A and B alone": (("a", "b"), 3),
-        "ensemble of logits": (("ensemble-logits",), 2),
-        "trained on all data": (("all",), 6),
-    }
-    series = []
-    for label, (names, style) in shown.items():
-        pooled = [seed["reliability"][name] for seed in results["seeds"] for name in names]
-        bins = {key: np.sum([one[key] for one in pooled], axis=0) for key in ("count", "confidence", "accuracy")}
-        kept = bins["count"] >= max(1, FEWEST_IMAGES * bins["count"].sum())
-        confidence, accuracy = (bins[key][kept] / bins["count"][kept] for key in ("confidence", "accuracy"))
-        series.append(Series(label, confidence.tolist(), accuracy.tolist(), style=style))
-    return Panel(
-        title=title,
-        xlabel="confidence (mean of the bin, seeds pooled)",
-        ylabel="right answers",
-        series=series,
-        ticks=(0, 0.2, 0.4, 0.6, 0.8, 1),
-        percent=True,
-        diagonal="as often right as sure",
     )

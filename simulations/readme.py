@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrebasin.simulations.competitors import label_of
-from fedrebasin.simulations.disjoint_page import ROWS, per_seed, spread_text
+from fedrebasin.simulations.disjoint_numbers import ROWS, per_seed, spread_text
 from fedrebasin.simulations.results import load_results, write_whole
 from fedrebasin.simulations.summary import baseline_rows, by_round, percent, plain, strategies
 

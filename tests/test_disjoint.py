@@ -14,7 +14,8 @@ import torch
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations import disjoint, ends
 from fedrebasin.simulations.disjoint import DisjointOptions, redraw, reproduce_disjoint
-from fedrebasin.simulations.disjoint_page import ROWS, answer, headline, per_seed
+from fedrebasin.simulations.disjoint_numbers import ROWS, headline, per_seed
+from fedrebasin.simulations.disjoint_page import answer
 from fedrebasin.simulations.ends import disjoint_halves
 from fedrebasin.simulations.results import load_results, save_results
 
