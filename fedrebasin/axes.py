@@ -9,13 +9,12 @@ A node describes the order of ``size`` units along one axis::
 ``unify`` says that two axes are moved by the same permutation. Where their trees differ, leaves are refined
 (cut into a sum, split into a product) until they agree; trees that cannot agree are fixed, which is always
 correct. A leaf may have its own permutation for each index of another leaf, its ``over``: then it is a
-*family* (units within each group of a grouped convolution). ``drop_dangling_families`` takes that freedom
-away where some tensor has the inner leaf without the outer one.
+*family* (units within each group of a grouped convolution; see :mod:`fedrebasin.families`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 
 
@@ -59,13 +58,13 @@ def leaf(size: int, reason: str = "") -> Node:
 
 def concat(parts: Sequence[Node]) -> Node:
     """The axis of a concatenation."""
-    flat = [part for node in parts for part in _flatten(node, Kind.SUM) if part.size > 0]
+    flat = [part for node in parts for part in flatten(node, Kind.SUM) if part.size > 0]
     return flat[0] if len(flat) == 1 else Node(sum(part.size for part in flat), kind=Kind.SUM, children=flat)
 
 
 def product(factors: Sequence[Node]) -> Node:
     """The axis of a flatten, the outermost factor first."""
-    flat = [factor for node in factors for factor in _flatten(node, Kind.PRODUCT) if factor.size != 1]
+    flat = [factor for node in factors for factor in flatten(node, Kind.PRODUCT) if factor.size != 1]
     if not flat:
         return leaf(1, "size 1")
     size = 1
@@ -111,7 +110,7 @@ def unify(a: Node, b: Node) -> None:
 
 def split(node: Node, sizes: Sequence[int]) -> list[Node] | None:
     """View the axis as a product of factors of these sizes; ``None`` where its tree does not allow it."""
-    queue = _flatten(node, Kind.PRODUCT)
+    queue = flatten(node, Kind.PRODUCT)
     result = []
     for size in sizes:
         factors: list[Node] = []
@@ -121,7 +120,7 @@ def split(node: Node, sizes: Sequence[int]) -> list[Node] | None:
                 return None
             factor = queue.pop(0).root
             if factor.kind is Kind.PRODUCT:
-                queue = _flatten(factor, Kind.PRODUCT) + queue
+                queue = flatten(factor, Kind.PRODUCT) + queue
             elif need % factor.size == 0:
                 factors.append(factor)
                 need //= factor.size
@@ -138,7 +137,7 @@ def split(node: Node, sizes: Sequence[int]) -> list[Node] | None:
 
 def cut(node: Node, sizes: Sequence[int]) -> list[Node] | None:
     """View the axis as parts of these sizes side by side; ``None`` where its tree does not allow it."""
-    queue = _flatten(node, Kind.SUM)
+    queue = flatten(node, Kind.SUM)
     result = []
     for size in sizes:
         parts: list[Node] = []
@@ -146,7 +145,7 @@ def cut(node: Node, sizes: Sequence[int]) -> list[Node] | None:
         while need > 0:
             part = queue.pop(0).root
             if part.kind is Kind.SUM:
-                queue = _flatten(part, Kind.SUM) + queue
+                queue = flatten(part, Kind.SUM) + queue
             elif part.size <= need:
                 parts.append(part)
                 need -= part.size
@@ -158,67 +157,12 @@ def cut(node: Node, sizes: Sequence[int]) -> list[Node] | None:
     return result
 
 
-def drop_dangling_families(tensors: Iterable[Sequence[Node]]) -> None:
-    """Make a family's permutations equal where some tensor has its inner leaf but not its outer one."""
-    tensors = [list(axes) for axes in tensors]
-    changed = True
-    while changed:
-        changed = False
-        for axes in tensors:
-            for inner, visible in _visible(axes):
-                outer = inner.over.root if inner.over is not None else None
-                if outer is None:
-                    continue
-                nested = outer.over is not None
-                if inner.reason or outer.kind is not Kind.LEAF or nested or outer not in visible:
-                    inner.over, inner.independent, changed = None, True, True
-
-
-def fix_repeated_factors(axes: Iterable[Node]) -> None:
-    """Fix a leaf that is more than one factor of an axis: there its permutation would act twice."""
-    for axis in axes:
-        for node in _all_below(axis.root):
-            if node.kind is Kind.PRODUCT:
-                seen: set[Node] = set()
-                for factor in node.children:
-                    ends = set(leaves(factor))
-                    for end in seen & ends:
-                        fix(end, "twice in one axis")
-                    seen |= ends
-
-
-def _all_below(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _all_below(child.root)
-
-
-def _visible(axes: Sequence[Node]) -> Iterator[tuple[Node, set[Node]]]:
-    """Each leaf of a tensor with the leaves whose index is known wherever this leaf's is."""
-    tops = [set(_factors_outside_sums(axis)) for axis in axes]
-    for dim, axis in enumerate(axes):
-        others = set().union(*(top for other, top in enumerate(tops) if other != dim))
-        yield from _visible_below(axis.root, others)
-
-
-def _visible_below(node: Node, known: set[Node]) -> Iterator[tuple[Node, set[Node]]]:
-    if node.kind is Kind.LEAF:
-        yield node, known
-    for child in node.children:
-        siblings = [other for other in node.children if other is not child] if node.kind is Kind.PRODUCT else []
-        beside = {end for sibling in siblings for end in _factors_outside_sums(sibling)}
-        yield from _visible_below(child.root, known | beside)
-
-
-def _factors_outside_sums(node: Node) -> list[Node]:
-    return [factor for factor in _flatten(node, Kind.PRODUCT) if factor.kind is Kind.LEAF]
-
-
-def _flatten(node: Node, kind: Kind) -> list[Node]:
+def flatten(node: Node, kind: Kind) -> list[Node]:
+    """The parts of a sum or the factors of a product, however nested; any other node alone."""
     node = node.root
     if node.kind is not kind:
         return [node]
-    return [end for child in node.children for end in _flatten(child, kind)]
+    return [end for child in node.children for end in flatten(child, kind)]
 
 
 def _bind(end: Node, other: Node) -> None:
@@ -255,18 +199,18 @@ def _cut_leaf(end: Node, size: int) -> list[Node]:
 
 def _unify_sums(a: Node, b: Node) -> bool:
     for kept, other in ((a, b), (b, a)):
-        sizes = [part.size for part in _flatten(kept, Kind.SUM)]
+        sizes = [part.size for part in flatten(kept, Kind.SUM)]
         if cut(other, sizes) is None:
             return False
-    return _unify_pairs(_flatten(a, Kind.SUM), _flatten(b, Kind.SUM))
+    return _unify_pairs(flatten(a, Kind.SUM), flatten(b, Kind.SUM))
 
 
 def _unify_products(a: Node, b: Node) -> bool:
     for kept, other in ((a, b), (b, a)):
-        sizes = [factor.size for factor in _flatten(kept, Kind.PRODUCT)]
+        sizes = [factor.size for factor in flatten(kept, Kind.PRODUCT)]
         if split(other, sizes) is None:
             return False
-    return _unify_pairs(_flatten(a, Kind.PRODUCT), _flatten(b, Kind.PRODUCT))
+    return _unify_pairs(flatten(a, Kind.PRODUCT), flatten(b, Kind.PRODUCT))
 
 
 def _unify_pairs(first: list[Node], second: list[Node]) -> bool:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from fedrebasin.axes import Kind, Node, drop_dangling_families, fix_repeated_factors, leaf, leaves
+from fedrebasin.axes import leaf
 from fedrebasin.batches import evaluation_mode, split_inputs
 from fedrebasin.errors import TraceError, UnsupportedOpError
-from fedrebasin.layout import Fixed, Free, Layout, Product, Sum
+from fedrebasin.families import drop_dangling_families, fix_repeated_factors
+from fedrebasin.freeze import freeze, name_leaves
+from fedrebasin.layout import Layout
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.spec import PermutationSpec
 
@@ -191,12 +193,12 @@ class _Walk:
                 self.traced.fix(value, "not used in evaluation mode")
         fix_repeated_factors(axis for value in self.parameters.values() for axis in value.axes)
         drop_dangling_families(self.traced.tensors)
-        names = _name_leaves({name: value.axes for name, value in self.parameters.items()})
+        names = name_leaves({name: value.axes for name, value in self.parameters.items()})
         axes: dict[str, tuple[Layout, ...]] = {}
         for name, tensor in self.state.items():
             traced = self.parameters.get(name)
             nodes = traced.axes if traced else [leaf(size, "not in the exported graph") for size in tensor.shape]
-            axes[name] = tuple(_freeze(node, names) for node in nodes)
+            axes[name] = tuple(freeze(node, names) for node in nodes)
         return PermutationSpec(
             axes=axes,
             buffers=tuple(name for name in self.state if name not in parameters),
@@ -207,32 +209,6 @@ class _Walk:
             ),
             inputs=inputs,
         )
-
-
-def _name_leaves(tensors: dict[str, list[Node]]) -> dict[Node, str]:
-    """Name each free leaf after the first module whose weight produces its units."""
-    names: dict[Node, str] = {}
-    taken: dict[str, int] = {}
-    producing = [(name, axes[0]) for name, axes in tensors.items() if len(axes) > 1]
-    others = [(f"{name}:{dim}", axis) for name, axes in tensors.items() for dim, axis in enumerate(axes)]
-    over = {end.over.root for axes in tensors.values() for axis in axes for end in leaves(axis) if end.over is not None}
-    for name, axis in [(name.rpartition(".")[0] or name, axis) for name, axis in producing] + others:
-        for end in leaves(axis):
-            if end not in names and end.size > 1 and (not end.reason or end in over):
-                taken[name] = taken.get(name, 0) + 1
-                names[end] = name if taken[name] == 1 else f"{name}#{taken[name]}"
-    return names
-
-
-def _freeze(node: Node, names: dict[Node, str]) -> Layout:
-    node = node.root
-    if node.kind is Kind.SUM:
-        return Sum(tuple(_freeze(child, names) for child in node.children))
-    if node.kind is Kind.PRODUCT:
-        return Product(tuple(_freeze(child, names) for child in node.children))
-    if node.reason or node.size == 1:
-        return Fixed(node.size, node.reason or "size 1", names.get(node, ""))
-    return Free(names[node], node.size, names[node.over.root] if node.over is not None else "")
 
 
 def _values(argument: Any) -> list[Value]:
