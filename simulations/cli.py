@@ -181,7 +181,8 @@ def _status_of(error: BaseException) -> int | None:
 
     if isinstance(error, UsageError):
         return 2
-    from fedrebasin.simulations.runtime import Interrupted, RunError
+    from fedrebasin.simulations.interrupts import Interrupted
+    from fedrebasin.simulations.runtime import RunError
 
     if isinstance(error, RunError):
         return 1

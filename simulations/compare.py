@@ -18,10 +18,12 @@ from fedrebasin.errors import UsageError
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.events import Event
 from fedrebasin.simulations.handover import hand_over
+from fedrebasin.simulations.interrupts import signals_raise
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import load_results, provenance, save_results
-from fedrebasin.simulations.runtime import RunError, Site, run_app, signals_raise
+from fedrebasin.simulations.runtime import RunError, run_app
 from fedrebasin.simulations.settings import Settings, resolve, to_run_config
+from fedrebasin.simulations.site import Site
 from fedrebasin.simulations.summary import write_page
 from fedrebasin.simulations.training import select_device
 

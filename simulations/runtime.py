@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -18,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import fedrebasin
-from fedrebasin.errors import UsageError
 from fedrebasin.simulations.events import Event, Follower
+from fedrebasin.simulations.interrupts import on_signals, signals_raise
 from fedrebasin.simulations.processes import Family
+from fedrebasin.simulations.site import Site, environment_of, find_tool, folder_for_ray
 
 #: seconds between two looks at the progress file and the process table, and between two questions to the SuperLink
 LOOK, ASK = 0.5, 15.0
@@ -34,44 +28,6 @@ PATIENCE = 10.0
 
 class RunError(RuntimeError):
     """The run did not end well; the message says why and where its log is."""
-
-
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP came; ``status`` is the exit status that says so."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
-        self.status = 128 + number
-
-
-@dataclass(frozen=True)
-class Site:
-    """The folder of one run: Flower's home, a neutral working directory, logs and what processes hand to each other."""
-
-    folder: Path
-
-    @property
-    def home(self) -> Path:
-        """Flower's home."""
-        return self.folder / "home"
-
-    @property
-    def log(self) -> Path:
-        """What SuperLink, server and clients printed."""
-        return self.folder / "run.log"
-
-    @property
-    def progress(self) -> Path:
-        """The JSON lines that server and clients write."""
-        return self.folder / "progress.jsonl"
-
-    def keep_only_the_log(self) -> None:
-        """Delete everything else."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path != self.log:
-                path.unlink(missing_ok=True)
 
 
 def run_app(
@@ -108,7 +64,7 @@ def run_app(
     """
     for name in ("home", "cwd"):
         (site.folder / name).mkdir()
-    with signals_raise(), _ray_folder(site) as ray_folder, _superlink(site, ray_folder) as link:
+    with signals_raise(), folder_for_ray(site) as ray_folder, _superlink(site, ray_folder) as link:
         run_id = _submit(link, app, run_config, {"num-supernodes": nodes, **federation})
         _follow(link, run_id, on_event)
 
@@ -122,7 +78,7 @@ class _Link:
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Ask Flower's command line for JSON."""
-        call = [_tool("flwr"), *arguments, "--format", "json"]
+        call = [find_tool("flwr"), *arguments, "--format", "json"]
         cwd = self.site.folder / "cwd"
         done = subprocess.run(
             call, cwd=cwd, env=self.environment, capture_output=True, text=True, check=False, start_new_session=True
@@ -144,11 +100,11 @@ class _Link:
 @contextmanager
 def _superlink(site: Site, ray_folder: str) -> Iterator[_Link]:
     port = _free_port()
-    environment = {**_environment(site), "RAY_TMPDIR": ray_folder}
+    environment = {**environment_of(site), "RAY_TMPDIR": ray_folder}
     (site.home / "config.toml").write_text(
         f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    call = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    call = [find_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     call += ["--host", "127.0.0.1", "--port", str(port), "--database", str(site.folder / "state.db")]
     with site.log.open("wb") as log:
         process = subprocess.Popen(
@@ -167,43 +123,6 @@ def _superlink(site: Site, ray_folder: str) -> Iterator[_Link]:
         yield link
     finally:
         _end(link)
-
-
-def _environment(site: Site) -> dict[str, str]:
-    environment = dict(os.environ)
-    here = str(Path(sys.executable).parent)
-    # every process of the run imports the fedrebasin that this one runs
-    library = str(Path(fedrebasin.__file__).parent.parent)
-    environment |= {
-        "FLWR_HOME": str(site.home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.pathsep.join([here, environment.get("PATH", "")]),
-        "PYTHONPATH": os.pathsep.join(filter(None, [library, environment.get("PYTHONPATH", "")])),
-    }
-    return environment
-
-
-@contextmanager
-def _ray_folder(site: Site) -> Iterator[str]:
-    """A folder for Ray, which puts sockets there; the path of a socket has about 100 characters at most."""
-    above = site.folder if len(str(site.folder)) < 30 else Path("/tmp")
-    folder = tempfile.mkdtemp(prefix="ray-", dir=above)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tool(name: str) -> str:
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise UsageError(f'{name} is not installed; pip install "fedrebasin[simulation]"')
-    return found
 
 
 def _free_port() -> int:
@@ -279,34 +198,9 @@ def _status(link: _Link, run_id: str) -> str:
 def _end(link: _Link) -> None:
     """End all processes; a second signal meanwhile means at once."""
     hurried: list[int] = []
-    with _on_signals(lambda number, frame: hurried.append(number)):
+    with on_signals(lambda number, frame: hurried.append(number)):
         reaper = threading.Thread(target=link.process.wait, daemon=True)
         reaper.start()
         left = link.family.end(patience=PATIENCE, hurry=lambda: bool(hurried))
     if left:
         raise link.error(f"these processes of the run could not be ended: {left}")
-
-
-@contextmanager
-def signals_raise() -> Iterator[None]:
-    """Within it, SIGINT, SIGTERM and SIGHUP raise :class:`Interrupted`, so that whatever was begun is cleared away."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    with _on_signals(interrupt):
-        yield
-
-
-@contextmanager
-def _on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers; whoever runs this in another takes care of signals
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)

@@ -23,9 +23,10 @@ from fedrebasin.simulations.events import Follower, emit
 from fedrebasin.simulations.handover import TENSORS, hand_over, take_over
 from fedrebasin.simulations.processes import Family
 from fedrebasin.simulations.results import load_results
-from fedrebasin.simulations.runtime import RunError, Site
+from fedrebasin.simulations.runtime import RunError
 from fedrebasin.simulations.settings import Settings, from_run_config, resolve, to_run_config
 from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+from fedrebasin.simulations.site import Site
 from fedrebasin.simulations.summary import answer_of, round_table
 
 
