@@ -59,6 +59,7 @@ class Batches:
 
     Examples
     --------
+    >>> import torch
     >>> [(args[0].shape, target) for args, _, target in Batches([torch.zeros(2, 4)])]
     [(torch.Size([2, 4]), None)]
     """
@@ -125,6 +126,7 @@ def count_inputs(model: nn.Module) -> int:
 def tensors(output: Any) -> list[Tensor]:
     """All floating tensors in a model's output, in order: the output may be a tensor, a tuple or a dict.
 
+    >>> import torch
     >>> len(tensors({"logits": torch.zeros(2), "hidden": (torch.zeros(3), None)}))
     2
     """
