@@ -176,7 +176,7 @@ def _dress(axis: Axes, panel: Panel) -> None:
     axis.margins(x=0.02)
     to_axes = axis.transData + axis.transAxes.inverted()
     heights = [float(to_axes.transform((axis.get_xlim()[0], value))[1]) for _, value in hlines]
-    for (label, _), height, place in zip(hlines, heights, spread_apart(heights, LABEL_GAP), strict=True):
+    for (label, _), height, place in zip(hlines, heights, _label_places(heights), strict=True):
         axis.annotate(
             label,
             xy=(1.0, height),
@@ -189,6 +189,13 @@ def _dress(axis: Axes, panel: Panel) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "#9A9A9A", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
         )
+
+
+def _label_places(heights: Sequence[float]) -> list[float]:
+    """Apart from each other, and none so high that it meets the title."""
+    from_top = np.argsort(np.argsort([-height for height in heights], kind="stable"), kind="stable")
+    low = [min(height, 0.97 - rank * LABEL_GAP) for height, rank in zip(heights, from_top, strict=True)]
+    return spread_apart(low, LABEL_GAP)
 
 
 def _log_scale(axis: Axes) -> None:
