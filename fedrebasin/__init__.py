@@ -13,7 +13,8 @@ from fedrebasin.errors import (
 )
 from fedrebasin.matching import ManyMatching, Matching, match_many, weight_matching
 from fedrebasin.merge import align, interpolate, merge, merge_modules
-from fedrebasin.permute import compose, identity_perms, invert, moved_fraction, permute, random_perms
+from fedrebasin.perms import compose, identity_perms, invert, moved_fraction, random_perms
+from fedrebasin.permute import permute
 from fedrebasin.spec import Axis, PermutationSpec
 from fedrebasin.trace import trace
 

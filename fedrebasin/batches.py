@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,15 +26,20 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into evaluation mode and every module back into its own mode afterwards."""
+def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put ``model`` into training or evaluation mode, and every module back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode inside a ``with``."""
+    return mode_of(model, training=False)
 
 
 class Batches:

@@ -7,13 +7,15 @@
     Sum((Free("stem", 64), Free("x", 32)))    concat: 64 units, then 32
     Product((Free("conv5", 512), Fixed(49)))  flatten: unit c, pixel p is index 49 * c + p
     Free("inner", 4, over="groups")           a family: its own permutation for each index of "groups"
+    Each("halves", (Free("a", 8), Free("b", 8)))   where the fixed axis "halves" has index 0, or 1
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,7 +69,20 @@ class Product:
         return size
 
 
-Layout = Free | Fixed | Sum | Product
+@dataclass(frozen=True)
+class Each:
+    """``parts[i]`` holds where the fixed leaf named ``over``, a factor here or an axis beside it, has index ``i``."""
+
+    over: str
+    parts: tuple[Layout, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of units."""
+        return self.parts[0].size
+
+
+Layout = Free | Fixed | Sum | Product | Each
 
 
 def leaves(layout: Layout) -> Iterator[Free | Fixed]:
@@ -77,51 +92,95 @@ def leaves(layout: Layout) -> Iterator[Free | Fixed]:
     [8, 49]
     """
     match layout:
-        case Sum(parts=children) | Product(factors=children):
+        case Sum(parts=children) | Product(factors=children) | Each(parts=children):
             for child in children:
                 yield from leaves(child)
         case _:
             yield layout
 
 
-def positions(layout: Layout, name: str) -> Tensor | None:
-    """Where the units of one leaf lie along the axis.
+def outer_names(layout: Layout) -> set[str]:
+    """The leaves, in this axis or beside it, on whose index the order along the axis depends.
+
+    >>> outer_names(Product((Free("heads", 2), Free("units", 8, over="heads"))))
+    {'heads'}
+    """
+    match layout:
+        case Free():
+            return {layout.over} if layout.over else set()
+        case Fixed():
+            return set()
+        case Each():
+            return {layout.over}.union(*(outer_names(part) for part in layout.parts))
+        case Sum(parts=children) | Product(factors=children):
+            return set[str]().union(*(outer_names(child) for child in children))
+
+
+def has_leaf(layout: Layout, name: str) -> bool:
+    """Whether a permutation or a named fixed leaf occurs in the layout."""
+    return any(name == (end.perm if isinstance(end, Free) else end.name) for end in leaves(layout))
+
+
+def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str, int] = MappingProxyType({})) -> Tensor:
+    """Which unit of one leaf lies at each index along the axis.
 
     Parameters
     ----------
     layout : Layout
     name : str
-        A permutation, or the name of a fixed leaf that a family is over.
+        A permutation, or the name of a fixed leaf.
+    row : int, optional
+        Of a family, only the units at this index of its outer leaf.
+    at : dict of str to int
+        Indices of outer leaves that lie on other axes.
 
     Returns
     -------
-    Tensor, shape (size, copies), int64, or None
-        Row ``i`` lists the indices of unit ``i``; ``None`` if the leaf does not occur.
+    Tensor, shape (size,), int64
+        -1 where the leaf does not occur.
 
     Examples
     --------
-    >>> positions(Product((Free("c", 2), Fixed(3))), "c")
-    tensor([[0, 1, 2],
-            [3, 4, 5]])
+    >>> units(Product((Free("c", 2), Fixed(3))), "c")
+    tensor([0, 0, 0, 1, 1, 1])
     """
     match layout:
-        case Free(perm=own) | Fixed(name=own):
-            return torch.arange(layout.size).unsqueeze(1) if own == name else None
+        case Free():
+            mine = layout.perm == name and (row is None or at.get(layout.over) == row)
+            return torch.arange(layout.size) if mine else torch.full((layout.size,), -1)
+        case Fixed():
+            return torch.arange(layout.size) if layout.name == name else torch.full((layout.size,), -1)
+        case Each():
+            return units(layout.parts[at[layout.over]], name, row=row, at=at)
         case Sum():
-            found, offset = [], 0
-            for part in layout.parts:
-                inside = positions(part, name)
-                if inside is not None:
-                    found.append(inside + offset)
-                offset += part.size
-            return torch.cat(found, dim=1) if found else None
+            return torch.cat([units(part, name, row=row, at=at) for part in layout.parts])
         case Product():
-            grid = torch.arange(layout.size).view([factor.size for factor in layout.factors])
+            outer = own_outer(layout, {name, *at})
+            if outer is not None:
+                return per_index(layout, outer, at, lambda inside: units(layout, name, row=row, at=inside))
+            shape = [factor.size for factor in layout.factors]
+            found = torch.full(shape, -1)
             for dim, factor in enumerate(layout.factors):
-                inside = positions(factor, name)
-                if inside is not None:  # a leaf occurs in one factor only: two would make the axis quadratic
-                    return grid.movedim(dim, 0)[inside].flatten(1)
-            return None
+                own = units(factor, name, row=row, at=at).view([-1 if d == dim else 1 for d in range(len(shape))])
+                found = torch.where(own >= 0, own, found)
+            return found.flatten()
+
+
+def own_outer(layout: Product, known: Set[str]) -> str | None:
+    """A factor on whose index other factors depend and whose index is not known yet."""
+    own = {
+        leaf.perm if isinstance(leaf, Free) else leaf.name for leaf in layout.factors if isinstance(leaf, Free | Fixed)
+    }
+    return min((outer_names(layout) & own) - known, default=None)
+
+
+def per_index(layout: Layout, outer: str, at: Mapping[str, int], of: Callable[[dict[str, int]], Tensor]) -> Tensor:
+    """Put together, along one axis, what ``of`` says for each index of its own leaf ``outer``."""
+    where = units(layout, outer, at={**at, outer: 0})
+    found = torch.arange(layout.size)
+    for index in range(int(where.max()) + 1):
+        found = torch.where(where == index, of({**at, outer: index}), found)
+    return found
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
@@ -139,6 +198,8 @@ def to_json(layout: Layout) -> dict[str, Any]:
             return {"sum": [to_json(part) for part in layout.parts]}
         case Product():
             return {"product": [to_json(factor) for factor in layout.factors]}
+        case Each():
+            return {"each": layout.over, "parts": [to_json(part) for part in layout.parts]}
 
 
 def from_json(data: Any) -> Layout:
@@ -163,7 +224,9 @@ def from_json(data: Any) -> Layout:
             return Sum(tuple(from_json(part) for part in parts))
         case {"product": [*factors]}:
             return Product(tuple(from_json(factor) for factor in factors))
-    raise RebasinError(f"spec: expected a layout with perm, fixed, sum or product; got {str(data)[:80]}")
+        case {"each": str(over), "parts": [_, *_] as parts}:
+            return Each(over, tuple(from_json(part) for part in parts))
+    raise RebasinError(f"spec: expected a layout with perm, fixed, sum, product or each; got {str(data)[:80]}")
 
 
 def describe(layout: Layout) -> str:
@@ -179,6 +242,8 @@ def describe(layout: Layout) -> str:
             return str(layout.size)
         case Sum():
             return " + ".join(describe(part) for part in layout.parts)
+        case Each():
+            return f"[{' | '.join(describe(part) for part in layout.parts)}] by {layout.over}"
         case Product():
             return " x ".join(
                 f"({describe(factor)})" if isinstance(factor, Sum) else describe(factor) for factor in layout.factors

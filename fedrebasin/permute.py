@@ -1,19 +1,31 @@
-"""Apply, invert and compose permutations of state dicts."""
+"""Apply permutations to state dicts."""
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedrebasin.errors import SpecMismatchError
-from fedrebasin.layout import Layout, positions
+from fedrebasin.layout import (
+    Each,
+    Fixed,
+    Free,
+    Layout,
+    Product,
+    Sum,
+    has_leaf,
+    leaves,
+    outer_names,
+    own_outer,
+    per_index,
+    units,
+)
+from fedrebasin.perms import check_perms
 from fedrebasin.spec import PermutationSpec
-
-Perms = dict[str, Tensor]
 
 
 def permute(spec: PermutationSpec, perms: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,162 +61,76 @@ def permute(spec: PermutationSpec, perms: Mapping[str, Tensor], state: Mapping[s
     """
     check_perms(spec, perms)
     spec.check_state(state)
-    order = application_order(spec)
-    return like_state(
-        state, {name: permute_tensor(spec.axes[name], order, perms, tensor) for name, tensor in state.items()}
-    )
+    return like_state(state, {name: permute_tensor(spec.axes[name], perms, tensor) for name, tensor in state.items()})
 
 
-def application_order(spec: PermutationSpec) -> list[tuple[str, str]]:
-    """Each permutation with the leaf it is over; families last, because their rows follow the new outer order."""
-    plain = [(perm, "") for perm in spec.perm_shapes if perm not in spec.over]
-    return plain + [(perm, outer) for perm, outer in spec.over.items()]
-
-
-def permute_tensor(
-    layouts: tuple[Layout, ...], order: list[tuple[str, str]], perms: Mapping[str, Tensor], tensor: Tensor
-) -> Tensor:
-    """Permute one tensor; the result never shares memory with it."""
+def permute_tensor(layouts: Sequence[Layout], perms: Mapping[str, Tensor], tensor: Tensor) -> Tensor:
+    """Permute one tensor; the result never shares memory with it, and perms that are not there move nothing."""
+    outer_dims = [outer_dims_of(layouts, dim) for dim in range(len(layouts))]
     result = tensor
-    for perm, outer in order:
-        if perm in perms:
-            for dim, layout in enumerate(layouts):
-                result = _permute_axis(layouts, dim, positions(layout, perm), perms[perm], outer, result)
+    for dim in sorted(range(len(layouts)), key=lambda dim: len(outer_dims[dim])):  # outer axes before what is over them
+        if any(isinstance(leaf, Free) and leaf.perm in perms for leaf in leaves(layouts[dim])):
+            result = _permute_axis(layouts, dim, outer_dims[dim], perms, {}, result)
     return result.clone() if result is tensor else result
 
 
+def outer_dims_of(layouts: Sequence[Layout], dim: int) -> list[tuple[str, int]]:
+    """The leaves on other axes on which the order along ``dim`` depends, the fixed ones first."""
+    names = sorted(name for name in outer_names(layouts[dim]) if not has_leaf(layouts[dim], name))
+    found = [(name, other) for name in names for other, layout in enumerate(layouts) if has_leaf(layout, name)]
+    perms = {leaf.perm for layout in layouts for leaf in leaves(layout) if isinstance(leaf, Free)}
+    return sorted(dict(found).items(), key=lambda item: item[0] in perms)
+
+
 def _permute_axis(
-    layouts: tuple[Layout, ...], dim: int, places: Tensor | None, perm: Tensor, outer: str, tensor: Tensor
+    layouts: Sequence[Layout],
+    dim: int,
+    outer_dims: list[tuple[str, int]],
+    perms: Mapping[str, Tensor],
+    at: dict[str, int],
+    tensor: Tensor,
 ) -> Tensor:
-    if places is None:
-        return tensor
-    perm = perm.cpu()
-    index = torch.arange(tensor.shape[dim])
-    if not outer:
-        index[places] = places[perm]
-        return tensor.index_select(dim, index.to(tensor.device))
-    own = positions(layouts[dim], outer)
-    if own is not None:
-        grid = family_grid(own, places, tensor.shape[dim])
-        index[grid] = grid.gather(1, perm.unsqueeze(2).expand_as(grid))
-        return tensor.index_select(dim, index.to(tensor.device))
-    other = outer_dim(layouts, dim, outer)
-    rows = coordinate(layouts[other], outer)
-    table = torch.stack([index.clone().index_put((places,), places[row]) for row in perm])[rows].to(tensor.device)
-    front = tensor.movedim((other, dim), (0, 1))
-    moved = front[torch.arange(len(rows), device=tensor.device).unsqueeze(1), table]
-    return moved.movedim((0, 1), (other, dim)).contiguous()
-
-
-def outer_dim(layouts: tuple[Layout, ...], dim: int, outer: str) -> int:
-    """The other axis that has the leaf ``outer``."""
-    return next(other for other, layout in enumerate(layouts) if other != dim and positions(layout, outer) is not None)
-
-
-def coordinate(layout: Layout, name: str) -> Tensor:
-    """For every index along an axis, the index of the leaf ``name``: int64 of shape ``(size,)``, -1 elsewhere.
-
-    >>> from fedrebasin.layout import Fixed, Free, Product
-    >>> coordinate(Product((Free("c", 2), Fixed(3))), "c")
-    tensor([0, 0, 0, 1, 1, 1])
-    """
-    places = positions(layout, name)
-    result = torch.full((layout.size,), -1)
-    if places is not None:
-        result[places] = torch.arange(len(places)).unsqueeze(1).expand_as(places)
+    if not outer_dims:
+        return tensor.index_select(dim, source(layouts[dim], perms, at).to(tensor.device))
+    (outer, other), *rest = outer_dims
+    rows = units(layouts[other], outer, at=at).to(tensor.device)
+    result = tensor.clone()
+    for index in range(int(rows.max()) + 1):
+        where = (rows == index).nonzero().squeeze(1)
+        part = tensor.index_select(other, where)
+        result.index_copy_(other, where, _permute_axis(layouts, dim, rest, perms, {**at, outer: index}, part))
     return result
 
 
-def family_grid(outer: Tensor, inner: Tensor, size: int) -> Tensor:
-    """Where unit ``i`` within outer index ``g`` lies along their common axis: int64 ``(outer, n, copies)``."""
-    key = torch.full((size,), -1)
-    key[outer] = torch.arange(len(outer)).unsqueeze(1).expand_as(outer) * len(inner)
-    own = torch.full((size,), -1)
-    own[inner] = torch.arange(len(inner)).unsqueeze(1).expand_as(inner)
-    both = (own >= 0) & (key >= 0)
-    where = both.nonzero().squeeze(1)
-    return where[torch.argsort((key + own)[both], stable=True)].view(len(outer), len(inner), -1)
+def source(layout: Layout, perms: Mapping[str, Tensor], at: Mapping[str, int]) -> Tensor:
+    """For every new index along an axis the old one; ``at`` gives new indices of outer leaves on other axes.
 
-
-def identity_perms(spec: PermutationSpec) -> Perms:
-    """The permutations that move nothing."""
-    return {perm: torch.arange(shape[-1]).expand(shape).clone() for perm, shape in spec.perm_shapes.items()}
-
-
-def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perms:
-    """Uniformly random permutations, one for each entry of the spec and each row of a family."""
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        rows = shape[0] if len(shape) == 2 else 1
-        return torch.stack([torch.randperm(shape[-1], generator=generator) for _ in range(rows)]).view(shape)
-
-    return {perm: draw(shape) for perm, shape in spec.perm_shapes.items()}
-
-
-def invert(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
-    """The permutations that undo ``perms``.
-
-    >>> from fedrebasin import trace
-    >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
-    >>> invert(spec, {"0": torch.tensor([2, 0, 1])})
-    {'0': tensor([1, 2, 0])}
+    >>> from fedrebasin.layout import Fixed, Product
+    >>> source(Product((Free("c", 2), Fixed(3))), {"c": torch.tensor([1, 0])}, {})
+    tensor([3, 4, 5, 0, 1, 2])
     """
-    check_perms(spec, perms)
-    result = {perm: perms[perm].argsort() for perm in spec.perm_shapes if perm not in spec.over}
-    for perm, outer in spec.over.items():
-        rows = perms[perm] if outer not in result else perms[perm][result[outer]]
-        result[perm] = rows.argsort(dim=1)
-    return {perm: result[perm] for perm in spec.perm_shapes}
-
-
-def compose(spec: PermutationSpec, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Perms:
-    """The permutations that act like ``first`` and then ``second``.
-
-    >>> from fedrebasin import trace
-    >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
-    >>> compose(spec, {"0": torch.tensor([2, 0, 1])}, {"0": torch.tensor([1, 0, 2])})
-    {'0': tensor([0, 2, 1])}
-    """
-    check_perms(spec, first)
-    check_perms(spec, second)
-    result = {}
-    for perm in spec.perm_shapes:
-        if perm not in spec.over:
-            result[perm] = first[perm][second[perm]]
-        else:
-            outer = second.get(spec.over[perm])
-            rows = first[perm] if outer is None else first[perm][outer]
-            result[perm] = rows.gather(1, second[perm])
-    return result
-
-
-def moved_fraction(perms: Mapping[str, Tensor]) -> float:
-    """Share of units that change place, in [0, 1].
-
-    >>> moved_fraction({"a": torch.tensor([1, 0, 2, 3])})
-    0.5
-    """
-    moved = sum(int((perm != torch.arange(perm.shape[-1])).sum()) for perm in perms.values())
-    return moved / max(1, sum(perm.numel() for perm in perms.values()))
-
-
-def check_perms(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> None:
-    """Raise :class:`SpecMismatchError` unless ``perms`` are permutations of this spec."""
-    if set(perms) != set(spec.perm_shapes):
-        odd = sorted(set(perms) ^ set(spec.perm_shapes))
-        raise SpecMismatchError(
-            f"perms: expected exactly the spec's {len(spec.perm_shapes)} perms; {odd[0]!r} is in one only"
-        )
-    for name, shape in spec.perm_shapes.items():
-        perm = perms[name]
-        if not isinstance(perm, Tensor) or perm.dtype != torch.int64 or tuple(perm.shape) != shape:
-            got = f"{perm.dtype} of shape {tuple(perm.shape)}" if isinstance(perm, Tensor) else type(perm).__name__
-            raise SpecMismatchError(f"perms: expected {name!r} as int64 of shape {shape}; got {got}")
-        if not bool((perm.sort(dim=-1).values.cpu() == torch.arange(shape[-1])).all()):
-            raise SpecMismatchError(
-                f"perms: {name!r} is not a permutation: each of 0..{shape[-1] - 1} must be there once"
-            )
+    match layout:
+        case Free():
+            perm = perms.get(layout.perm)
+            if perm is None:
+                return torch.arange(layout.size)
+            return (perm[at[layout.over]] if layout.over else perm).cpu()
+        case Fixed():
+            return torch.arange(layout.size)
+        case Each():
+            return source(layout.parts[at[layout.over]], perms, at)
+        case Sum():
+            starts = [0, *itertools.accumulate(part.size for part in layout.parts[:-1])]
+            parts = zip(starts, layout.parts, strict=True)
+            return torch.cat([start + source(part, perms, at) for start, part in parts])
+        case Product():
+            outer = own_outer(layout, set(at))
+            if outer is not None:
+                return per_index(layout, outer, at, lambda inside: source(layout, perms, inside))
+            index = torch.zeros(1, dtype=torch.int64)
+            for factor in layout.factors:
+                index = (index.unsqueeze(1) * factor.size + source(factor, perms, at)).flatten()
+            return index
 
 
 def like_state(state: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,29 +1,29 @@
 """trace(model, example_inputs): the permutation spec of a model, read off its exported graph.
 
-The graph of ``torch.export`` is walked once. Every tensor is a list of axes (:mod:`fedrebasin.axes`); one rule
-per op (:mod:`fedrebasin.rules`) says which axes the op ties. Inputs and outputs are fixed, parameters start
-free, and what is free at the end may be permuted without changing the network's function.
+The graph of ``torch.export`` is walked once (:mod:`fedrebasin.walk`). Every tensor is a list of axes
+(:mod:`fedrebasin.axes`); one rule per op (:mod:`fedrebasin.rules`) says which axes the op ties. Inputs and
+outputs are fixed, parameters start free, and what is free at the end may be permuted without changing the
+network's function. Parameters that only training uses (auxiliary heads) are tied by a second graph.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping
-from typing import Any, cast
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from fedrebasin.axes import leaf
-from fedrebasin.batches import evaluation_mode, split_inputs
-from fedrebasin.errors import TraceError, UnsupportedOpError
-from fedrebasin.families import drop_dangling_families, fix_repeated_factors
-from fedrebasin.freeze import freeze, name_leaves
-from fedrebasin.layout import Layout
-from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
+from fedrebasin.axes.families import settle
+from fedrebasin.axes.freeze import freeze_all
+from fedrebasin.batches import mode_of, split_inputs
+from fedrebasin.errors import TraceError
 from fedrebasin.spec import PermutationSpec
+from fedrebasin.walk import Walk, shares
 
 
 def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> PermutationSpec:
@@ -61,185 +61,142 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Per
     >>> spec.tied["0"]
     (Axis(name='0.weight', dim=0), Axis(name='0.bias', dim=0), Axis(name='2.weight', dim=1))
     """
-    args, kwargs = split_inputs(example_inputs)
-    walk = _Walk(_export(model, args, kwargs), model.state_dict(keep_vars=True), strict)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return walk.spec(parameters, len(args))
+    return spec_of(export_model(model, example_inputs), strict=strict)
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+@dataclass(frozen=True)
+class Exported:
+    """A model's graphs and what they leave out; made by :func:`export_model`, read by :func:`spec_of`.
+
+    ``training`` is there only if some parameter is not used in evaluation mode; if it was needed and could not be
+    made, ``failure`` says why. ``mutated`` names the buffers that a forward pass in training mode writes.
+    """
+
+    program: ExportedProgram
+    training: ExportedProgram | None
+    failure: str
+    state: dict[str, Tensor]
+    parameters: frozenset[str]
+    mutated: frozenset[str]
+    inputs: int
+
+
+def export_model(model: nn.Module, example_inputs: Any) -> Exported:
+    """Export ``model`` with ``torch.export``; parameters and raised errors as for :func:`trace`."""
     if not isinstance(model, nn.Module):
         raise TraceError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-    with evaluation_mode(model), torch.no_grad():
+    args, kwargs = split_inputs(example_inputs)
+    try:
+        program = _export(model, args, kwargs, training=False)
+    except Exception as error:  # export raises kinds of its own for every way in which it can fail
+        raise TraceError(
+            f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
+            f"({_first_line(error)}); check that model(*example_inputs) runs and that no branch "
+            "depends on the data, or hand over a spec written for this model"
+        ) from error
+    state = model.state_dict(keep_vars=True)
+    training, failure = None, ""
+    if _unused(program, state):
         try:
-            return torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:  # export raises kinds of its own for every way in which it can fail
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TraceError(
-                f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
-                f"({type(error).__name__}: {first_line}); check that model(*example_inputs) runs and that no branch "
-                "depends on the data, or hand over a spec written for this model"
-            ) from error
-
-
-class _Walk:
-    """One pass over an exported graph."""
-
-    def __init__(self, program: ExportedProgram, state: dict[str, Tensor], strict: bool) -> None:
-        self.strict = strict
-        self.traced = Traced()
-        self.state = state
-        self.values: dict[torch.fx.Node, Any] = {}
-        self.parameters: dict[str, Value] = {}
-        self.fixed_ops: dict[str, str] = {}
-        self.uses: dict[str, str] = {}
-        sources = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = self._placeholder(node, sources[node.name])
-            elif node.op == "call_function":
-                self.values[node] = self._call(node)
-            elif node.op == "output":
-                torch.fx.node.map_arg(node.args, self._fix_output)
-            else:
-                self.values[node] = self._opaque(node, "constant")
-
-    def _placeholder(self, node: torch.fx.Node, source: Any) -> Any:
-        kept = {InputKind.PARAMETER, InputKind.BUFFER}
-        if source.kind in kept and source.target in self.state:
-            tensor = self.state[source.target]
-            alias = next((value for name, value in self.parameters.items() if _shares(self.state[name], tensor)), None)
-            value = Value(alias.axes if alias else [leaf(size) for size in tensor.shape], name=source.target)
-            self.parameters[source.target] = value
-            self.traced.tensors.append(value.axes)
-            if alias is not None and node.users:
-                self.uses[alias.name] = self.uses.get(alias.name) or "a tied weight"
-            return value
-        return self._opaque(node, "input" if source.kind is InputKind.USER_INPUT else "constant")
-
-    def _call(self, node: torch.fx.Node) -> Any:
-        if node.target is operator.getitem:
-            origin, index = cast("tuple[torch.fx.Node, int]", node.args[:2])
-            source = self.values[origin]
-            return source[index] if isinstance(source, tuple | list) else source
-        name, where = op_name(node), _module_path(node)
-        args = torch.fx.node.map_aggregate(node.args, self._fetch)
-        kwargs = torch.fx.node.map_aggregate(node.kwargs, self._fetch)
-        for value in _values((args, kwargs)):
-            if value.name:
-                self.uses.setdefault(value.name, f"{name} in {where or 'the model'}")
-        self.traced.output_shapes = [tuple(tensor.shape) for tensor in _tensors(node.meta.get("val"))]
-        rule = RULES.get(name)
-        if not self.traced.output_shapes:
-            return None  # an assertion
-        if rule is None and not any(value.axes for value in _values((args, kwargs))):
-            return self._opaque(node, "constant")
-        try:
-            if rule is None:
-                raise NotCoveredError
-            result = rule(self.traced, *args, **kwargs)
-        except NotCoveredError:
-            return self._fix_op(node, name, where, (args, kwargs))
-        for value, shape in zip(_values(result), self.traced.output_shapes, strict=False):
-            if value.shape != shape:
-                raise TraceError(
-                    f"rule for {name}: expected an output of shape {shape}; got {value.shape}; please report it"
-                )
-            self.traced.tensors.append(value.axes)
-        if isinstance(result, Value) and result.uniform and _may_be_written(node):
-            result.uniform = False
-        return result
-
-    def _fix_op(self, node: torch.fx.Node, name: str, where: str, arguments: Any) -> Any:
-        if self.strict:
-            raise UnsupportedOpError(
-                f"{name} in {where or 'the model'}: no rule covers it; trace(..., strict=False) fixes the axes that it "
-                "touches, fedrebasin.rules.rule adds a rule"
-            )
-        if name not in self.fixed_ops:
-            self.fixed_ops[name] = where
-        for value in _values(arguments):
-            self.traced.fix(value, name)
-        return self._opaque(node, name)
-
-    def _fetch(self, argument: Any) -> Any:
-        if not isinstance(argument, torch.fx.Node):
-            return argument
-        value = self.values[argument]
-        if isinstance(value, Value) and value.uniform:  # a constant ties nothing: new axes for every use
-            return Value([leaf(axis.size) for axis in value.axes])
-        return value
-
-    def _fix_output(self, node: torch.fx.Node) -> torch.fx.Node:
-        for value in _values(self.values[node]):
-            self.traced.fix(value, "output")
-        return node
-
-    def _opaque(self, node: torch.fx.Node, reason: str) -> Any:
-        def fixed(tensor: Any) -> Any:
-            return Value([leaf(int(size), reason) for size in tensor.shape]) if isinstance(tensor, Tensor) else tensor
-
-        value = node.meta.get("val")
-        return tuple(fixed(tensor) for tensor in value) if isinstance(value, tuple | list) else fixed(value)
-
-    def spec(self, parameters: set[str], inputs: int) -> PermutationSpec:
-        """Turn the tied axes into an immutable spec."""
-        for name, value in self.parameters.items():
-            if name not in parameters and name not in self.traced.statistics:
-                self.traced.fix(value, "buffer")
-            elif name not in self.uses and not any(
-                _shares(self.state[name], self.state[other]) for other in self.uses if other in self.state
-            ):
-                self.traced.fix(value, "not used in evaluation mode")
-        fix_repeated_factors(axis for value in self.parameters.values() for axis in value.axes)
-        drop_dangling_families(self.traced.tensors)
-        names = name_leaves({name: value.axes for name, value in self.parameters.items()})
-        axes: dict[str, tuple[Layout, ...]] = {}
-        for name, tensor in self.state.items():
-            traced = self.parameters.get(name)
-            nodes = traced.axes if traced else [leaf(size, "not in the exported graph") for size in tensor.shape]
-            axes[name] = tuple(freeze(node, names) for node in nodes)
-        return PermutationSpec(
-            axes=axes,
-            buffers=tuple(name for name in self.state if name not in parameters),
-            uses=self.uses,
-            notes=tuple(
-                f"no rule for {op} (first in {where or 'the model'}): its axes stay fixed"
-                for op, where in self.fixed_ops.items()
-            ),
-            inputs=inputs,
-        )
-
-
-def _values(argument: Any) -> list[Value]:
-    if isinstance(argument, Value):
-        return [argument]
-    if isinstance(argument, Mapping):
-        return _values(list(argument.values()))
-    if isinstance(argument, tuple | list):
-        return [value for item in argument for value in _values(item)]
-    return []
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, Tensor)]
-
-
-def _shares(one: Tensor, other: Tensor) -> bool:
-    return one is other or (
-        one.shape == other.shape and one.data_ptr() == other.data_ptr() and one.data_ptr() != 0 and one.numel() > 0
+            training = _export(model, args, kwargs, training=True)
+        except Exception as error:  # noqa: BLE001 - kinds of its own here, too
+            failure = _first_line(error)
+    return Exported(
+        program=program,
+        training=training,
+        failure=failure,
+        state=state,
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        mutated=_mutated_buffers(model, args, kwargs),
+        inputs=len(args),
     )
 
 
-def _module_path(node: torch.fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
+    """Walk the graphs and turn the tied axes into a spec; parameters and raised errors as for :func:`trace`."""
+    walk = Walk(exported.state, strict=strict)
+    walk.program(exported.program)
+    if exported.training is not None:
+        walk.program(exported.training)
+    state = exported.state
+    for name, value in walk.parameters.items():
+        if name not in exported.parameters and name not in walk.traced.statistics | exported.mutated:
+            walk.traced.fix(value, "buffer")
+        elif name not in walk.uses and not any(shares(state[name], state[other]) for other in walk.uses):
+            walk.traced.fix(value, f"not used in evaluation mode{exported.failure and '; training mode fails'}")
+    settle(walk.traced.tensors)
+    found = {
+        name: walk.parameters[name].axes
+        if name in walk.parameters
+        else [leaf(size, "not in the exported graph") for size in tensor.shape]
+        for name, tensor in state.items()
+    }
+    notes = [
+        f"no rule for {op} (first in {where or 'the model'}): its axes stay fixed"
+        for op, where in walk.fixed_ops.items()
+    ]
+    if exported.failure:
+        notes.append(
+            f"some parameters are not used in evaluation mode, and the model cannot be exported in training mode "
+            f"({exported.failure}): they stay fixed, and further training sees them beside permuted units"
+        )
+    return PermutationSpec(
+        axes=freeze_all(found),
+        buffers=tuple(name for name in state if name not in exported.parameters),
+        uses=walk.uses,
+        notes=tuple(notes),
+        inputs=exported.inputs,
+    )
 
 
-def _may_be_written(node: torch.fx.Node) -> bool:
-    """Whether some use of the node's tensor writes into it or keeps a view of it."""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None or any(argument.alias_info is not None for argument in schema.arguments):
-            return True
-    return False
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch logs tracebacks of failures that are reported here in one line
+    try:
+        with mode_of(model, training=training), torch.no_grad():
+            return torch.export.export(model, args, kwargs, strict=False)
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
+def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> bool:
+    """Whether some parameter has no user in the graph, and is not another name of one that has."""
+    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and targets[node.name] in state]
+    used = [state[str(targets[node.name])] for node in nodes if node.users]
+    return any(
+        isinstance(tensor, nn.Parameter) and not any(shares(tensor, other) for other in used)
+        for tensor in state.values()
+    )
+
+
+def _mutated_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """The buffers that a forward pass in training mode writes, seen on a copy without memory."""
+    if not any(buffer.is_floating_point() and buffer.ndim for buffer in model.buffers()):
+        return frozenset()
+    try:
+        shadow = copy.deepcopy(model, _without_memory(model)).to("meta")
+        before = {name: (buffer, buffer._version) for name, buffer in shadow.named_buffers()}
+        inputs, keywords = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        with torch.no_grad():
+            shadow.train()(*inputs, **keywords)
+    except Exception:  # noqa: BLE001 - what does not run without memory keeps its buffers fixed, but for running statistics
+        return frozenset()
+    after = dict(shadow.named_buffers())
+    return frozenset(
+        name for name, (buffer, version) in before.items() if after[name] is not buffer or buffer._version != version
+    )
+
+
+def _without_memory(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
+    return {
+        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.detach().to("meta")
+        for tensor in (*model.parameters(), *model.buffers())
+    }

@@ -1,63 +1,119 @@
-"""What must hold of all tensors at once: families keep their outer leaf in sight, no leaf acts twice on one axis."""
+"""What must hold of all tensors at once before the trees are final.
+
+A family needs its outer axis in sight in every tensor that has it: a tensor without the heads cannot know which
+head's order to follow. And a permutation moves the units of one axis only: a leaf that is twice in one axis, or
+a family that is used in two ways, must give up some freedom.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fedrebasin.axes import Kind, Node, fix, flatten, leaves
+from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, leaves
+from fedrebasin.axes.unify import collapse
+
+Context = tuple[tuple[Node, int], ...]
 
 
-def drop_dangling_families(tensors: Iterable[Sequence[Node]]) -> None:
-    """Make a family's permutations equal where some tensor has its inner leaf but not its outer one."""
+def settle(tensors: Iterable[Sequence[Node]]) -> None:
+    """Give up the freedom that some tensor does not allow, and no more, until nothing changes."""
     tensors = [list(axes) for axes in tensors]
+    _fix_repeated_factors(axis for axes in tensors for axis in axes)
     changed = True
     while changed:
+        seen: set[tuple[Node, ...]] = set()
         changed = False
         for axes in tensors:
-            for inner, visible in _visible(axes):
-                outer = inner.over.root if inner.over is not None else None
-                if outer is None:
-                    continue
-                nested = outer.over is not None
-                if inner.reason or outer.kind is not Kind.LEAF or nested or outer not in visible:
-                    inner.over, inner.independent, changed = None, True, True
+            key = tuple(axis.root for axis in axes)
+            if key not in seen and any(map(_has_family, key)):
+                while (dangling := _dangling([axis.root for axis in axes])) is not None:
+                    collapse(dangling)
+                    changed = True
+            seen.add(key)
+        changed = changed or _fix_outer_axes({axis.root for axes in tensors for axis in axes})
 
 
-def fix_repeated_factors(axes: Iterable[Node]) -> None:
-    """Fix a leaf that is more than one factor of an axis: there its permutation would act twice."""
+def _dangling(axes: Sequence[Node]) -> Node | None:
+    """A family whose outer axis this tensor lacks."""
+    tops = [flatten(axis, Kind.PRODUCT) for axis in axes]
+    for dim, axis in enumerate(axes):
+        found = _search(axis.root, {top for other, top_ in enumerate(tops) if other != dim for top in top_}, axes)
+        if found is not None:
+            return found
+    return None
+
+
+def _search(node: Node, visible: set[Node], axes: Sequence[Node]) -> Node | None:
+    if node.kind is Kind.FAMILY and node.over is not None:
+        outer = node.over.root
+        if outer not in visible:
+            return node
+        if any(map(_has_family, node.children)):
+            for index in range(outer.size):
+                found = _dangling([at_index(axis, outer, index) for axis in axes])
+                if found is not None:
+                    return found
+        return None
+    children = flatten(node, node.kind) if node.children else []
+    for child in children:
+        beside = {other for other in children if other is not child} if node.kind is Kind.PRODUCT else set()
+        found = _search(child, visible | beside, axes)
+        if found is not None:
+            return found
+    return None
+
+
+def _has_family(node: Node) -> bool:
+    node = node.root
+    return node.kind is Kind.FAMILY or any(map(_has_family, node.children))
+
+
+def _fix_outer_axes(axes: set[Node]) -> bool:
+    """Fix the outer axes of families that cannot move with them; whether there were any."""
+    uses: dict[Node, set[Context]] = {}
+    doubtful: set[Node] = set()
     for axis in axes:
-        for node in _all_below(axis.root):
-            if node.kind is Kind.PRODUCT:
-                seen: set[Node] = set()
-                for factor in node.children:
-                    ends = set(leaves(factor))
-                    for end in seen & ends:
-                        fix(end, "twice in one axis")
-                    seen |= ends
+        for node, context in _walk(axis, ()):
+            free = tuple((outer, index) for outer, index in context if not is_fixed(outer))
+            if node.kind is Kind.LEAF:
+                uses.setdefault(node, set()).add(free)
+            elif node.over is not None and not is_fixed(node.over):
+                outer, children = node.over.root, [child.root for child in node.children]
+                alike = len({(child.kind, bool(child.reason)) for child in children}) == 1
+                if outer.kind is not Kind.LEAF or children[0].kind is not Kind.LEAF or not alike:
+                    doubtful.add(outer)
+    for contexts in uses.values():
+        if len(contexts) > 1:  # in two places of one family, or in two families
+            doubtful |= {outer for context in contexts for outer, _ in context}
+        doubtful |= {context[-1][0] for context in contexts if len(context) > 1}  # families within families
+    for outer in doubtful:
+        fix(outer, "what depends on it is used in another way, too")
+    return bool(doubtful)
+
+
+def _walk(node: Node, context: Context) -> Iterator[tuple[Node, Context]]:
+    """Families and free leaves, with the indices of outer axes at which they hold."""
+    node = node.root
+    if node.free_leaf or node.kind is Kind.FAMILY:
+        yield node, context
+    for index, child in enumerate(node.children):
+        inside = (*context, (node.over.root, index)) if node.over is not None else context
+        yield from _walk(child, inside)
+
+
+def _fix_repeated_factors(axes: Iterable[Node]) -> None:
+    """Fix a leaf that is more than one factor of an axis: there its permutation would act twice."""
+    for node in {below for axis in axes for below in _all_below(axis.root)}:
+        if node.kind is Kind.PRODUCT:
+            seen: set[Node] = set()
+            for factor in node.children:
+                ends = {end for end in leaves(factor) if end.free_leaf}
+                for end in seen & ends:
+                    fix(end, "twice in one axis")
+                seen |= ends
 
 
 def _all_below(node: Node) -> Iterator[Node]:
     yield node
     for child in node.children:
         yield from _all_below(child.root)
-
-
-def _visible(axes: Sequence[Node]) -> Iterator[tuple[Node, set[Node]]]:
-    """Each leaf of a tensor with the leaves whose index is known wherever this leaf's is."""
-    tops = [set(_factors_outside_sums(axis)) for axis in axes]
-    for dim, axis in enumerate(axes):
-        others = set().union(*(top for other, top in enumerate(tops) if other != dim))
-        yield from _visible_below(axis.root, others)
-
-
-def _visible_below(node: Node, known: set[Node]) -> Iterator[tuple[Node, set[Node]]]:
-    if node.kind is Kind.LEAF:
-        yield node, known
-    for child in node.children:
-        siblings = [other for other in node.children if other is not child] if node.kind is Kind.PRODUCT else []
-        beside = {end for sibling in siblings for end in _factors_outside_sums(sibling)}
-        yield from _visible_below(child.root, known | beside)
-
-
-def _factors_outside_sums(node: Node) -> list[Node]:
-    return [factor for factor in flatten(node, Kind.PRODUCT) if factor.kind is Kind.LEAF]

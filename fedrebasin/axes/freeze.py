@@ -1,33 +1,85 @@
-"""From tied axes to immutable layouts: names for free leaves, reasons for fixed ones."""
+"""From tied axes to immutable layouts: names for free leaves and families, reasons for what is fixed."""
 
 from __future__ import annotations
 
-from fedrebasin.axes import Kind, Node, leaves
-from fedrebasin.layout import Fixed, Free, Layout, Product, Sum
+from collections.abc import Iterator
+
+from fedrebasin.axes.node import Kind, Node, at_index, concat, flatten, is_fixed, leaves, product
+from fedrebasin.layout import Each, Fixed, Free, Layout, Product, Sum
+
+#: A free leaf, a fixed outer axis, or a family with one permutation for each index of a free outer axis.
+Key = Node | tuple[Node, ...]
 
 
-def name_leaves(tensors: dict[str, list[Node]]) -> dict[Node, str]:
-    """Name each free leaf after the first module whose weight produces its units."""
-    names: dict[Node, str] = {}
+def freeze_all(tensors: dict[str, list[Node]]) -> dict[str, tuple[Layout, ...]]:
+    """The layouts of all tensors; permutations are named after the first module whose weight makes their units."""
+    tensors = {name: [_spread(axis) for axis in axes] for name, axes in tensors.items()}
+    names: dict[Key, str] = {}
     taken: dict[str, int] = {}
-    producing = [(name, axes[0]) for name, axes in tensors.items() if len(axes) > 1]
+    producing = [(name.rpartition(".")[0] or name, axes[0]) for name, axes in tensors.items() if len(axes) > 1]
     others = [(f"{name}:{dim}", axis) for name, axes in tensors.items() for dim, axis in enumerate(axes)]
-    over = {end.over.root for axes in tensors.values() for axis in axes for end in leaves(axis) if end.over is not None}
-    for name, axis in [(name.rpartition(".")[0] or name, axis) for name, axis in producing] + others:
-        for end in leaves(axis):
-            if end not in names and end.size > 1 and (not end.reason or end in over):
+    for name, axis in producing + others:
+        for key in _keys(axis):
+            if key not in names:
                 taken[name] = taken.get(name, 0) + 1
-                names[end] = name if taken[name] == 1 else f"{name}#{taken[name]}"
-    return names
+                names[key] = name if taken[name] == 1 else f"{name}#{taken[name]}"
+    return {name: tuple(_freeze(axis, names) for axis in axes) for name, axes in tensors.items()}
 
 
-def freeze(node: Node, names: dict[Node, str]) -> Layout:
-    """The immutable layout of an axis."""
+def _spread(node: Node) -> Node:
+    """Write 3 x [q, k, v] as q + k + v: a product whose fixed first factor decides the order of the others is a sum."""
     node = node.root
     if node.kind is Kind.SUM:
-        return Sum(tuple(freeze(child, names) for child in node.children))
+        return concat([_spread(part) for part in node.children])
+    if node.kind is not Kind.PRODUCT:
+        return node
+    first, *others = flatten(node, Kind.PRODUCT)
+    if not is_fixed(first) or all(at_index(other, first, 0) is other for other in others):
+        return node
+    return concat([_spread(product([at_index(o, first, index) for o in others])) for index in range(first.size)])
+
+
+def _keys(node: Node) -> Iterator[Key]:
+    """What needs a name in an axis, in order."""
+    node = node.root
+    if node.kind is Kind.FAMILY and node.over is not None:
+        outer = node.over.root
+        if is_fixed(outer):
+            yield outer
+        elif not is_fixed(node):
+            yield _family_key(node)
+            return
+    elif node.free_leaf:
+        yield node
+    for child in node.children:
+        yield from _keys(child)
+
+
+def _family_key(node: Node) -> Key:
+    assert node.over is not None
+    return (node.over.root, *(child.root for child in node.children))
+
+
+def _freeze(node: Node, names: dict[Key, str]) -> Layout:
+    node = node.root
+    outer = node in names
+    if is_fixed(node) and (outer or not any(below in names for below in _fixed_below(node))):
+        reasons = dict.fromkeys(end.reason for end in leaves(node) if end.reason)
+        return Fixed(node.size, "; ".join(reasons) or "size 1", names.get(node, ""))
+    if node.kind is Kind.SUM:
+        return Sum(tuple(_freeze(child, names) for child in flatten(node, Kind.SUM)))
     if node.kind is Kind.PRODUCT:
-        return Product(tuple(freeze(child, names) for child in node.children))
-    if node.reason or node.size == 1:
-        return Fixed(node.size, node.reason or "size 1", names.get(node, ""))
-    return Free(names[node], node.size, names[node.over.root] if node.over is not None else "")
+        return Product(tuple(_freeze(child, names) for child in flatten(node, Kind.PRODUCT)))
+    if node.kind is Kind.LEAF:
+        return Free(names[node], node.size)
+    assert node.over is not None
+    if not is_fixed(node.over):
+        return Free(names[_family_key(node)], node.size, names[node.over.root])
+    parts = tuple(_freeze(child, names) for child in node.children)
+    return parts[0] if len(set(parts)) == 1 else Each(names[node.over.root], parts)
+
+
+def _fixed_below(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from _fixed_below(child.root)

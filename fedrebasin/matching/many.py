@@ -12,7 +12,8 @@ from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import RebasinError
 from fedrebasin.matching.result import ManyMatching
 from fedrebasin.matching.weight import weight_matching
-from fedrebasin.permute import Perms, compose, identity_perms, invert, permute
+from fedrebasin.perms import Perms, compose, identity_perms, invert
+from fedrebasin.permute import permute
 from fedrebasin.spec import PermutationSpec
 
 _METHODS = ("merge-many",)

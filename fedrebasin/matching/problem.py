@@ -6,15 +6,16 @@ Index letters: i unit of the reference, j unit of the model, g index of a family
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedrebasin.errors import SpecMismatchError
-from fedrebasin.layout import positions
-from fedrebasin.permute import Perms, compose, coordinate, family_grid, identity_perms, outer_dim, permute_tensor
+from fedrebasin.matching.slabs import Slab, slabs
+from fedrebasin.perms import Perms, compose, identity_perms
+from fedrebasin.permute import permute_tensor
 from fedrebasin.spec import PermutationSpec
 
 
@@ -29,23 +30,19 @@ class Block:
 
 @dataclass(frozen=True)
 class _Unfolding:
-    """Where a block's units lie in one tensor: along ``dim`` at ``places``, within ``rows`` of ``row_dim``."""
+    """A slab of one tensor, seen as a matrix with one row for each unit of the block."""
 
     name: str
-    dim: int
-    places: Tensor | None
-    row_dim: int | None = None
-    rows: Tensor | None = None
+    slab: Slab
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor as a matrix with one row for each unit."""
-        if self.row_dim is not None and self.rows is not None:
-            tensor = tensor.index_select(self.row_dim, self.rows.to(tensor.device))
-        if self.places is None:
-            return tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim], -1)
-        units, copies = self.places.shape
-        picked = tensor.index_select(self.dim, self.places.flatten().to(tensor.device)).movedim(self.dim, 0)
-        return picked.reshape(units, copies, -1).reshape(units, -1)
+        for dim, index in self.slab.within:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+        units, copies = self.slab.places.shape
+        order = self.slab.places.flatten()
+        if len(order) != tensor.shape[self.slab.dim] or not bool((order == torch.arange(len(order))).all()):
+            tensor = tensor.index_select(self.slab.dim, order.to(tensor.device))
+        return tensor.movedim(self.slab.dim, 0).reshape(units, copies, -1).reshape(units, -1)
 
 
 class WeightProblem:
@@ -84,9 +81,8 @@ class WeightProblem:
     def reset(self, init: Mapping[str, Tensor] | None = None) -> None:
         """Start again from ``init``, or from the identity."""
         self.perms: Perms = identity_perms(self.spec) if init is None else {k: v.cpu().clone() for k, v in init.items()}
-        order = self._order(list(self.spec.perm_shapes)) if init is not None else []
         self.current = {
-            name: permute_tensor(self.spec.axes[name], order, self.perms, tensor) if order else tensor
+            name: tensor if init is None else permute_tensor(self.spec.axes[name], self.perms, tensor)
             for name, tensor in self.original.items()
         }
 
@@ -96,7 +92,8 @@ class WeightProblem:
 
     def is_quadratic(self, block: Block) -> bool:
         """Whether the block moves two axes of one tensor, so that its similarity is only a linearisation."""
-        return len(self._unfoldings[block]) != len(self.tensors(block))
+        dims = {(unfolding.name, unfolding.slab.dim) for unfolding in self._unfoldings[block]}
+        return len(dims) != len(self.tensors(block))
 
     def similarity(self, block: Block, names: set[str] | None = None) -> Tensor:
         """``similarity[i, j]`` of the block's units, over ``names`` only if given: float64 ``(n, n)``, on the CPU."""
@@ -107,25 +104,37 @@ class WeightProblem:
                 total = term.double() if total is None else total.add_(term)
         return torch.zeros(block.size, block.size, dtype=torch.float64) if total is None else total.cpu()
 
-    def move(self, block: Block, step: Tensor) -> None:
-        """Permute the current model's units of the block: ``new[i] = current[step[i]]``."""
-        perms = {block.perm: step}
-        if block.row is not None:
-            rows = torch.arange(block.size).expand(self.spec.perm_shapes[block.perm]).clone()
-            rows[block.row] = step
-            perms = {block.perm: rows}
-        order = self._order([block.perm])
-        for name in self.tensors(block):
-            self.current[name] = permute_tensor(self.spec.axes[name], order, perms, self.current[name])
-        self.perms = compose(self.spec, self.perms, {**identity_perms(self.spec), **perms})
+    def unfolded(self, block: Block, names: set[str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Reference and current model as matrices with one row for each unit of the block, for each of ``names``."""
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for unfolding in self._unfoldings[block]:
+            if unfolding.name in names:
+                pair = unfolding(self.reference[unfolding.name]), unfolding(self.current[unfolding.name])
+                found.setdefault(unfolding.name, []).append(pair)
+        return found
+
+    def move(self, steps: Perms) -> None:
+        """Permute the current model's units: ``new[i] = current[step[i]]``."""
+        for name in self.names_of(steps):
+            self.current[name] = permute_tensor(self.spec.axes[name], steps, self.current[name])
+        self.perms = compose(self.spec, self.perms, {**identity_perms(self.spec), **steps})
+
+    def steps(self, block: Block, step: Tensor) -> Perms:
+        """The permutations that move the units of one block."""
+        if block.row is None:
+            return {block.perm: step}
+        rows = torch.arange(block.size).expand(self.spec.perm_shapes[block.perm]).clone()
+        rows[block.row] = step
+        return {block.perm: rows}
+
+    def names_of(self, perms: Iterable[str]) -> set[str]:
+        """The parameters that these permutations move."""
+        return {axis.name for perm in perms for axis in self.spec.tied[perm] if axis.name in self.reference}
 
     def objective(self, names: set[str] | None = None) -> float:
         """The sum of <reference, current model> over the tied parameters, or over ``names``."""
         chosen = self.names if names is None else sorted(names)
         return math.fsum(_dot(self.reference[name], self.current[name]) for name in chosen)
-
-    def _order(self, perms: list[str]) -> list[tuple[str, str]]:
-        return sorted(((perm, self.spec.over.get(perm, "")) for perm in perms), key=lambda item: item[1] != "")
 
     def _scale(self, block: Block) -> float:
         names = sorted(self.tensors(block))
@@ -134,26 +143,8 @@ class WeightProblem:
         return math.sqrt(first * second)
 
     def _unfold(self, block: Block) -> list[_Unfolding]:
-        found = []
-        for axis in self.spec.tied[block.perm]:
-            if axis.name in self.reference:
-                found.append(self._unfold_axis(block, axis.name, axis.dim))
-        return found
-
-    def _unfold_axis(self, block: Block, name: str, dim: int) -> _Unfolding:
-        layouts = self.spec.axes[name]
-        places = positions(layouts[dim], block.perm)
-        assert places is not None  # the spec's ``tied`` lists only axes that have the permutation
-        if block.row is None:
-            plain = len(places) == layouts[dim].size and bool((places[:, 0] == torch.arange(len(places))).all())
-            return _Unfolding(name, dim, None if plain else places)
-        outer = self.spec.over[block.perm]
-        own = positions(layouts[dim], outer)
-        if own is not None:
-            return _Unfolding(name, dim, family_grid(own, places, layouts[dim].size)[block.row])
-        other = outer_dim(layouts, dim, outer)
-        rows = (coordinate(layouts[other], outer) == block.row).nonzero().squeeze(1)
-        return _Unfolding(name, dim, places, other, rows)
+        names = dict.fromkeys(axis.name for axis in self.spec.tied[block.perm] if axis.name in self.reference)
+        return [_Unfolding(name, slab) for name in names for slab in slabs(self.spec.axes[name], block.perm, block.row)]
 
 
 def _prepare(tensor: Tensor, name: str, label: str, device: torch.device | str | None) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedrebasin.permute import moved_fraction
+from fedrebasin.perms import moved_fraction
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 from fedrebasin.assignment import solve_assignment
 from fedrebasin.errors import RebasinError
 from fedrebasin.layout import Free, leaves
+from fedrebasin.matching.nested import families_over, nested_step
 from fedrebasin.matching.problem import Block, WeightProblem
 from fedrebasin.matching.result import Matching
-from fedrebasin.permute import Perms, random_perms
+from fedrebasin.perms import Perms, random_perms
 from fedrebasin.spec import PermutationSpec
 
 #: A step must gain this share of |reference| |model|, the two norms over the block's tensors: below it is rounding.
@@ -122,19 +123,26 @@ def _descend(problem: WeightProblem, generator: torch.Generator) -> tuple[Perms,
 
 
 def _improve(problem: WeightProblem, block: Block) -> bool:
+    threshold = _TOLERANCE * problem.scales[block]
+    if families_over(problem, block.perm):
+        return _move_if_better(problem, nested_step(problem, block), threshold)
     similarity = problem.similarity(block)
     step = solve_assignment(similarity)
     units = torch.arange(block.size)
     gain = float((similarity[units, step] - similarity.diagonal()).sum())
-    threshold = _TOLERANCE * problem.scales[block]
     if gain <= threshold:
         return False
-    if not problem.is_quadratic(block):
-        problem.move(block, step)
-        return True
-    names = problem.tensors(block)
+    if problem.is_quadratic(block):
+        return _move_if_better(problem, problem.steps(block, step), threshold)
+    problem.move(problem.steps(block, step))
+    return True
+
+
+def _move_if_better(problem: WeightProblem, steps: Perms, threshold: float) -> bool:
+    """Move units by steps that are not sure to gain, and back again if they do not."""
+    names = problem.names_of(steps)
     before, state, perms = problem.objective(names), dict(problem.current), problem.perms
-    problem.move(block, step)
+    problem.move(steps)
     if problem.objective(names) > before + threshold:
         return True
     problem.current, problem.perms = state, perms
@@ -164,24 +172,42 @@ def _anchored_start(problem: WeightProblem) -> None:
         name: {leaf.perm for layout in problem.spec.axes[name] for leaf in leaves(layout) if isinstance(leaf, Free)}
         for name in problem.names
     }
-    blocks: dict[str, list[Block]] = {}
+    clusters: dict[str, list[Block]] = {}
     for block in problem.blocks:
-        blocks.setdefault(block.perm, []).append(block)
-    tensors = {perm: set().union(*(problem.tensors(block) for block in group)) for perm, group in blocks.items()}
-    unsettled = list(blocks)
+        clusters.setdefault(problem.spec.over.get(block.perm, block.perm), []).append(block)
+    unsettled = dict(clusters)
     while unsettled:
-        open_perms = set(unsettled)
-        settled_tensors = {
-            perm: {name for name in tensors[perm] if perms_of[name] & open_perms == {perm}} for perm in unsettled
+        open_perms = {block.perm for group in unsettled.values() for block in group}
+        known = {
+            perm: {
+                name
+                for block in group
+                for name in problem.tensors(block)
+                if perms_of[name] & open_perms <= {block.perm for block in group}
+            }
+            for perm, group in unsettled.items()
         }
-        evidence = {
-            perm: sum(problem.reference[name].numel() for name in settled_tensors[perm]) / blocks[perm][0].size
-            for perm in unsettled
-        }
+        evidence = {perm: _evidence(problem, group, known[perm], perms_of) for perm, group in unsettled.items()}
         chosen = max(unsettled, key=lambda perm: evidence[perm])
-        unsettled.remove(chosen)
+        group = unsettled.pop(chosen)
         if evidence[chosen] > 0:
-            for block in blocks[chosen]:
-                step = solve_assignment(problem.similarity(block, settled_tensors[chosen]))
-                if not torch.equal(step, torch.arange(block.size)):
-                    problem.move(block, step)
+            _settle(problem, group, known[chosen])
+
+
+def _evidence(problem: WeightProblem, group: list[Block], names: set[str], perms_of: dict[str, set[str]]) -> float:
+    """Settled entries for each unit; a tensor that has two of the group's families says nothing before one is known."""
+    families = {block.perm for block in group if block.row is not None}
+    entries = sum(problem.reference[name].numel() for name in names if len(perms_of[name] & families) < 2)
+    return entries / sum(block.size for block in group)
+
+
+def _settle(problem: WeightProblem, group: list[Block], names: set[str]) -> None:
+    """Move a permutation, and the families over it, to where the tensors ``names`` want them."""
+    outer = next((block for block in group if families_over(problem, block.perm)), None)
+    if outer is not None:
+        problem.move(nested_step(problem, outer, names))
+    for block in group:
+        if block is not outer:
+            step = solve_assignment(problem.similarity(block, names))
+            if not torch.equal(step, torch.arange(block.size)):
+                problem.move(problem.steps(block, step))
