@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     perms = _cycles(spec, proof.generator)
     change = proof.change(perms)
     if change <= proof.tolerance:
-        return spec.mark_checked()
+        return replace(spec, checked=True)
     suspects = list(spec.perm_shapes)
     while len(suspects) > 1:  # halve them, and keep a half that changes an output by itself
         half = suspects[: len(suspects) // 2]
@@ -107,7 +108,7 @@ class _Proof:
     @torch.no_grad()
     def run(self, state: dict[str, Tensor]) -> list[Tensor]:
         with evaluation_mode(self.model):
-            return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False, strict=True))
+            return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output under these permutations."""

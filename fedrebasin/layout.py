@@ -16,12 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from fedrebasin.errors import RebasinError
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,37 @@ def leaves(layout: Layout) -> Iterator[Free | Fixed]:
             yield layout
 
 
+def map_leaves(layout: Layout, change: Callable[[Free | Fixed], Layout]) -> Layout:
+    """The layout with every leaf changed.
+
+    >>> map_leaves(Sum((Free("a", 2), Fixed(3))), lambda leaf: Fixed(leaf.size)).size
+    5
+    """
+    match layout:
+        case Sum():
+            return Sum(tuple(map_leaves(part, change) for part in layout.parts))
+        case Product():
+            return Product(tuple(map_leaves(factor, change) for factor in layout.factors))
+        case Each():
+            return Each(layout.over, tuple(map_leaves(part, change) for part in layout.parts))
+        case _:
+            return change(layout)
+
+
+def fix_leaf(end: Free | Fixed, reasons: Mapping[str, str]) -> Free | Fixed:
+    """The leaf, fixed if its permutation is listed; it keeps its name for what is over it."""
+    if isinstance(end, Fixed) or end.perm not in reasons:
+        return end
+    return Fixed(end.size, reasons[end.perm], end.perm)
+
+
+def rename_leaf(end: Free | Fixed, names: Mapping[str, str]) -> Free | Fixed:
+    """The leaf with its permutation's, and its outer leaf's, other name."""
+    if isinstance(end, Fixed):
+        return end
+    return Free(names.get(end.perm, end.perm), end.size, names.get(end.over, end.over))
+
+
 def outer_names(layout: Layout) -> set[str]:
     """The leaves, in this axis or beside it, on whose index the order along the axis depends.
 
@@ -151,6 +179,8 @@ def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str,
         case Fixed():
             return torch.arange(layout.size) if layout.name == name else torch.full((layout.size,), -1)
         case Each():
+            if layout.over == name:  # what depends on a leaf does not hold it
+                return torch.full((layout.size,), -1)
             return units(layout.parts[at[layout.over]], name, row=row, at=at)
         case Sum():
             return torch.cat([units(part, name, row=row, at=at) for part in layout.parts])
@@ -181,70 +211,3 @@ def per_index(layout: Layout, outer: str, at: Mapping[str, int], of: Callable[[d
     for index in range(int(where.max()) + 1):
         found = torch.where(where == index, of({**at, outer: index}), found)
     return found
-
-
-def to_json(layout: Layout) -> dict[str, Any]:
-    """A layout as plain JSON types; the inverse of :func:`from_json`.
-
-    >>> to_json(Free("fc1", 512))
-    {'perm': 'fc1', 'size': 512}
-    """
-    match layout:
-        case Free():
-            return {"perm": layout.perm, "size": layout.size} | ({"over": layout.over} if layout.over else {})
-        case Fixed():
-            return {"fixed": layout.reason, "size": layout.size} | ({"name": layout.name} if layout.name else {})
-        case Sum():
-            return {"sum": [to_json(part) for part in layout.parts]}
-        case Product():
-            return {"product": [to_json(factor) for factor in layout.factors]}
-        case Each():
-            return {"each": layout.over, "parts": [to_json(part) for part in layout.parts]}
-
-
-def from_json(data: Any) -> Layout:
-    """A layout from plain JSON types.
-
-    Raises
-    ------
-    RebasinError
-        If ``data`` is not a layout.
-
-    Examples
-    --------
-    >>> from_json({"sum": [{"perm": "a", "size": 2}, {"fixed": "input", "size": 3}]}).size
-    5
-    """
-    match data:
-        case {"perm": str(perm), "size": int(size)} if size > 0:
-            return Free(perm, size, str(data.get("over", "")))
-        case {"fixed": str(reason), "size": int(size)} if size >= 0:
-            return Fixed(size, reason, str(data.get("name", "")))
-        case {"sum": [*parts]}:
-            return Sum(tuple(from_json(part) for part in parts))
-        case {"product": [*factors]}:
-            return Product(tuple(from_json(factor) for factor in factors))
-        case {"each": str(over), "parts": [_, *_] as parts}:
-            return Each(over, tuple(from_json(part) for part in parts))
-    raise RebasinError(f"spec: expected a layout with perm, fixed, sum, product or each; got {str(data)[:80]}")
-
-
-def describe(layout: Layout) -> str:
-    """A layout in one short line.
-
-    >>> describe(Product((Free("conv5", 512), Fixed(49, "spatial"))))
-    'conv5[512] x 49'
-    """
-    match layout:
-        case Free():
-            return f"{layout.perm}[{layout.size}]" + (f" in each of {layout.over}" if layout.over else "")
-        case Fixed():
-            return str(layout.size)
-        case Sum():
-            return " + ".join(describe(part) for part in layout.parts)
-        case Each():
-            return f"[{' | '.join(describe(part) for part in layout.parts)}] by {layout.over}"
-        case Product():
-            return " x ".join(
-                f"({describe(factor)})" if isinstance(factor, Sum) else describe(factor) for factor in layout.factors
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fedrebasin.errors import RebasinError, SpecMismatchError
-from fedrebasin.layout import Fixed, Free, Layout, describe, from_json, leaves, to_json
+from fedrebasin.layout import Fixed, Free, Layout, fix_leaf, has_leaf, leaves, map_leaves, outer_names, rename_leaf
+from fedrebasin.layout_text import from_json, to_json
+from fedrebasin.spec_text import as_text
 
 _FORMAT = "fedrebasin-spec-1"
 
@@ -124,9 +126,60 @@ class PermutationSpec:
                 f"{label}: the state dict has a tensor {extra!r} that the spec lacks; use the spec of this architecture"
             )
 
-    def mark_checked(self) -> PermutationSpec:
-        """This spec with the mark of a passed check."""
-        return replace(self, checked=True)
+    def fix(self, *perms: str, reason: str = "by hand") -> PermutationSpec:
+        """This spec without some of its permutations; it stays checked, since what is left is still proved.
+
+        >>> PermutationSpec({"w": (Free("a", 3), Fixed(2, "input"))}).fix("a").perm_shapes
+        {}
+        """
+        self._check_names(perms)
+        return self._map(lambda end: fix_leaf(end, dict.fromkeys(perms, reason)))
+
+    def rename(self, names: Mapping[str, str]) -> PermutationSpec:
+        """This spec with other names for some of its permutations.
+
+        >>> list(PermutationSpec({"w": (Free("a", 3), Fixed(2, "input"))}).rename({"a": "hidden"}).perm_shapes)
+        ['hidden']
+        """
+        self._check_names(names)
+        after = [names.get(perm, perm) for perm in self.perm_shapes]
+        if len(set(after)) != len(after):
+            raise RebasinError(
+                f"names: expected different names for different permutations; got {sorted(names.values())}"
+            )
+        return self._map(lambda end: rename_leaf(end, names))
+
+    def only(self, tensors: Iterable[str]) -> PermutationSpec:
+        """The spec of some of the tensors, where the others stay at home and are not permuted.
+
+        What is tied to a tensor that stays at home is fixed: adapters, personal layers, a frozen trunk.
+
+        >>> spec = PermutationSpec({"w": (Free("a", 3),), "b": (Free("a", 3),), "c": (Free("d", 2),)})
+        >>> str(spec.only(["w", "c"]).axes["w"][0].reason)
+        "tied to 'b', which does not travel"
+        """
+        kept = set(tensors)
+        unknown = sorted(kept - set(self.axes))
+        if unknown:
+            raise RebasinError(f"tensors: expected names of this spec's tensors; got {unknown[0]!r}")
+        home = {perm: [axis.name for axis in axes if axis.name not in kept] for perm, axes in self.tied.items()}
+        reasons = {perm: f"tied to {names[0]!r}, which does not travel" for perm, names in home.items() if names}
+        spec = self._map(lambda end: fix_leaf(end, reasons))
+        return replace(
+            spec,
+            axes={name: layouts for name, layouts in spec.axes.items() if name in kept},
+            buffers=tuple(name for name in spec.buffers if name in kept),
+            uses={name: use for name, use in spec.uses.items() if name in kept},
+        )
+
+    def _map(self, change: Callable[[Free | Fixed], Layout]) -> PermutationSpec:
+        axes = {name: tuple(map_leaves(layout, change) for layout in layouts) for name, layouts in self.axes.items()}
+        return replace(self, axes=axes)
+
+    def _check_names(self, perms: Iterable[str]) -> None:
+        for perm in perms:
+            if perm not in self.perm_shapes:
+                raise RebasinError(f"perms: expected some of {list(self.perm_shapes)[:3]} ...; got {perm!r}")
 
     def save(self, path: str | Path) -> None:
         """Write the spec as JSON; a later hand edit of the axes clears the mark of the passed check."""
@@ -185,41 +238,13 @@ class PermutationSpec:
             name = leaf.perm if isinstance(leaf, Free) else leaf.name
             if name and sizes.setdefault(name, leaf.size) != leaf.size:
                 raise RebasinError(f"spec: {name!r} has {sizes[name]} units on one axis and {leaf.size} on another")
-        missing = next(
-            (leaf for leaf in self._leaves() if isinstance(leaf, Free) and leaf.over not in {"", *sizes}), None
-        )
-        if missing is not None:
-            raise RebasinError(f"spec: {missing.perm!r} is a family over {missing.over!r}, which no axis has")
+        for name, layouts in self.axes.items():
+            for over in set[str]().union(*(outer_names(layout) for layout in layouts)):
+                if not any(has_leaf(layout, over) for layout in layouts):
+                    raise RebasinError(f"spec: {name!r} depends on {over!r}, which no axis of that tensor has")
 
     def _leaves(self) -> list[Free | Fixed]:
         return [leaf for layouts in self.axes.values() for layout in layouts for leaf in leaves(layout)]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.perm_shapes)} perms, log10 of the number of permutations {self.log10_order:,.1f}"]
-        for perm, shape in self.perm_shapes.items():
-            axes = ", ".join(f"{axis.name}:{axis.dim}" for axis in self.tied[perm])
-            size = f"{shape[0]} x {shape[1]}" if len(shape) == 2 else str(shape[0])
-            lines.append(f"  {perm} ({size}): {axes}")
-        composed = [
-            f"  {name}:{dim} = {describe(layout)}"
-            for name, layouts in self.axes.items()
-            for dim, layout in enumerate(layouts)
-            if not isinstance(layout, Free | Fixed)
-        ]
-        if composed:
-            lines += ["composed axes:", *composed]
-        reasons: dict[str, list[str]] = {}
-        for name, layouts in self.axes.items():
-            for dim, layout in enumerate(layouts):
-                for leaf in leaves(layout):
-                    if isinstance(leaf, Fixed) and leaf.size > 1:
-                        reasons.setdefault(leaf.reason or "fixed", []).append(f"{name}:{dim}")
-        if reasons:
-            lines.append("fixed:")
-        for reason, places in reasons.items():
-            shown = list(dict.fromkeys(places))
-            more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-            lines.append(f"  {reason}: {', '.join(shown[:4])}{more}")
-        lines += [f"note: {note}" for note in self.notes]
-        lines.append("checked: yes" if self.checked else "checked: no (check_spec proves it)")
-        return "\n".join(lines)
+        return as_text(self)

@@ -82,7 +82,7 @@ def write_report(
         question=question,
         answer=answer,
         blocks=[block for kind, group in groupby(sections, type) for block in _blocks(kind, list(group))],
-        facts=_facts(provenance),
+        facts=provenance_rows(provenance),
     )
     write_whole(path, page)
 
@@ -118,8 +118,12 @@ def _embed(picture: Picture) -> dict[str, Any]:
     return {"caption": picture.caption, "source": source, "width": width, "height": height}
 
 
-def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and texts for the foot of the page, the command first."""
+def provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and texts for the foot of a page, the command first.
+
+    >>> provenance_rows({"command": "fedrebasin compare", "dirty": False, "seconds": 75.0})
+    [('command', 'fedrebasin compare'), ('duration', '1 min 15 s')]
+    """
     facts: list[tuple[str, str]] = []
     for key, value in provenance.items():
         if key == "dirty":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, leaves
+from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, leaves, spread
 from fedrebasin.axes.unify import collapse
 
 Context = tuple[tuple[Node, int], ...]
@@ -19,6 +19,8 @@ def settle(tensors: Iterable[Sequence[Node]]) -> None:
     """Give up the freedom that some tensor does not allow, and no more, until nothing changes."""
     tensors = [list(axes) for axes in tensors]
     _fix_repeated_factors(axis for axes in tensors for axis in axes)
+    for axis in {axis.root for axes in tensors for axis in axes}:
+        _spread_sums(axis)
     changed = True
     while changed:
         seen: set[tuple[Node, ...]] = set()
@@ -31,6 +33,15 @@ def settle(tensors: Iterable[Sequence[Node]]) -> None:
                     changed = True
             seen.add(key)
         changed = changed or _fix_outer_axes({axis.root for axes in tensors for axis in axes})
+
+
+def _spread_sums(node: Node) -> None:
+    """Units within each head that are cut apart: one family for each part."""
+    node = node.root
+    if node.kind is Kind.FAMILY and node.over is not None and node.over.root.free_leaf:
+        spread(node, Kind.SUM)
+    for child in node.children:
+        _spread_sums(child)
 
 
 def _dangling(axes: Sequence[Node]) -> Node | None:

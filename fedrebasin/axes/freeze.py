@@ -13,7 +13,7 @@ Key = Node | tuple[Node, ...]
 
 def freeze_all(tensors: dict[str, list[Node]]) -> dict[str, tuple[Layout, ...]]:
     """The layouts of all tensors; permutations are named after the first module whose weight makes their units."""
-    tensors = {name: [_spread(axis) for axis in axes] for name, axes in tensors.items()}
+    tensors = {name: _spread_all(axes) for name, axes in tensors.items()}
     names: dict[Key, str] = {}
     taken: dict[str, int] = {}
     producing = [(name.rpartition(".")[0] or name, axes[0]) for name, axes in tensors.items() if len(axes) > 1]
@@ -26,17 +26,37 @@ def freeze_all(tensors: dict[str, list[Node]]) -> dict[str, tuple[Layout, ...]]:
     return {name: tuple(_freeze(axis, names) for axis in axes) for name, axes in tensors.items()}
 
 
-def _spread(node: Node) -> Node:
-    """Write 3 x [q, k, v] as q + k + v: a product whose fixed first factor decides the order of the others is a sum."""
+def _spread_all(axes: list[Node]) -> list[Node]:
+    outer = [set(_outer_axes(axis)) for axis in axes]
+    return [
+        _spread(axis, set().union(*(needed for other, needed in enumerate(outer) if other != dim)))
+        for dim, axis in enumerate(axes)
+    ]
+
+
+def _spread(node: Node, kept: set[Node]) -> Node:
+    """Write 3 x [q, k, v] as q + k + v: a product whose fixed first factor decides the order of the others is a sum.
+
+    Not where another axis of the tensor depends on that factor, too.
+    """
     node = node.root
     if node.kind is Kind.SUM:
-        return concat([_spread(part) for part in node.children])
+        return concat([_spread(part, kept) for part in node.children])
     if node.kind is not Kind.PRODUCT:
         return node
     first, *others = flatten(node, Kind.PRODUCT)
-    if not is_fixed(first) or all(at_index(other, first, 0) is other for other in others):
+    if first in kept or not is_fixed(first) or all(at_index(other, first, 0) is other for other in others):
         return node
-    return concat([_spread(product([at_index(o, first, index) for o in others])) for index in range(first.size)])
+    rows = [product([at_index(other, first, index) for other in others]) for index in range(first.size)]
+    return concat([_spread(row, kept) for row in rows])
+
+
+def _outer_axes(node: Node) -> Iterator[Node]:
+    node = node.root
+    if node.over is not None:
+        yield node.over.root
+    for child in node.children:
+        yield from _outer_axes(child)
 
 
 def _keys(node: Node) -> Iterator[Key]:

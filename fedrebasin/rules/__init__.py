@@ -12,6 +12,7 @@ from fedrebasin.rules import (
 from fedrebasin.rules import (
     lookups,
     norms,
+    numbers,
     products,
     recurrent,
     reductions,
@@ -28,6 +29,7 @@ __all__ = [
     "layers",
     "lookups",
     "norms",
+    "numbers",
     "op_name",
     "parts",
     "pointwise",

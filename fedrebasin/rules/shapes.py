@@ -1,4 +1,4 @@
-"""Rules for ops that reduce, join, split or reorder axes."""
+"""Rules for ops that join, regroup or reorder axes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,6 @@ from typing import Any
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf
 from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
-
-
-@rule("mean", "sum", "amax", "amin")
-def reduction(traced: Traced, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Value:
-    """A permutation of a reduced axis changes nothing."""
-    del traced
-    if isinstance(dim, int):
-        dim = [dim]
-    dims = {d % len(x.axes) for d in dim} if dim else set(range(len(x.axes)))
-    if keepdim:
-        return Value([leaf(1) if d in dims else axis for d, axis in enumerate(x.axes)])
-    return Value([axis for d, axis in enumerate(x.axes) if d not in dims])
-
-
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax")
-def softmax(traced: Traced, x: Value, dim: int, *_: Any, **__: Any) -> Value:
-    """Entries along ``dim`` share a sum, whatever their order."""
-    traced.within(axis for d, axis in enumerate(x.axes) if d != dim % len(x.axes))
-    return Value(list(x.axes))
 
 
 @rule("cat", "concat", "concatenate")
@@ -66,6 +47,11 @@ def regroup(traced: Traced, x: Value, *_: Any, **__: Any) -> Value:
 
 
 def _resplit(joined: list[Node], sizes: list[int]) -> list[Node]:
+    if all(map(axes.is_fixed, joined)):
+        reason = next(axes.leaves(joined[0])).reason
+        return [leaf(size, reason) for size in sizes]
+    for dim in range(1, len(joined)):  # an inner factor may depend on the outer ones until some tensor shows otherwise
+        axes.depend(joined[dim], [outer for outer in joined[:dim] if not axes.is_fixed(outer)])
     parts = axes.split(axes.product(joined), sizes)
     if parts is not None:
         return parts

@@ -1,0 +1,159 @@
+"""Rules for ops over positions: pooling, resampling, padding, windows, shuffles of pixels and channels.
+
+Channels stay apart and may be permuted; positions are neighbours of each other and are fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedrebasin import axes
+from fedrebasin.axes import Node, leaf
+from fedrebasin.rules.parts import narrow
+from fedrebasin.rules.registry import NotCoveredError, Rule, Traced, Value, rule
+
+_SPATIAL = "kernel or spatial"
+
+
+def _fixed(sizes: Sequence[int]) -> list[Node]:
+    return [leaf(size, _SPATIAL) for size in sizes]
+
+
+def _positions(spatial: int | None) -> Rule:
+    """The rule for an op over the last ``spatial`` axes, or over all after (batch, channel)."""
+
+    def positions(traced: Traced, x: Value, *_: Any, **__: Any) -> Any:
+        """Values and, from some pools, positions, each (*batch, channel, *spatial)."""
+        kept = 2 if spatial is None else len(x.axes) - spatial
+        for axis in x.axes[kept:]:
+            axes.fix(axis, _SPATIAL)
+        results = [Value([*x.axes[:kept], *_fixed(shape[kept:])]) for shape in traced.output_shapes]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    return positions
+
+
+for _spatial in (1, 2, 3):
+    for _kind in ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d"):
+        rule(_kind.format(_spatial))(_positions(_spatial))
+    for _kind in ("adaptive_avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_max_pool{}d"):
+        rule(_kind.format(_spatial))(_positions(_spatial))
+    for _kind in ("replication_pad{}d", "reflection_pad{}d"):
+        rule(_kind.format(_spatial))(_positions(_spatial))
+    rule(f"upsample_nearest{_spatial}d", f"_upsample_nearest_exact{_spatial}d")(_positions(None))
+rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")(_positions(None))
+rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(_positions(None))
+
+
+@rule("constant_pad_nd")
+def constant_pad(traced: Traced, x: Value, amounts: Sequence[int], *_: Any, **__: Any) -> Value:
+    """Equal entries beside the axis tie nothing, so it becomes a sum of padding, axis, padding."""
+
+    for back, (before, after) in enumerate(zip(amounts[::2], amounts[1::2], strict=True), 1):
+        result = list(x.axes)
+        if before < 0 or after < 0:
+            start, end = max(0, -before), result[-back].size - max(0, -after)
+            result = narrow(traced, x, len(result) - back, start, end - start).axes
+        result[-back] = _pad(result[-back], max(0, before), max(0, after))
+        x = Value(result)
+    return x
+
+
+def _pad(axis: Node, before: int, after: int) -> Node:
+    reasons = [end.reason for end in axes.leaves(axis)]
+    if reasons and all(reasons):  # a fixed axis stays one leaf
+        return leaf(before + axis.size + after, reasons[0]) if before + after else axis
+    return axes.concat([leaf(before), axis, leaf(after)])
+
+
+@rule("pad")
+def pad(traced: Traced, x: Value, amounts: Sequence[int], mode: str = "constant", *_: Any, **__: Any) -> Value:
+    """With a constant, or from the axis itself, where positions count."""
+    if mode == "constant":
+        return constant_pad(traced, x, amounts)
+    result = list(x.axes)
+    for back in range(1, len(amounts) // 2 + 1):
+        axes.fix(result[-back], _SPATIAL)
+        result[-back] = leaf(traced.output_shapes[0][-back], _SPATIAL)
+    return Value(result)
+
+
+def _factors(axis: Node, sizes: Sequence[int]) -> list[Node]:
+    parts = axes.split(axis, sizes)
+    if parts is None:
+        raise NotCoveredError
+    return parts
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(traced: Traced, x: Value, factor: int) -> Value:
+    """(*batch, channel x factor x factor, height, width) to (*batch, channel, height x factor, width x factor)."""
+    channel, *offsets = _factors(x.axes[-3], [x.axes[-3].size // factor**2, factor, factor])
+    for axis in (*offsets, *x.axes[-2:]):
+        axes.fix(axis, _SPATIAL)
+    return Value([*x.axes[:-3], channel, *_fixed(traced.output_shapes[0][-2:])])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(traced: Traced, x: Value, factor: int) -> Value:
+    """The inverse of ``pixel_shuffle``."""
+    for axis in x.axes[-2:]:
+        axes.fix(axis, _SPATIAL)
+    channel = axes.product([x.axes[-3], *_fixed([factor, factor])])
+    return Value([*x.axes[:-3], channel, *_fixed(traced.output_shapes[0][-2:])])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(traced: Traced, x: Value, groups: int) -> Value:
+    """Channels (groups, rest) become (rest, groups)."""
+    del traced
+    outer, inner = _factors(x.axes[1], [groups, x.axes[1].size // groups])
+    return Value([x.axes[0], axes.product([inner, outer]), *x.axes[2:]])
+
+
+@rule("im2col")
+def windows_to_columns(traced: Traced, x: Value, kernel: Sequence[int], *_: Any, **__: Any) -> Value:
+    """(*batch, channel, height, width) to (*batch, channel x kernel, windows)."""
+    for axis in x.axes[-2:]:
+        axes.fix(axis, _SPATIAL)
+    window = axes.product([x.axes[-3], *_fixed([math.prod(kernel)])])
+    return Value([*x.axes[:-3], window, *_fixed(traced.output_shapes[0][-1:])])
+
+
+@rule("col2im")
+def columns_to_image(traced: Traced, x: Value, size: Any, kernel: Sequence[int], *_: Any, **__: Any) -> Value:
+    """(*batch, channel x kernel, windows) to (*batch, channel, height, width)."""
+    del size
+    channel, window = _factors(x.axes[-2], [x.axes[-2].size // math.prod(kernel), math.prod(kernel)])
+    for axis in (window, x.axes[-1]):
+        axes.fix(axis, _SPATIAL)
+    return Value([*x.axes[:-2], channel, *_fixed(traced.output_shapes[0][-2:])])
+
+
+@rule("unfold")
+def unfold(traced: Traced, x: Value, dim: int, size: int, step: int) -> Value:
+    """Windows along ``dim``; the positions within each come last."""
+    del step
+    if not x.axes:
+        raise NotCoveredError
+    dim %= len(x.axes)
+    axes.fix(x.axes[dim], _SPATIAL)
+    return Value([*x.axes[:dim], *_fixed([traced.output_shapes[0][dim]]), *x.axes[dim + 1 :], *_fixed([size])])
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(traced: Traced, x: Value, grid: Value, *_: Any, **__: Any) -> Value:
+    """(batch, channel, *spatial) read at (batch, *points, coordinate) is (batch, channel, *points)."""
+    for axis in (*x.axes[2:], grid.axes[-1]):
+        axes.fix(axis, _SPATIAL)
+    return Value([traced.tie(x.axes[0], grid.axes[0]), x.axes[1], *grid.axes[1:-1]])
+
+
+@rule("affine_grid_generator")
+def affine_grid(traced: Traced, theta: Value, *_: Any, **__: Any) -> Value:
+    """A matrix for each of the batch gives (batch, *points, coordinate)."""
+    for axis in theta.axes[1:]:
+        axes.fix(axis, _SPATIAL)
+    return Value([theta.axes[0], *_fixed(traced.output_shapes[0][1:])])

@@ -1,0 +1,198 @@
+"""One pass over an exported graph: every tensor gets axes, and one rule per op ties them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from fedrebasin.axes import is_fixed, leaf
+from fedrebasin.decompose import decompose
+from fedrebasin.errors import TraceError, UnsupportedOpError
+from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
+
+
+#: Ops that run a graph of their own in another mode.
+_WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
+
+
+class Walk:
+    """The axes of a model's tensors, tied by every graph that is walked.
+
+    Attributes
+    ----------
+    parameters : dict of str to Value
+        The tensors of the state dict that a graph has, with their axes.
+    uses : dict of str to str
+        The op and module that use each of them first.
+    fixed_ops : dict of str to str
+        Ops that no rule covers, and the module where each occurs first.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
+        self.state = state
+        self.strict = strict
+        self.traced = Traced()
+        self.parameters: dict[str, Value] = {}
+        self.uses: dict[str, str] = {}
+        self.fixed_ops: dict[str, str] = {}
+
+    def program(self, program: ExportedProgram) -> None:
+        """Walk the graph of an exported model and fix its inputs and outputs."""
+        sources = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        values = {
+            node: self._placeholder(node, sources[node.name])
+            for node in program.graph.nodes
+            if node.op == "placeholder"
+        }
+        outputs = self._graph(program.graph, values)
+        for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                for item in values_in(value):
+                    self.traced.fix(item, "output")
+
+    def _graph(self, graph: torch.fx.Graph, values: dict[torch.fx.Node, Any], op: str = "", where: str = "") -> Any:
+        """Values of the graph's outputs; ``op`` and ``where`` name what a subgraph was decomposed from."""
+        for node in graph.nodes:
+            if node.op == "call_function":
+                values[node] = self._call(node, values, op, where)
+            elif node.op == "output":
+                return torch.fx.node.map_aggregate(node.args[0], lambda item: _fetch(item, values))
+            elif node.op == "get_attr":
+                constant = getattr(graph.owning_module, str(node.target))
+                values[node] = constant if isinstance(constant, torch.fx.GraphModule) else opaque(node, "constant")
+        return None
+
+    def _placeholder(self, node: torch.fx.Node, source: Any) -> Any:
+        if source.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or source.target not in self.state:
+            return opaque(node, "input" if source.kind is InputKind.USER_INPUT else "constant")
+        name = source.target
+        if name not in self.parameters:
+            tensor = self.state[name]
+            alias = next((value for other, value in self.parameters.items() if shares(self.state[other], tensor)), None)
+            self.parameters[name] = Value(alias.axes if alias else [leaf(size) for size in tensor.shape], name=name)
+            self.traced.tensors.append(self.parameters[name].axes)
+            if alias is not None and node.users:
+                self.uses[alias.name] = self.uses.get(alias.name) or "a tied weight"
+        return self.parameters[name]
+
+    def _call(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], op: str, where: str) -> Any:
+        if node.target is operator.getitem:
+            origin, index = cast("tuple[torch.fx.Node, int]", node.args[:2])
+            source = values[origin]
+            return source[index] if isinstance(source, tuple | list) else source
+        name, where = op_name(node), where or module_path(node)
+        args = torch.fx.node.map_aggregate(node.args, lambda item: _fetch(item, values))
+        kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda item: _fetch(item, values))
+        for value in values_in((args, kwargs)):
+            if value.name:
+                self.uses.setdefault(value.name, f"{op or name} in {where or 'the model'}")
+        if name in _WRAPPERS:
+            index = next(i for i, item in enumerate(args) if isinstance(item, torch.fx.GraphModule))
+            return self._graph(args[index].graph, _bound(args[index].graph, args[index + 1 :]), op, where)
+        shapes = [tuple(int(size) for size in tensor.shape) for tensor in _tensors(node.meta.get("val"))]
+        if not shapes:
+            return None  # an assertion, or a number
+        self.traced.output_shapes = shapes
+        try:
+            if name not in RULES:
+                raise NotCoveredError
+            result = RULES[name](self.traced, *args, **kwargs)
+        except NotCoveredError:
+            return self._without_rule(node, values, args, kwargs, op or name, where)
+        for value, shape in zip(values_in(result), shapes, strict=False):
+            if value.shape != shape:
+                raise TraceError(
+                    f"rule for {name}: expected an output of shape {shape}; got {value.shape}; please report it"
+                )
+            self.traced.tensors.append(value.axes)
+        if isinstance(result, Value) and result.uniform and _may_be_written(node):
+            result.uniform = False
+        return result
+
+    def _without_rule(
+        self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], args: Any, kwargs: Any, op: str, where: str
+    ) -> Any:
+        """Walk what the op decomposes into; fix what it touches where that fails, too."""
+        touched = [axis for value in values_in((args, kwargs)) for axis in value.axes]
+        if all(is_fixed(axis) for axis in touched):
+            return opaque(node, op if touched else "constant")
+        graph = decompose(node) if op == op_name(node) else None  # one level: what is left in there has no rule
+        if graph is not None:
+            inside = dict(
+                zip((n for n in graph.nodes if n.op == "placeholder"), values_in((args, kwargs)), strict=True)
+            )
+            return self._graph(graph, cast("dict[torch.fx.Node, Any]", inside), op, where)
+        if self.strict:
+            raise UnsupportedOpError(
+                f"{op} in {where or 'the model'}: no rule covers it; trace(..., strict=False) fixes the axes that it "
+                "touches, fedrebasin.rules.rule adds a rule"
+            )
+        self.fixed_ops.setdefault(op, where)
+        for value in values_in((args, kwargs)):
+            self.traced.fix(value, op)
+        return opaque(node, op)
+
+
+def values_in(argument: Any) -> list[Value]:
+    """All tensors of an argument, however nested, in order."""
+    if isinstance(argument, Value):
+        return [argument]
+    if isinstance(argument, Mapping):
+        return values_in(list(argument.values()))
+    if isinstance(argument, tuple | list):
+        return [value for item in argument for value in values_in(item)]
+    return []
+
+
+def opaque(node: torch.fx.Node, reason: str) -> Any:
+    """What a node returns, with every axis fixed."""
+
+    def fixed(tensor: Any) -> Any:
+        return Value([leaf(int(size), reason) for size in tensor.shape]) if isinstance(tensor, Tensor) else tensor
+
+    value = node.meta.get("val")
+    return tuple(fixed(tensor) for tensor in value) if isinstance(value, tuple | list) else fixed(value)
+
+
+def shares(one: Tensor, other: Tensor) -> bool:
+    """Whether two entries of a state dict are one tensor."""
+    return one is other or (
+        one.shape == other.shape and one.data_ptr() == other.data_ptr() and one.data_ptr() != 0 and one.numel() > 0
+    )
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """The name of the module that calls the op; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _bound(graph: torch.fx.Graph, arguments: Sequence[Any]) -> dict[torch.fx.Node, Any]:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return dict(zip(placeholders, arguments, strict=True))
+
+
+def _fetch(argument: Any, values: dict[torch.fx.Node, Any]) -> Any:
+    value = values[argument] if isinstance(argument, torch.fx.Node) else argument
+    if isinstance(value, Value) and value.uniform:  # a constant ties nothing: new axes for every use
+        return Value([leaf(axis.size) for axis in value.axes])
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, Tensor)]
+
+
+def _may_be_written(node: torch.fx.Node) -> bool:
+    """Whether some use of the node's tensor writes into it or keeps a view of it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None or any(argument.alias_info is not None for argument in schema.arguments):
+            return True
+    return False

@@ -1,0 +1,131 @@
+"""``fedrebasin inspect`` as the command line asks for it: its options, its files, its terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from fedrebasin.errors import UsageError
+from fedrebasin.simulations.inspection import Inspection, inspect_model
+from fedrebasin.simulations.inspection_inputs import (
+    build,
+    importable_here,
+    load_factory,
+    parse_inputs,
+    parse_kwargs,
+)
+from fedrebasin.simulations.inspection_page import write_page
+from fedrebasin.simulations.results import provenance
+from fedrebasin.spec import PermutationSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, as texts."""
+
+    model: str
+    inputs: Sequence[str]
+    kwargs: str = ""
+    vocab: int | None = None
+    strict: bool = False
+    check: bool = True
+    seed: int = 0
+    html: Path | None = None
+    save: Path | None = None
+    command: str = "fedrebasin inspect"
+    on_phase: Callable[[str], None] = field(default=lambda text: None)
+
+
+def inspect_request(request: Request) -> Inspection:
+    """Do what ``fedrebasin inspect`` is asked for, files included.
+
+    Raises
+    ------
+    UsageError
+        For a model, inputs or paths that the caller can mend.
+    RebasinError
+        If the model cannot be traced, or its spec fails the proof.
+    """
+    started = time.time()
+    inputs, kwargs = parse_inputs(request.inputs), parse_kwargs(request.kwargs)
+    _check_target(request.html, "--html")
+    _check_target(request.save, "--save")
+    with importable_here(), _quiet():
+        factory = load_factory(request.model)
+        found = inspect_model(
+            lambda: build(factory, kwargs),
+            inputs,
+            name=request.model,
+            vocab=request.vocab,
+            strict=request.strict,
+            check=request.check,
+            on_meta=not request.check and not isinstance(factory, nn.Module),
+            seed=request.seed,
+            on_phase=request.on_phase,
+        )
+    if request.save is not None:
+        save_spec(found.spec, request.save)
+    if request.html is not None:
+        write_page(request.html, found, provenance(request.command, [request.seed], started))
+    return found
+
+
+def save_spec(spec: PermutationSpec, path: Path) -> None:
+    """Save a spec, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        spec.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_target(path: Path | None, option: str) -> None:
+    """Find out before the work that a file cannot be written."""
+    if path is None:
+        return
+    folder = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    if path.is_dir() or folder is None or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{option}: expected the path of a file that can be written; got {path}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing but this command speaks: a failed export prints graphs and stack traces besides its error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def refuse(given: Mapping[str, Any], why: str) -> None:
+    """Raise ``UsageError`` for the first option that is given and has no meaning here."""
+    odd = next((option for option, value in given.items() if value), None)
+    if odd is not None:
+        raise UsageError(f"{odd}: {why}")
+
+
+@contextmanager
+def spinner() -> Iterator[Callable[[str], None]]:
+    """Say what is being done, on stderr, while it lasts; nothing where stderr is no terminal."""
+    console = Console(file=sys.stderr)  # the stream of now, whatever is redirected meanwhile
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(text)

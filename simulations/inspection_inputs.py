@@ -1,0 +1,242 @@
+"""What ``fedrebasin inspect`` is given on the command line: a model's factory and example inputs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.errors import UsageError
+
+DTYPES = {
+    name: getattr(torch, name) for name in "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+}
+#: arguments of common factories that would start a download, and what leaves it out
+_PRETRAINED = {"weights": None, "weights_backbone": None, "pretrained": False}
+_INPUT = re.compile(
+    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:(?P<before>[a-z]+\d*):)?(?P<shape>\d+(?:[xX]\d+)*)(?::(?P<after>[a-z]+\d*))?"
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One ``--input``: a shape, a dtype, and the keyword that it is passed as ("" for a positional input)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    keyword: str = ""
+
+
+def parse_input(text: str) -> Input:
+    """Read ``[KEYWORD=]SHAPE[:DTYPE]`` or ``[KEYWORD=]DTYPE:SHAPE``.
+
+    Raises
+    ------
+    UsageError
+        If ``text`` is neither, or names a dtype that is not known.
+
+    Examples
+    --------
+    >>> parse_input("1x3x32x32").shape, parse_input("mask=int64:1x16").keyword, parse_input("1x16:int64").dtype
+    ((1, 3, 32, 32), 'mask', torch.int64)
+    """
+    match = _INPUT.fullmatch(text)
+    if match is None or (match["before"] and match["after"]):
+        raise UsageError(f"--input: expected a shape such as 1x3x32x32, 1x16:int64 or tokens=1x16:int64; got {text!r}")
+    dtype = match["before"] or match["after"] or "float32"
+    if dtype not in DTYPES:
+        raise UsageError(f"--input: expected a dtype among {', '.join(DTYPES)}; got {dtype!r} in {text!r}")
+    shape = tuple(int(size) for size in match["shape"].lower().split("x"))
+    if 0 in shape:
+        raise UsageError(f"--input: expected sizes of 1 or more; got {text!r}")
+    return Input(shape, DTYPES[dtype], match["name"] or "")
+
+
+def parse_inputs(texts: Sequence[str]) -> tuple[Input, ...]:
+    """Read all ``--input``; a keyword may occur once, and positional inputs come first.
+
+    >>> [one.keyword for one in parse_inputs(["1x4", "mask=1x4"])]
+    ['', 'mask']
+    """
+    inputs = tuple(parse_input(text) for text in texts)
+    if not inputs:
+        raise UsageError("--input: expected at least one, for example --input 1x3x32x32")
+    keywords = [one.keyword for one in inputs]
+    named = [keyword for keyword in keywords if keyword]
+    if "" in keywords[len(keywords) - len(named) :]:
+        raise UsageError("--input: expected inputs without a keyword first; got one after a keyword")
+    if len(set(named)) < len(named):
+        raise UsageError("--input: expected every keyword once")
+    return inputs
+
+
+def example_inputs(model: nn.Module, inputs: Sequence[Input], *, vocab: int | None = None, seed: int = 0) -> Any:
+    """Draw what the model is called with: normal floats, random integers, all-true booleans.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Tells the range of integers and the names of positional inputs where keywords stand beside them.
+    inputs : sequence of Input
+    vocab : int, optional
+        Integers are drawn from ``[0, vocab)``; default: the rows of the model's smallest embedding, else 2.
+    seed : int
+
+    Returns
+    -------
+    tuple or dict
+        Positional inputs, or keywords.
+
+    Examples
+    --------
+    >>> [tuple(one.shape) for one in example_inputs(nn.Linear(4, 2), parse_inputs(["3x4"]))]
+    [(3, 4)]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = [one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag)]
+    bound = vocab or min(tables, default=2)
+    tensors = [_draw(one, bound, generator) for one in inputs]
+    positional = sum(not one.keyword for one in inputs)
+    if positional == len(inputs):
+        return tuple(tensors)
+    keywords = [*_positional_names(model, positional), *(one.keyword for one in inputs[positional:])]
+    if len(set(keywords)) < len(keywords):
+        raise UsageError("--input: a keyword names an input that is also given without one")
+    return dict(zip(keywords, tensors, strict=True))
+
+
+def _draw(one: Input, bound: int, generator: torch.Generator) -> Tensor:
+    if one.dtype is torch.bool:
+        return torch.ones(one.shape, dtype=torch.bool)
+    if one.dtype.is_floating_point:
+        return torch.randn(one.shape, generator=generator).to(one.dtype)
+    return torch.randint(min(bound, torch.iinfo(one.dtype).max), one.shape, generator=generator, dtype=one.dtype)
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [one.name for one in inspect.signature(model.forward).parameters.values() if one.kind in kinds]
+    if len(names) < count:
+        raise UsageError(f"--input: {type(model).__name__}.forward takes {len(names)} positional inputs; got {count}")
+    return names[:count]
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """Read ``--kwargs``: a JSON object with the factory's arguments.
+
+    >>> parse_kwargs('{"width": 16}')
+    {'width': 16}
+    """
+    try:
+        kwargs = json.loads(text or "{}")
+    except ValueError as error:
+        raise UsageError(f'--kwargs: expected a JSON object such as {{"width": 16}}; {error}') from error
+    if not isinstance(kwargs, dict):
+        raise UsageError(f'--kwargs: expected a JSON object such as {{"width": 16}}; got {text}')
+    return kwargs
+
+
+def load_factory(target: str) -> Any:
+    """Import what ``module:factory`` names: a function, a class, or a module that is built already.
+
+    Raises
+    ------
+    UsageError
+        If there is no such module or attribute, its import fails, or it cannot be called.
+
+    Examples
+    --------
+    >>> load_factory("torch.nn:Linear")
+    <class 'torch.nn.modules.linear.Linear'>
+    """
+    module, colon, path = target.partition(":")
+    if not (module and colon and path):
+        raise UsageError(f"model: expected module:factory, for example torchvision.models:resnet18; got {target!r}")
+    try:
+        holder = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"model: cannot import {module!r} ({error}); run the command in the folder that holds it, or install it"
+        ) from error
+    except Exception as error:  # the user's module may raise anything
+        raise UsageError(f"model: importing {module!r} raised {_said(error)}") from error
+    try:
+        factory = reduce(getattr, path.split("."), holder)
+    except AttributeError as error:
+        raise UsageError(f"model: {module!r} has no {path!r}; {error}") from error
+    if not callable(factory):
+        raise UsageError(f"model: expected {target} to be a function or class; got a {type(factory).__name__}")
+    return factory
+
+
+def build(factory: Any, kwargs: dict[str, Any]) -> nn.Module:
+    """Call the factory without pretrained weights.
+
+    Raises
+    ------
+    UsageError
+        If it raises, or returns no ``nn.Module``.
+
+    Examples
+    --------
+    >>> build(nn.Linear, {"in_features": 4, "out_features": 2})
+    Linear(in_features=4, out_features=2, bias=True)
+    """
+    if isinstance(factory, nn.Module):
+        return factory
+    name = getattr(factory, "__name__", "the factory")
+    try:
+        model = factory(**{**_no_download(factory), **kwargs})
+    except Exception as error:  # the user's factory may raise anything
+        raise UsageError(f"model: {name}() raised {_said(error)}; give its arguments with --kwargs") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: expected {name}() to return a torch.nn.Module; got a {type(model).__name__}")
+    return model
+
+
+def _no_download(factory: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # some built-in callables have none
+        return {}
+    return {
+        name: value for name, value in _PRETRAINED.items() if name in parameters and parameters[name].default != value
+    }
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+@contextmanager
+def importable_here() -> Iterator[None]:
+    """Let modules of the current directory be imported, as ``python -m`` does."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's module may have taken it out
+            sys.path.remove(here)
+
+
+def text_of(one: Input) -> str:
+    """An input as a text for people.
+
+    >>> text_of(parse_input("tokens=int64:1x16"))
+    'tokens=1x16:int64'
+    """
+    shape = "x".join(str(size) for size in one.shape)
+    kind = "" if one.dtype is torch.float32 else f":{str(one.dtype).removeprefix('torch.')}"
+    return f"{one.keyword}={shape}{kind}" if one.keyword else f"{shape}{kind}"
