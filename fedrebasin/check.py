@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrebasin.batches import evaluation_mode, split_inputs, tensors
 from fedrebasin.errors import InvalidSpecError, RebasinError
@@ -60,7 +62,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     proof = _Proof(model, spec, example_inputs, seed)
     perms = _cycles(spec, proof.generator)
     change = proof.change(perms)
-    if change <= proof.tolerance:
+    if change <= proof.tolerance or change <= proof.widen_tolerance():
         return replace(spec, checked=True)
     suspects = list(spec.perm_shapes)
     while len(suspects) > 1:  # halve them, and keep a half that changes an output by itself
@@ -89,7 +91,8 @@ class _Proof:
         self.generator = torch.Generator().manual_seed(seed)
         args, kwargs = split_inputs(example_inputs)
         for dtype in (torch.float64, torch.float32):
-            self.model = copy.deepcopy(model).cpu().to(dtype)
+            self.model = _copy(model).cpu()
+            self.model = self.model.double() if dtype is torch.float64 else self.model.float()
             self.state = _redraw(self.model.state_dict(), set(spec.parameters), self.generator)
             self.args, self.kwargs = _redraw_inputs((args, kwargs), dtype, self.generator)
             self.tolerance = _TOLERANCE[dtype]
@@ -107,18 +110,51 @@ class _Proof:
 
     @torch.no_grad()
     def run(self, state: dict[str, Tensor]) -> list[Tensor]:
+        """The outputs in evaluation mode; where training uses more tensors, in training mode without dropout, too."""
         with evaluation_mode(self.model):
-            return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
+            outputs = tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
+            if self.spec.training:
+                for module in self.model.modules():
+                    module.training = not isinstance(module, _DropoutNd)
+                copies = {name: tensor.clone() for name, tensor in state.items()}  # running statistics are written
+                outputs += tensors(functional_call(self.model, copies, self.args, self.kwargs, tie_weights=False))
+        return outputs
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output under these permutations."""
-        outputs = self.run(permute(self.spec, perms, self.state))
+        return self._change(permute(self.spec, perms, self.state))
+
+    def widen_tolerance(self) -> float:
+        """Allow for float32 steps inside a float64 run: norms and rotary positions that cast."""
+        with _NarrowSteps() as steps:  # type: ignore[no-untyped-call]
+            self.run(self.state)
+        self.tolerance = _TOLERANCE[torch.float32] if steps.found else self.tolerance
+        return self.tolerance
+
+    def _change(self, state: dict[str, Tensor]) -> float:
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
-            for new, old in zip(outputs, self.outputs, strict=True)
+            for new, old in zip(self.run(state), self.outputs, strict=True)
             if old.numel()
         ]
         return max(changes, default=0.0)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also where a module holds a computed tensor, which deepcopy refuses."""
+    held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
+
+
+class _NarrowSteps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether any op returns floating numbers narrower than float64."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found = self.found or any(tensor.dtype != torch.float64 for tensor in tensors(result))
+        return result
 
 
 def _cycles(spec: PermutationSpec, generator: torch.Generator) -> Perms:

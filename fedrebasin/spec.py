@@ -46,6 +46,8 @@ class PermutationSpec:
         True if :func:`fedrebasin.check_spec` has passed on these axes.
     inputs : int
         How many positional inputs the traced model takes.
+    training : bool
+        True if some tensors are used in training mode only (auxiliary heads); the check then runs in both modes.
 
     Examples
     --------
@@ -62,6 +64,7 @@ class PermutationSpec:
     notes: tuple[str, ...] = ()
     checked: bool = False
     inputs: int = 1
+    training: bool = False
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -206,6 +209,7 @@ class PermutationSpec:
             "format": _FORMAT,
             "checked": self._digest() if self.checked else None,
             "inputs": self.inputs,
+            "training": self.training,
             "notes": list(self.notes),
             "buffers": list(self.buffers),
             "uses": self.uses,
@@ -223,6 +227,7 @@ class PermutationSpec:
             uses=dict(data.get("uses", {})),
             notes=tuple(data.get("notes", ())),
             inputs=int(data.get("inputs", 1)),
+            training=bool(data.get("training", False)),
         )
         spec._check_families()
         return replace(spec, checked=data.get("checked") == spec._digest())

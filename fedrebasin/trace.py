@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,7 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
         uses=walk.uses,
         notes=tuple(notes),
         inputs=exported.inputs,
+        training=exported.training is not None,
     )
 
 
@@ -153,7 +155,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs tracebacks of failures that are reported here in one line
     try:
-        with mode_of(model, training=training), torch.no_grad():
+        with mode_of(model, training=training), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
             return torch.export.export(model, args, kwargs, strict=False)
     finally:
         logging.disable(before)
@@ -194,9 +197,10 @@ def _mutated_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _without_memory(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return {
         id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
         if isinstance(tensor, nn.Parameter)
         else tensor.detach().to("meta")
-        for tensor in (*model.parameters(), *model.buffers())
+        for tensor in (*model.parameters(), *model.buffers(), *held)
     }

@@ -15,7 +15,7 @@ from fedrebasin.axes import is_fixed, leaf
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
-
+from fedrebasin.rules.pointwise import pointwise
 
 #: Ops that run a graph of their own in another mode.
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
@@ -83,12 +83,14 @@ class Walk:
 
     def _call(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], op: str, where: str) -> Any:
         if node.target is operator.getitem:
+            if not node.users:
+                return None
             origin, index = cast("tuple[torch.fx.Node, int]", node.args[:2])
             source = values[origin]
             return source[index] if isinstance(source, tuple | list) else source
         name, where = op_name(node), where or module_path(node)
-        args = torch.fx.node.map_aggregate(node.args, lambda item: _fetch(item, values))
-        kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda item: _fetch(item, values))
+        args: Any = torch.fx.node.map_aggregate(node.args, lambda item: _fetch(item, values))
+        kwargs: Any = torch.fx.node.map_aggregate(node.kwargs, lambda item: _fetch(item, values))
         for value in values_in((args, kwargs)):
             if value.name:
                 self.uses.setdefault(value.name, f"{op or name} in {where or 'the model'}")
@@ -99,10 +101,11 @@ class Walk:
         if not shapes:
             return None  # an assertion, or a number
         self.traced.output_shapes = shapes
+        rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         try:
-            if name not in RULES:
+            if rule is None:
                 raise NotCoveredError
-            result = RULES[name](self.traced, *args, **kwargs)
+            result = rule(self.traced, *args, **kwargs)
         except NotCoveredError:
             return self._without_rule(node, values, args, kwargs, op or name, where)
         for value, shape in zip(values_in(result), shapes, strict=False):

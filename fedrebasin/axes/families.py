@@ -88,7 +88,7 @@ def _fix_outer_axes(axes: set[Node]) -> bool:
             free = tuple((outer, index) for outer, index in context if not is_fixed(outer))
             if node.kind is Kind.LEAF:
                 uses.setdefault(node, set()).add(free)
-            elif node.over is not None and not is_fixed(node.over):
+            elif node.over is not None and not is_fixed(node.over) and not is_fixed(node):
                 outer, children = node.over.root, [child.root for child in node.children]
                 alike = len({(child.kind, bool(child.reason)) for child in children}) == 1
                 if outer.kind is not Kind.LEAF or children[0].kind is not Kind.LEAF or not alike:

@@ -40,6 +40,8 @@ def _spread(node: Node, kept: set[Node]) -> Node:
     Not where another axis of the tensor depends on that factor, too.
     """
     node = node.root
+    if is_fixed(node):
+        return node
     if node.kind is Kind.SUM:
         return concat([_spread(part, kept) for part in node.children])
     if node.kind is not Kind.PRODUCT:
@@ -62,11 +64,13 @@ def _outer_axes(node: Node) -> Iterator[Node]:
 def _keys(node: Node) -> Iterator[Key]:
     """What needs a name in an axis, in order."""
     node = node.root
+    if is_fixed(node):
+        return
     if node.kind is Kind.FAMILY and node.over is not None:
         outer = node.over.root
         if is_fixed(outer):
             yield outer
-        elif not is_fixed(node):
+        else:
             yield _family_key(node)
             return
     elif node.free_leaf:

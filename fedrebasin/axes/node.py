@@ -185,7 +185,7 @@ def at_index(node: Node, outer: Node, index: int) -> Node:
 
 
 def spread(node: Node, kind: Kind) -> bool:
-    """Make a family of products a product of families, or the same with sums, where all children have the same sizes."""
+    """Make a family of products a product of families, or of sums a sum; all children must have the same sizes."""
     assert node.over is not None
     pieces = [flatten(child, kind) for child in node.children]
     sizes = [piece.size for piece in pieces[0]]

@@ -82,10 +82,10 @@ def cut(node: Node, sizes: Sequence[int]) -> list[Node] | None:
 def _cut_in_two(node: Node, size: int) -> list[Node] | None:
     rest = node.size - size
     if node.kind is Kind.LEAF:
-        parts = [leaf(size, node.reason), leaf(rest, node.reason)]
+        halves = [leaf(size, node.reason), leaf(rest, node.reason)]
         if not node.reason:
-            node.kind, node.children = Kind.SUM, parts
-        return parts
+            node.kind, node.children = Kind.SUM, halves
+        return halves
     if node.kind is Kind.FAMILY and node.over is not None:
         found = _all_or_none([cut(child, [size, rest]) for child in node.children])
         return None if found is None else [family(node.over, [pair[dim] for pair in found]) for dim in (0, 1)]
@@ -104,8 +104,8 @@ def _cut_in_two(node: Node, size: int) -> list[Node] | None:
     )
     if not part_of_unit:
         return [before, after]
-    halves = cut(middle, [part_of_unit, unit - part_of_unit])  # one unit is cut apart, the others stay whole
-    return None if halves is None else [concat([before, halves[0]]), concat([halves[1], after])]
+    ends = cut(middle, [part_of_unit, unit - part_of_unit])  # one unit is cut apart, the others stay whole
+    return None if ends is None else [concat([before, ends[0]]), concat([ends[1], after])]
 
 
 def _all_or_none(found: Iterable[list[Node] | None]) -> list[list[Node]] | None:

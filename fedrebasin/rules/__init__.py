@@ -2,20 +2,15 @@
 
 from fedrebasin.rules import (
     layers,
-    parts,
-    pointwise,
-    shapes,
-)
-
-# isort: split
-# after layers and shapes, while those still hold older rules for some of these ops
-from fedrebasin.rules import (
     lookups,
     norms,
     numbers,
+    parts,
+    pointwise,
     products,
     recurrent,
     reductions,
+    shapes,
     spatial,
 )
 from fedrebasin.rules.registry import RULES, NotCoveredError, Rule, Traced, Value, op_name, rule

@@ -1,13 +1,12 @@
-"""Rules for layers with weights, and for pooling."""
+"""Rules for linear layers and convolutions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf
-from fedrebasin.rules.registry import NotCoveredError, Rule, Traced, Value, rule
+from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
 
 @rule("linear")
@@ -50,9 +49,15 @@ def transposed_convolution(
 ) -> Value:
     """``weight`` is (in, out / groups, *kernel)."""
     del stride, padding, output_padding, dilation
-    if groups != 1:
+    if groups == 1:
+        return _convolve(traced, x, weight, bias, groups, out_dim=1)
+    into, inner = weight.axes[:2]
+    traced.tie(into, x.axes[len(x.axes) - len(weight.axes) + 1])
+    parts = axes.split(into, [groups, into.size // groups])
+    if parts is None:
         raise NotCoveredError
-    return _convolve(traced, x, weight, bias, groups, out_dim=1)
+    axes.depend(inner, parts[:1])
+    return _with_output(traced, x, weight, bias, axes.product([parts[0], inner]))
 
 
 def _convolve(traced: Traced, x: Value, weight: Value, bias: Value | None, groups: int, out_dim: int) -> Value:
@@ -68,92 +73,15 @@ def _convolve(traced: Traced, x: Value, weight: Value, bias: Value | None, group
             raise NotCoveredError
         traced.tie(from_groups[0], to_groups[0])
         traced.tie(from_groups[1], into)
+    return _with_output(traced, x, weight, bias, out)
+
+
+def _with_output(traced: Traced, x: Value, weight: Value, bias: Value | None, out: Node) -> Value:
+    """The output with the channels ``out``; kernels and positions stay."""
+    channel = len(x.axes) - len(weight.axes) + 1
     if bias is not None:
         traced.tie(out, bias.axes[0])
     for axis in (*weight.axes[2:], *x.axes[channel + 1 :]):
         axes.fix(axis, "kernel or spatial")
-    return Value([*x.axes[:channel], out, *_fixed(traced.output_shapes[0][channel + 1 :])])
-
-
-def _fixed(sizes: Sequence[int]) -> list[Node]:
-    return [leaf(size, "kernel or spatial") for size in sizes]
-
-
-@rule("batch_norm", "instance_norm")
-def batch_norm(
-    traced: Traced,
-    x: Value,
-    weight: Value | None = None,
-    bias: Value | None = None,
-    running_mean: Value | None = None,
-    running_var: Value | None = None,
-    *_: Any,
-) -> Value:
-    """Per channel, axis 1; running statistics move with their channels."""
-    for value in (weight, bias, running_mean, running_var):
-        if value is not None:
-            traced.tie(x.axes[1], value.axes[0])
-    traced.statistics |= {value.name for value in (running_mean, running_var) if value is not None}
-    traced.within([x.axes[1]])
-    return Value(list(x.axes))
-
-
-@rule("layer_norm", "rms_norm")
-def layer_norm(
-    traced: Traced, x: Value, shape: Sequence[int], weight: Value | None = None, bias: Any = None, *_: Any
-) -> Value:
-    """Over the last axes; their permutation is free as long as weight and bias follow."""
-    last = x.axes[len(x.axes) - len(shape) :]
-    for value in (weight, bias):
-        if isinstance(value, Value):
-            for axis, other in zip(last, value.axes, strict=True):
-                traced.tie(axis, other)
-    traced.within(x.axes[: len(x.axes) - len(shape)])
-    return Value(list(x.axes))
-
-
-@rule("group_norm")
-def group_norm(
-    traced: Traced, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any
-) -> Value:
-    """Per group of channels, axis 1."""
-    split = axes.split(x.axes[1], [groups, x.axes[1].size // groups])
-    if split is None:
-        raise NotCoveredError
-    for value in (weight, bias):
-        if value is not None:
-            traced.tie(x.axes[1], value.axes[0])
-    traced.within([x.axes[0], split[0]])
-    return Value(list(x.axes))
-
-
-@rule("prelu")
-def prelu(traced: Traced, x: Value, weight: Value) -> Value:
-    """One slope, or one for each channel, axis 1."""
-    if weight.axes[0].size != 1:
-        traced.tie(x.axes[1 if len(x.axes) > 1 else 0], weight.axes[0])
-    return Value(list(x.axes))
-
-
-@rule("embedding")
-def embedding(traced: Traced, weight: Value, indices: Value, *_: Any, **__: Any) -> Value:
-    """Rows are looked up by number, so only the columns may be permuted."""
-    axes.fix(weight.axes[0], "table")
-    traced.fix(indices, "table")
-    return Value([*indices.axes, weight.axes[1]])
-
-
-def _pool(spatial: int) -> Rule:
-    """Channels stay apart, positions do not."""
-
-    def pool(traced: Traced, x: Value, *_: Any, **__: Any) -> Value:
-        kept = len(x.axes) - spatial
-        for axis in x.axes[kept:]:
-            axes.fix(axis, "kernel or spatial")
-        return Value([*x.axes[:kept], *_fixed(traced.output_shapes[0][kept:])])
-
-    return pool
-
-
-for _spatial in (1, 2, 3):
-    rule(*(f"{kind}_pool{_spatial}d" for kind in ("max", "avg", "adaptive_avg")))(_pool(_spatial))
+    positions = traced.output_shapes[0][channel + 1 :]
+    return Value([*x.axes[:channel], out, *(leaf(size, "kernel or spatial") for size in positions)])

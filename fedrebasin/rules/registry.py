@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -62,12 +62,13 @@ class Traced:
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+_R = TypeVar("_R", bound=Rule)
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[_R], _R]:
     """Register a rule for ATen ops, named without namespace, overload and the ``_`` of in-place variants."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: _R) -> _R:
         for name in names:
             RULES[name] = function
         return function
