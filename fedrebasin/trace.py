@@ -24,7 +24,7 @@ from fedrebasin.axes.freeze import freeze_all
 from fedrebasin.batches import mode_of, split_inputs
 from fedrebasin.errors import TraceError
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.walk import Walk, shares
+from fedrebasin.walk import Walk, identity
 
 
 def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> PermutationSpec:
@@ -120,10 +120,11 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     if exported.training is not None:
         walk.program(exported.training)
     state = exported.state
+    used = {identity(state[name]) for name in walk.uses}
     for name, value in walk.parameters.items():
         if name not in exported.parameters and name not in walk.traced.statistics | exported.mutated:
             walk.traced.fix(value, "buffer")
-        elif name not in walk.uses and not any(shares(state[name], state[other]) for other in walk.uses):
+        elif identity(state[name]) not in used:
             walk.traced.fix(value, f"not used in evaluation mode{exported.failure and '; training mode fails'}")
     settle(walk.traced.tensors)
     found = {
@@ -170,11 +171,8 @@ def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> bool:
     """Whether some parameter has no user in the graph, and is not another name of one that has."""
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and targets[node.name] in state]
-    used = [state[str(targets[node.name])] for node in nodes if node.users]
-    return any(
-        isinstance(tensor, nn.Parameter) and not any(shares(tensor, other) for other in used)
-        for tensor in state.values()
-    )
+    used = {identity(state[str(targets[node.name])]) for node in nodes if node.users}
+    return any(isinstance(tensor, nn.Parameter) and identity(tensor) not in used for tensor in state.values())
 
 
 def _mutated_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:

@@ -39,6 +39,7 @@ class Walk:
         self.strict = strict
         self.traced = Traced()
         self.parameters: dict[str, Value] = {}
+        self.first: dict[object, Value] = {}
         self.uses: dict[str, str] = {}
         self.fixed_ops: dict[str, str] = {}
 
@@ -74,10 +75,10 @@ class Walk:
         name = source.target
         if name not in self.parameters:
             tensor = self.state[name]
-            alias = next((value for other, value in self.parameters.items() if shares(self.state[other], tensor)), None)
-            self.parameters[name] = Value(alias.axes if alias else [leaf(size) for size in tensor.shape], name=name)
-            self.traced.tensors.append(self.parameters[name].axes)
-            if alias is not None and node.users:
+            alias = self.first.setdefault(identity(tensor), Value([leaf(size) for size in tensor.shape], name=name))
+            self.parameters[name] = Value(alias.axes, name=name)
+            self.traced.tensors.append(alias.axes)
+            if alias.name != name and node.users:
                 self.uses[alias.name] = self.uses.get(alias.name) or "a tied weight"
         return self.parameters[name]
 
@@ -163,11 +164,11 @@ def opaque(node: torch.fx.Node, reason: str) -> Any:
     return tuple(fixed(tensor) for tensor in value) if isinstance(value, tuple | list) else fixed(value)
 
 
-def shares(one: Tensor, other: Tensor) -> bool:
-    """Whether two entries of a state dict are one tensor."""
-    return one is other or (
-        one.shape == other.shape and one.data_ptr() == other.data_ptr() and one.data_ptr() != 0 and one.numel() > 0
-    )
+def identity(tensor: Tensor) -> object:
+    """Equal for two entries of a state dict that are one tensor."""
+    if tensor.is_meta or not tensor.numel() or not tensor.data_ptr():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def module_path(node: torch.fx.Node) -> str:

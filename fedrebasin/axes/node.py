@@ -187,9 +187,11 @@ def at_index(node: Node, outer: Node, index: int) -> Node:
 def spread(node: Node, kind: Kind) -> bool:
     """Make a family of products a product of families, or of sums a sum; all children must have the same sizes."""
     assert node.over is not None
+    if any(child.root.kind is not kind for child in reversed(node.children)):
+        return False
     pieces = [flatten(child, kind) for child in node.children]
     sizes = [piece.size for piece in pieces[0]]
-    if len(sizes) < 2 or any([piece.size for piece in other] != sizes for other in pieces):
+    if any([piece.size for piece in other] != sizes for other in pieces):
         return False
     over = node.over
     node.kind, node.over = kind, None
