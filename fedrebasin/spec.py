@@ -147,9 +147,7 @@ class PermutationSpec:
         self._check_names(names)
         after = [names.get(perm, perm) for perm in self.perm_shapes]
         if len(set(after)) != len(after):
-            raise RebasinError(
-                f"names: expected different names for different permutations; got {sorted(names.values())}"
-            )
+            raise RebasinError(f"names: expected a name of its own for each permutation; got {sorted(names.values())}")
         return self._map(lambda end: rename_leaf(end, names))
 
     def only(self, tensors: Iterable[str]) -> PermutationSpec:
