@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,8 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     if not isinstance(model, nn.Module):
         raise TraceError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     args, kwargs = split_inputs(example_inputs)
+    if hasattr(model, "_orig_mod"):
+        model = _Uncompiled(model)
     try:
         program = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -111,6 +115,17 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         mutated=_mutated_buffers(model, args, kwargs),
         inputs=len(args),
     )
+
+
+class _Uncompiled(nn.Module):
+    """The model inside ``torch.compile``, under the same names."""
+
+    def __init__(self, compiled: Any) -> None:
+        super().__init__()
+        self._orig_mod = compiled._orig_mod
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
 
 
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
@@ -152,11 +167,23 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     )
 
 
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back attributes that a forward pass sets: some releases of torch leave tensors without data in them."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs tracebacks of failures that are reported here in one line
     try:
-        with mode_of(model, training=training), torch.no_grad(), warnings.catch_warnings():
+        with _attributes_kept(model), mode_of(model, training=training), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
             return torch.export.export(model, args, kwargs, strict=False)
     finally:

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fedrebasin.axes import is_fixed, leaf
 from fedrebasin.decompose import decompose
-from fedrebasin.errors import TraceError, UnsupportedOpError
+from fedrebasin.errors import UnsupportedOpError
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
 
@@ -109,11 +109,10 @@ class Walk:
             result = rule(self.traced, *args, **kwargs)
         except NotCoveredError:
             return self._without_rule(node, values, args, kwargs, op or name, where)
-        for value, shape in zip(values_in(result), shapes, strict=False):
-            if value.shape != shape:
-                raise TraceError(
-                    f"rule for {name}: expected an output of shape {shape}; got {value.shape}; please report it"
-                )
+        used = _used(node)
+        for index, (value, shape) in enumerate(zip(values_in(result), shapes, strict=False)):
+            if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
+                return self._fix_op(node, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
         if isinstance(result, Value) and result.uniform and _may_be_written(node):
             result.uniform = False
@@ -128,10 +127,11 @@ class Walk:
             return opaque(node, op if touched else "constant")
         graph = decompose(node) if op == op_name(node) else None  # one level: what is left in there has no rule
         if graph is not None:
-            inside = dict(
-                zip((n for n in graph.nodes if n.op == "placeholder"), values_in((args, kwargs)), strict=True)
-            )
-            return self._graph(graph, cast("dict[torch.fx.Node, Any]", inside), op, where)
+            return self._graph(graph, _bound(graph, values_in((args, kwargs))), op, where)
+        return self._fix_op(node, args, kwargs, op, where)
+
+    def _fix_op(self, node: torch.fx.Node, args: Any, kwargs: Any, op: str, where: str) -> Any:
+        """Fix what the op touches and note it."""
         if self.strict:
             raise UnsupportedOpError(
                 f"{op} in {where or 'the model'}: no rule covers it; trace(..., strict=False) fixes the axes that it "
@@ -187,6 +187,12 @@ def _fetch(argument: Any, values: dict[torch.fx.Node, Any]) -> Any:
     if isinstance(value, Value) and value.uniform:  # a constant ties nothing: new axes for every use
         return Value([leaf(axis.size) for axis in value.axes])
     return value
+
+
+def _used(node: torch.fx.Node) -> set[int]:
+    """The outputs of a node that something uses; torch may give the others a wrong shape."""
+    parts = [user for user in node.users if user.target is operator.getitem]
+    return {cast("int", part.args[1]) for part in parts if part.users} if parts else {0}
 
 
 def _tensors(value: Any) -> list[Tensor]:

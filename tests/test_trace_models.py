@@ -115,7 +115,6 @@ def test_wrapped_and_narrow_models_are_traced(wrap: Any) -> None:
         (torch.jit.script(nn.Sequential(nn.Linear(4, 2))), (torch.zeros(2, 4),)),
         (nn.Linear(4, 2), (torch.zeros(2, 5),)),
         (nn.Linear(4, 2), (torch.zeros(2, 4), torch.zeros(2, 4))),
-        (nn.Embedding(4, 2), (torch.zeros(2, 4),)),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_line(net: nn.Module, inputs: Any) -> None:

@@ -1,6 +1,6 @@
 """The axes of a traced network: trees that are refined and tied while the graph is walked."""
 
-from fedrebasin.axes.node import Node, concat, depend, family, fix, is_fixed, leaf, leaves, narrowed, product
+from fedrebasin.axes.node import Node, concat, depend, family, fix, is_fixed, leaf, leaves, narrowed, product, reason_of
 from fedrebasin.axes.refine import cut, split
 from fedrebasin.axes.unify import collapse, unify
 
@@ -17,6 +17,7 @@ __all__ = [
     "leaves",
     "narrowed",
     "product",
+    "reason_of",
     "split",
     "unify",
 ]

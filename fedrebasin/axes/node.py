@@ -141,6 +141,11 @@ def is_fixed(node: Node) -> bool:
     return not any(end.free_leaf for end in leaves(node))
 
 
+def reason_of(node: Node) -> str:
+    """Why a fixed axis is fixed; one unit needs no other reason."""
+    return next((end.reason for end in leaves(node) if end.reason), "size 1")
+
+
 def fix(node: Node, reason: str) -> None:
     """Forbid every permutation of the axis."""
     for end in leaves(node):

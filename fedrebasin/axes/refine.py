@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fedrebasin.axes.node import Kind, Node, concat, family, flatten, is_fixed, key_of, leaf, leaves, narrowed, product
+from fedrebasin.axes.node import Kind, Node, concat, family, flatten, is_fixed, key_of, leaf, narrowed, product, reason_of
 
 
 def split(node: Node, sizes: Sequence[int]) -> list[Node] | None:
@@ -38,7 +38,7 @@ def split_in_two(node: Node, outer_size: int) -> tuple[Node, Node] | None:
     """View what is no product as ``outer_size`` times an inner factor, which may depend on the outer one."""
     inner_size = node.size // outer_size
     if is_fixed(node):
-        reason = next(leaves(node)).reason
+        reason = reason_of(node)
         return leaf(outer_size, reason), leaf(inner_size, reason)
     if node.kind is Kind.LEAF:
         outer = leaf(outer_size)

@@ -48,7 +48,7 @@ def regroup(traced: Traced, x: Value, *_: Any, **__: Any) -> Value:
 
 def _resplit(joined: list[Node], sizes: list[int]) -> list[Node]:
     if all(map(axes.is_fixed, joined)):
-        reason = next(axes.leaves(joined[0])).reason
+        reason = axes.reason_of(axes.product(joined))
         return [leaf(size, reason) for size in sizes]
     for dim in range(1, len(joined)):  # an inner factor may depend on the outer ones until some tensor shows otherwise
         axes.depend(joined[dim], [outer for outer in joined[:dim] if not axes.is_fixed(outer)])
