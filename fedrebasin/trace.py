@@ -138,7 +138,7 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     used = {identity(state[name]) for name in walk.uses}
     for name, value in walk.parameters.items():
         if name not in exported.parameters and name not in walk.traced.statistics | exported.mutated:
-            walk.traced.fix(value, "buffer")
+            walk.traced.fix(value, "table that training does not change")
         elif identity(state[name]) not in used:
             walk.traced.fix(value, f"not used in evaluation mode{exported.failure and '; training mode fails'}")
     settle(walk.traced.tensors)

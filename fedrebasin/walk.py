@@ -75,7 +75,9 @@ class Walk:
         name = source.target
         if name not in self.parameters:
             tensor = self.state[name]
-            alias = self.first.setdefault(identity(tensor), Value([leaf(size) for size in tensor.shape], name=name))
+            reason = "" if tensor.is_floating_point() or tensor.is_complex() else "table of integers"
+            own = Value([leaf(size, reason) for size in tensor.shape], name=name)
+            alias = self.first.setdefault(identity(tensor), own)
             self.parameters[name] = Value(alias.axes, name=name)
             self.traced.tensors.append(alias.axes)
             if alias.name != name and node.users:

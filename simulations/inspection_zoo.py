@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,6 +67,13 @@ def zoo_models() -> list[str]:
     }
     small = sorted((name for name in sizes if sizes[name] <= LARGEST), key=lambda name: (sizes[name], name))
     return [*small, *BEYOND, *ON_META]
+
+
+def zoo_model(name: str) -> nn.Module:
+    """One of them, with random weights."""
+    from torchvision.models import get_model
+
+    return cast("nn.Module", get_model(name, weights=None, **_KWARGS.get(name, {})))
 
 
 def run_zoo(options: ZooOptions) -> dict[str, Any]:
@@ -163,8 +170,6 @@ def measure(name: str, seed: int) -> Row:
 
     Times are those of a warm process: a small network is traced first.
     """
-    from torchvision.models import get_model
-
     inspect_model(_small_net, [Input((2, 3, 8, 8))], name="warm-up")
     side = next((side for start, side in _SIDE.items() if name.startswith(start)), _DEFAULT_SIDE)
     on_meta = name in ON_META
@@ -172,7 +177,7 @@ def measure(name: str, seed: int) -> Row:
     row: Row = {"input": text_of(inputs[0]), "start-mib": _peak_mib()}
     try:
         found, model, drawn = traced_model(
-            lambda: get_model(name, weights=None, **_KWARGS.get(name, {})),
+            lambda: zoo_model(name),
             inputs,
             name=name,
             seed=seed,
@@ -208,12 +213,20 @@ def _small_net() -> nn.Module:
 
 
 def unusual(fixed: dict[str, int] | None) -> dict[str, int]:
-    """Of the fixed axes, those that are no inputs, outputs, kernels, spatial axes or tables.
+    """Of the fixed axes, those that are no inputs, outputs, kernels, spatial axes, tables or numbers of parts.
 
     >>> unusual({"input": 1, "kernel or spatial": 4, "aten.sort": 2})
     {'aten.sort': 2}
     """
-    usual = {"input", "output", "kernel", "spatial", "table"}
+    usual = {
+        "input",
+        "output",
+        "kernel",
+        "spatial",
+        "table",
+        "side",
+        "size",
+    }  # side by side: which part, not which unit
     return {reason: count for reason, count in (fixed or {}).items() if not usual & set(re.findall(r"\w+", reason))}
 
 

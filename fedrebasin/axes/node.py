@@ -220,8 +220,8 @@ def _normal_form(node: Node) -> Node:
     elif over.kind is Kind.FAMILY and over.over is not None:
         node.over = over.over
         node.children = [family(each, node.children) for each in over.children]
+    elif all(child.root is node.children[0].root for child in node.children):
+        node.parent = node.children[0].root
     elif not spread(node, Kind.PRODUCT):
         return node
-    if node.kind is Kind.FAMILY and all(child.root is node.children[0].root for child in node.children):
-        node.parent = node.children[0].root
     return node.root

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fedrebasin.axes.node import Kind, Node, concat, family, flatten, is_fixed, key_of, leaf, narrowed, product, reason_of
+from fedrebasin.axes.node import (
+    Kind,
+    Node,
+    concat,
+    family,
+    flatten,
+    is_fixed,
+    key_of,
+    leaf,
+    narrowed,
+    product,
+    reason_of,
+)
 
 
 def split(node: Node, sizes: Sequence[int]) -> list[Node] | None:
