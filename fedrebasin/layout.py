@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -185,7 +185,7 @@ def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str,
         case Sum():
             return torch.cat([units(part, name, row=row, at=at) for part in layout.parts])
         case Product():
-            outer = own_outer(layout, {name, *at})
+            outer = own_outer(layout, at, sought=name)
             if outer is not None:
                 return per_index(layout, outer, at, lambda inside: units(layout, name, row=row, at=inside))
             shape = [factor.size for factor in layout.factors]
@@ -196,12 +196,50 @@ def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str,
             return found.flatten()
 
 
-def own_outer(layout: Product, known: Set[str]) -> str | None:
+def unknown_outers(layout: Layout, at: Mapping[str, int], *, sought: str = "") -> Iterator[str]:
+    """Leaves on other axes on whose index the order depends, where only indices ``at`` are known; outer ones first.
+
+    What depends on the leaf ``sought`` is passed over.
+
+    >>> list(unknown_outers(Each("halves", (Free("a", 8), Free("b", 8))), {}))
+    ['halves']
+    """
+    match layout:
+        case Free() if layout.over and layout.over not in at:
+            yield layout.over
+        case Each() if layout.over in at:
+            yield from unknown_outers(layout.parts[at[layout.over]], at, sought=sought)
+        case Each() if layout.over != sought:
+            yield layout.over
+            for part in layout.parts:
+                yield from unknown_outers(part, at, sought=sought)
+        case Sum():
+            for part in layout.parts:
+                yield from unknown_outers(part, at, sought=sought)
+        case Product():
+            own = _own_names(layout)
+            for factor in layout.factors:
+                yield from (name for name in unknown_outers(factor, at, sought=sought) if name not in own)
+
+
+def own_outer(layout: Product, at: Mapping[str, int], *, sought: str = "") -> str | None:
     """A factor on whose index other factors depend and whose index is not known yet."""
-    own = {
-        leaf.perm if isinstance(leaf, Free) else leaf.name for leaf in layout.factors if isinstance(leaf, Free | Fixed)
-    }
-    return min((outer_names(layout) & own) - known, default=None)
+    own = _own_names(layout) - {sought}
+    names = (name for factor in layout.factors for name in unknown_outers(factor, at, sought=sought))
+    return next((name for name in names if name in own), None)
+
+
+def _own_names(layout: Product) -> set[str]:
+    """The factors on whose index other factors may depend."""
+    waiting: list[Layout] = list(layout.factors)
+    names = set()
+    while waiting:
+        factor = waiting.pop()
+        if isinstance(factor, Each):
+            waiting += factor.parts
+        elif isinstance(factor, Free | Fixed):
+            names.add(factor.perm if isinstance(factor, Free) else factor.name)
+    return names
 
 
 def per_index(layout: Layout, outer: str, at: Mapping[str, int], of: Callable[[dict[str, int]], Tensor]) -> Tensor:

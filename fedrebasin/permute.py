@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fedrebasin.layout import (
     own_outer,
     per_index,
     units,
+    unknown_outers,
 )
 from fedrebasin.perms import check_perms
 from fedrebasin.spec import PermutationSpec
@@ -66,12 +68,59 @@ def permute(spec: PermutationSpec, perms: Mapping[str, Tensor], state: Mapping[s
 
 def permute_tensor(layouts: Sequence[Layout], perms: Mapping[str, Tensor], tensor: Tensor) -> Tensor:
     """Permute one tensor; the result never shares memory with it, and perms that are not there move nothing."""
-    outer_dims = [outer_dims_of(layouts, dim) for dim in range(len(layouts))]
     result = tensor
-    for dim in sorted(range(len(layouts)), key=lambda dim: len(outer_dims[dim])):  # outer axes before what is over them
+    for dim in sorted(range(len(layouts)), key=lambda dim: len(outer_names(layouts[dim]))):  # outer axes come first
         if any(isinstance(leaf, Free) and leaf.perm in perms for leaf in leaves(layouts[dim])):
-            result = _permute_axis(layouts, dim, outer_dims[dim], perms, {}, result)
+            result = _permute_axis(layouts, dim, perms, result)
     return result.clone() if result is tensor else result
+
+
+def _permute_axis(layouts: Sequence[Layout], dim: int, perms: Mapping[str, Tensor], tensor: Tensor) -> Tensor:
+    result = tensor
+    for at, places in regions(layouts, dim):
+        part = tensor
+        for other, where in places.items():
+            part = part.index_select(other, where.to(tensor.device))
+        part = part.index_select(dim, source(layouts[dim], perms, at).to(tensor.device))
+        if not places:
+            return part
+        result = result.clone() if result is tensor else result
+        _write(result, list(places.items()), part)
+    return result
+
+
+def _write(tensor: Tensor, places: Sequence[tuple[int, Tensor]], part: Tensor) -> None:
+    """Overwrite the entries at these indices along these axes."""
+    (dim, where), *others = places
+    where = where.to(tensor.device)
+    if others:
+        rest = tensor.index_select(dim, where)
+        _write(rest, others, part)
+        part = rest
+    tensor.index_copy_(dim, where, part)
+
+
+def regions(
+    layouts: Sequence[Layout],
+    dim: int,
+    at: Mapping[str, int] = MappingProxyType({}),
+    places: Mapping[int, Tensor] = MappingProxyType({}),
+) -> Iterator[tuple[Mapping[str, int], Mapping[int, Tensor]]]:
+    """The parts of a tensor in each of which ``dim`` has one order: indices of outer leaves, and other axes' indices.
+
+    >>> from fedrebasin.layout import Fixed
+    >>> list(regions([Fixed(2, "", "halves"), Free("a", 4, over="halves")], 1))
+    [({'halves': 0}, {0: tensor([0])}), ({'halves': 1}, {0: tensor([1])})]
+    """
+    found = _next_outer(layouts, dim, at)
+    if found is None:
+        yield at, places
+        return
+    outer, other = found
+    where = places.get(other, torch.arange(layouts[other].size))
+    rows = units(layouts[other], outer, at=at)[where]
+    for index in range(int(rows.max()) + 1):
+        yield from regions(layouts, dim, {**at, outer: index}, {**places, other: where[rows == index]})
 
 
 def outer_dims_of(layouts: Sequence[Layout], dim: int) -> list[tuple[str, int]]:
@@ -82,24 +131,13 @@ def outer_dims_of(layouts: Sequence[Layout], dim: int) -> list[tuple[str, int]]:
     return sorted(dict(found).items(), key=lambda item: item[0] in perms)
 
 
-def _permute_axis(
-    layouts: Sequence[Layout],
-    dim: int,
-    outer_dims: list[tuple[str, int]],
-    perms: Mapping[str, Tensor],
-    at: dict[str, int],
-    tensor: Tensor,
-) -> Tensor:
-    if not outer_dims:
-        return tensor.index_select(dim, source(layouts[dim], perms, at).to(tensor.device))
-    (outer, other), *rest = outer_dims
-    rows = units(layouts[other], outer, at=at).to(tensor.device)
-    result = tensor.clone()
-    for index in range(int(rows.max()) + 1):
-        where = (rows == index).nonzero().squeeze(1)
-        part = tensor.index_select(other, where)
-        result.index_copy_(other, where, _permute_axis(layouts, dim, rest, perms, {**at, outer: index}, part))
-    return result
+def _next_outer(layouts: Sequence[Layout], dim: int, at: Mapping[str, int]) -> tuple[str, int] | None:
+    """A leaf on whose index the order along ``dim`` depends, and its axis, whose own order depends on nothing else."""
+    outer = next(unknown_outers(layouts[dim], at), None)
+    if outer is None:
+        return None
+    other = next(d for d, layout in enumerate(layouts) if d != dim and has_leaf(layout, outer))
+    return _next_outer(layouts, other, at) or (outer, other)
 
 
 def source(layout: Layout, perms: Mapping[str, Tensor], at: Mapping[str, int]) -> Tensor:
@@ -124,7 +162,7 @@ def source(layout: Layout, perms: Mapping[str, Tensor], at: Mapping[str, int]) -
             parts = zip(starts, layout.parts, strict=True)
             return torch.cat([start + source(part, perms, at) for start, part in parts])
         case Product():
-            outer = own_outer(layout, set(at))
+            outer = own_outer(layout, at)
             if outer is not None:
                 return per_index(layout, outer, at, lambda inside: source(layout, perms, inside))
             index = torch.zeros(1, dtype=torch.int64)

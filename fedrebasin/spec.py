@@ -110,6 +110,11 @@ class PermutationSpec:
             for shape in self.perm_shapes.values()
         )
 
+    @cached_property
+    def derived(self) -> dict[str, object]:
+        """What others read off this spec once and keep: plans of matching and the like."""
+        return {}
+
     def check_state(self, state: Mapping[str, Tensor], label: str = "model") -> None:
         """Raise :class:`SpecMismatchError` unless ``state`` has this spec's tensors with these shapes."""
         for name, shape in self.shapes.items():

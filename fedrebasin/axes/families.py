@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, leaves, spread
+from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, spread
 from fedrebasin.axes.unify import collapse
 
 Context = tuple[tuple[Node, int], ...]
@@ -113,15 +113,21 @@ def _walk(node: Node, context: Context) -> Iterator[tuple[Node, Context]]:
 
 
 def _fix_repeated_factors(axes: Iterable[Node]) -> None:
-    """Fix a leaf that is more than one factor of an axis: there its permutation would act twice."""
-    for node in {below for axis in axes for below in _all_below(axis.root)}:
+    """Fix what is in more than one factor of an axis: a permutation would act twice, an outer index is two indices."""
+    nodes = {below for axis in axes for below in _all_below(axis.root)}
+    repeated: set[Node] = set()
+    for node in nodes:
         if node.kind is Kind.PRODUCT:
             seen: set[Node] = set()
             for factor in node.children:
-                ends = {end for end in leaves(factor) if end.free_leaf}
-                for end in seen & ends:
-                    fix(end, "twice in one axis")
-                seen |= ends
+                inside = set(_all_below(factor.root))
+                repeated |= seen & inside
+                seen |= inside
+    for node in nodes:
+        if node in repeated and node.free_leaf:
+            fix(node, "twice in one axis")
+        elif node.over is not None and node.over.root in repeated:
+            fix(node, "over an axis that is twice in one axis")
 
 
 def _all_below(node: Node) -> Iterator[Node]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedrebasin.assignment import solve_assignment
-from fedrebasin.matching.problem import Block, WeightProblem
+from fedrebasin.matching.plan import Block
+from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.perms import Perms
 
 
@@ -27,9 +28,9 @@ def nested_step(problem: WeightProblem, block: Block, names: set[str] | None = N
     Tensors that have more than one of the families are left out, as is what is not in ``names``.
     """
     families = families_over(problem, block.perm)
-    chosen = problem.tensors(block) if names is None else names
+    chosen = set(problem.plan.tensors[block]) if names is None else names
     members = {
-        family: {name for name in problem.tensors(Block(family, size, 0)) if name in chosen}
+        family: {name for name in problem.plan.tensors[Block(family, size, 0)] if name in chosen}
         for family in families
         for size in [problem.spec.perm_shapes[family][1]]
     }

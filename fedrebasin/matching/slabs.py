@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedrebasin.layout import Layout, has_leaf, units
-from fedrebasin.permute import outer_dims_of
+from fedrebasin.permute import regions
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,10 @@ def slabs(layouts: Sequence[Layout], perm: str, row: int | None = None) -> list[
     found: list[Slab] = []
     for dim, layout in enumerate(layouts):
         if has_leaf(layout, perm):
-            found += _slabs_along(layouts, dim, outer_dims_of(layouts, dim), perm, row, {}, ())
-    return found
-
-
-def _slabs_along(
-    layouts: Sequence[Layout],
-    dim: int,
-    outer_dims: list[tuple[str, int]],
-    perm: str,
-    row: int | None,
-    at: dict[str, int],
-    within: tuple[tuple[int, Tensor], ...],
-) -> list[Slab]:
-    if not outer_dims:
-        unit = units(layouts[dim], perm, row=row, at=at)
-        where = (unit >= 0).nonzero().squeeze(1)
-        if not len(where):
-            return []
-        order = where[unit[where].argsort(stable=True)]
-        return [Slab(dim, order.view(int(unit.max()) + 1, -1), within)]
-    (outer, other), *rest = outer_dims
-    rows = units(layouts[other], outer, at=at)
-    found: list[Slab] = []
-    for index in range(int(rows.max()) + 1):
-        where = (rows == index).nonzero().squeeze(1)
-        found += _slabs_along(layouts, dim, rest, perm, row, {**at, outer: index}, (*within, (other, where)))
+            for at, within in regions(layouts, dim):
+                unit = units(layout, perm, row=row, at=at)
+                where = (unit >= 0).nonzero().squeeze(1)
+                if len(where):
+                    order = where[unit[where].argsort(stable=True)]
+                    found.append(Slab(dim, order.view(int(unit.max()) + 1, -1), tuple(within.items())))
     return found

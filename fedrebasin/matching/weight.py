@@ -1,20 +1,20 @@
-"""Weight matching by block coordinate descent (Git Re-Basin, Algorithm 1), from two deterministic starts."""
+"""Weight matching by block coordinate descent (Git Re-Basin, Algorithm 1), from an anchored start."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedrebasin.assignment import solve_assignment
 from fedrebasin.errors import RebasinError
-from fedrebasin.layout import Free, leaves
 from fedrebasin.matching.nested import families_over, nested_step
-from fedrebasin.matching.problem import Block, WeightProblem
+from fedrebasin.matching.plan import Block
+from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.matching.result import Matching
-from fedrebasin.perms import Perms, random_perms
+from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
 
 #: A step must gain this share of |reference| |model|, the two norms over the block's tensors: below it is rounding.
@@ -35,10 +35,11 @@ def weight_matching(
     """Permute ``model`` so that its weights are as near to ``reference`` as possible.
 
     Maximises ``sum_l <W_l^A, P_l W_l^B P_{l-1}^T>`` over every axis that a permutation ties: weights, biases and
-    norm scales. One permutation at a time is solved exactly, in random order, until no one gains. Two starts
-    are tried and the better one kept: the model as it is, and an *anchored* start, which visits the permutations
-    from the fixed inputs and outputs inwards and looks only at tensors whose other axes are settled. If the
-    model as it is cannot be improved by any single permutation, it is kept and nothing else is tried.
+    norm scales. One permutation at a time is solved exactly until no one gains. A model that no single permutation
+    improves is kept as it is. Otherwise the start is *anchored*: the permutations are visited from the fixed inputs
+    and outputs inwards, each looks only at tensors whose other axes are settled. It needs fewer assignments than
+    Algorithm 1 from the model as it is and ends higher; where it should end below the model as it is, that start is
+    taken after all.
 
     Parameters
     ----------
@@ -46,11 +47,11 @@ def weight_matching(
     reference, model : dict of str to Tensor
         State dicts of the spec's architecture; neither is changed.
     seed : int
-        Seed of the visiting order and of the restarts.
+        Seed of the restarts' visiting orders; without restarts nothing is random.
     restarts : int
-        Further starts from random permutations; the best objective wins.
+        Further descents from the model as it is, each in another random order (Algorithm 1); the best objective wins.
     init : dict of str to Tensor, optional
-        Permutations to start from, instead of the identity.
+        Permutations to start from, and to end nowhere below; the anchored start is then left out.
     device : str, optional
         Where products are taken; by default where the tensors are.
 
@@ -80,134 +81,147 @@ def weight_matching(
     if restarts < 0:
         raise RebasinError(f"restarts: expected 0 or more; got {restarts}")
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
     problem = WeightProblem(spec, reference, model, init=init, device=device)
     before = problem.objective()
-    best, history = _descend(problem, generator)
-    starts: list[Callable[[], None]] = []
-    if len(history) > 1:  # something moved
-        starts.append(lambda: _anchored_start(problem))
-        starts += [lambda: problem.reset(random_perms(spec, generator))] * restarts
-    for start in starts:
-        start()
-        perms, objectives = _descend(problem, generator)
-        if objectives[-1] > history[-1] + _TOLERANCE * abs(history[-1]):
-            best, history = perms, objectives
-    identity_objective = before if init is None else _objective_of_identity(problem)
-    return Matching(best, history[-1], identity_objective, tuple(history), time.perf_counter() - started)
-
-
-def _objective_of_identity(problem: WeightProblem) -> float:
+    found = _first_descent(problem, before, init)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(restarts):
+        problem.reset(init)
+        order = [problem.blocks[index] for index in torch.randperm(len(problem.blocks), generator=generator).tolist()]
+        found = max(found, _descend(problem, order, before), key=_last)
+    perms, history = found
+    problem.reset(perms)
+    objective = problem.objective()
     problem.reset()
-    return problem.objective()
+    identity = before if init is None else problem.objective()
+    return Matching(perms, objective, identity, (*history[:-1], objective), time.perf_counter() - started)
 
 
-def _descend(problem: WeightProblem, generator: torch.Generator) -> tuple[Perms, list[float]]:
+_Found = tuple[Perms, list[float]]
+
+
+def _last(found: _Found) -> float:
+    return found[1][-1]
+
+
+def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Tensor] | None) -> _Found:
+    """From ``init``; or the model as it is, if nothing improves it; or from the anchored start, if that ends higher."""
+    if init is not None:
+        return _descend(problem, problem.blocks, before)
+    if not any(_improve(problem, block) for block in problem.blocks):
+        return dict(problem.perms), [before]
+    problem.reset()
+    order = _anchored_start(problem)
+    perms, history = _descend(problem, order, problem.objective())
+    if history[-1] > before:
+        return perms, [before, *history]
+    problem.reset()
+    return _descend(problem, order, before)
+
+
+def _descend(problem: WeightProblem, order: Sequence[Block], objective: float) -> _Found:
     """Sweep until nothing gains; a block is looked at again only after a neighbour has moved."""
-    neighbours = _neighbours(problem)
     waiting = set(problem.blocks)
-    history = [problem.objective()]
+    history = [objective]
     for _ in range(_MAX_SWEEPS):
-        order = torch.randperm(len(problem.blocks), generator=generator).tolist()
-        moved = False
-        for block in [problem.blocks[index] for index in order]:
+        gained = 0.0
+        for block in order:
             if block in waiting:
                 waiting.discard(block)
-                if _improve(problem, block):
-                    waiting |= neighbours[block]
-                    moved = True
-        if not moved:
+                gain = _improve(problem, block)
+                if gain > 0:
+                    gained += gain
+                    waiting.update(problem.plan.neighbours[block])
+        if not gained:
             break
-        history.append(problem.objective())
+        history.append(history[-1] + gained)
     return dict(problem.perms), history
 
 
-def _improve(problem: WeightProblem, block: Block) -> bool:
-    threshold = _TOLERANCE * problem.scales[block]
+def _improve(problem: WeightProblem, block: Block) -> float:
+    """Move the block's units to where they gain most; returns the gain, 0 if nothing moved."""
     if families_over(problem, block.perm):
-        return _move_if_better(problem, nested_step(problem, block), threshold)
+        return _move_if_better(problem, nested_step(problem, block), problem.scale(block))
     similarity = problem.similarity(block)
-    step = solve_assignment(similarity)
     units = torch.arange(block.size)
-    gain = float((similarity[units, step] - similarity.diagonal()).sum())
-    if gain <= threshold:
-        return False
-    if problem.is_quadratic(block):
-        return _move_if_better(problem, problem.steps(block, step), threshold)
-    problem.move(problem.steps(block, step))
-    return True
+    current = units if block in problem.plan.relative else problem.perms[block.perm]
+    here = similarity[units, current]
+    if bool((similarity.amax(1) <= here).all()):
+        return 0.0
+    new = solve_assignment(similarity)
+    gain = float((similarity[units, new] - here).sum())
+    if gain <= _TOLERANCE * problem.scale(block):
+        return 0.0
+    if block in problem.plan.quadratic:
+        return _move_if_better(problem, problem.steps(block, new), problem.scale(block))
+    if block in problem.plan.relative:
+        problem.move(problem.steps(block, new))
+    else:
+        problem.put({block.perm: new}, [block.perm])
+    return gain
 
 
-def _move_if_better(problem: WeightProblem, steps: Perms, threshold: float) -> bool:
-    """Move units by steps that are not sure to gain, and back again if they do not."""
+def _move_if_better(problem: WeightProblem, steps: Perms, scale: float) -> float:
+    """Move units by steps that are not sure to gain, and back again if they do not; returns the gain."""
     names = problem.names_of(steps)
-    before, state, perms = problem.objective(names), dict(problem.current), problem.perms
+    perms = {perm: problem.perms[perm] for perm in steps}
+    before = problem.objective(names)
     problem.move(steps)
-    if problem.objective(names) > before + threshold:
-        return True
-    problem.current, problem.perms = state, perms
-    return False
+    gain = problem.objective(names) - before
+    if gain > _TOLERANCE * scale:
+        return gain
+    problem.put(perms, perms)
+    return 0.0
 
 
-def _neighbours(problem: WeightProblem) -> dict[Block, set[Block]]:
-    using: dict[str, set[Block]] = {}
-    for block in problem.blocks:
-        for name in problem.tensors(block):
-            using.setdefault(name, set()).add(block)
-    return {
-        block: {other for name in problem.tensors(block) for other in using[name]}
-        - (set() if problem.is_quadratic(block) else {block})
-        for block in problem.blocks
-    }
-
-
-def _anchored_start(problem: WeightProblem) -> None:
+def _anchored_start(problem: WeightProblem) -> list[Block]:
     """Settle the permutations one after the other, each by the tensors whose other axes are settled already.
 
     The one with the most settled entries for each of its units comes first. A planted permutation is found
     in this way whatever the depth, where descent from the identity stops in poor optima of residual networks.
+    Returns the blocks in the order in which they were settled.
     """
-    problem.reset()
-    perms_of = {
-        name: {leaf.perm for layout in problem.spec.axes[name] for leaf in leaves(layout) if isinstance(leaf, Free)}
-        for name in problem.names
-    }
-    clusters: dict[str, list[Block]] = {}
-    for block in problem.blocks:
-        clusters.setdefault(problem.spec.over.get(block.perm, block.perm), []).append(block)
-    unsettled = dict(clusters)
-    while unsettled:
-        open_perms = {block.perm for group in unsettled.values() for block in group}
-        known = {
-            perm: {
-                name
-                for block in group
-                for name in problem.tensors(block)
-                if perms_of[name] & open_perms <= {block.perm for block in group}
-            }
-            for perm, group in unsettled.items()
-        }
-        evidence = {perm: _evidence(problem, group, known[perm], perms_of) for perm, group in unsettled.items()}
-        chosen = max(unsettled, key=lambda perm: evidence[perm])
-        group = unsettled.pop(chosen)
-        if evidence[chosen] > 0:
-            _settle(problem, group, known[chosen])
+    plan = problem.plan
+    cluster_of = {block.perm: key for key, group in plan.clusters.items() for block in group}
+    open_clusters = {name: {cluster_of[perm] for perm in perms} for name, perms in plan.perms_of.items()}
+    known: dict[str, set[str]] = {key: set() for key in plan.clusters}
+    evidence = dict.fromkeys(plan.clusters, 0.0)
+    units = {key: sum(block.size for block in group) for key, group in plan.clusters.items()}
+
+    def learn(name: str) -> None:
+        if len(open_clusters[name]) == 1:
+            (key,) = open_clusters[name]
+            known[key].add(name)
+            evidence[key] += _entries(problem, name, plan.clusters[key]) / units[key]
+
+    for name in plan.names:
+        learn(name)
+    order: list[Block] = []
+    while evidence:
+        key = max(evidence, key=lambda key: evidence[key])
+        group = plan.clusters[key]
+        if evidence.pop(key) > 0:
+            _settle(problem, group, known[key])
+        order += group
+        for name in dict.fromkeys(name for block in group for name in plan.tensors[block]):
+            open_clusters[name].discard(key)
+            learn(name)
+    return order
 
 
-def _evidence(problem: WeightProblem, group: list[Block], names: set[str], perms_of: dict[str, set[str]]) -> float:
-    """Settled entries for each unit; a tensor that has two of the group's families says nothing before one is known."""
+def _entries(problem: WeightProblem, name: str, group: list[Block]) -> int:
+    """Entries that speak for a group; a tensor that has two of its families says nothing before one is known."""
     families = {block.perm for block in group if block.row is not None}
-    entries = sum(problem.reference[name].numel() for name in names if len(perms_of[name] & families) < 2)
-    return entries / sum(block.size for block in group)
+    return problem.reference[name].numel() if len(problem.plan.perms_of[name] & families) < 2 else 0
 
 
 def _settle(problem: WeightProblem, group: list[Block], names: set[str]) -> None:
     """Move a permutation, and the families over it, to where the tensors ``names`` want them."""
-    outer = next((block for block in group if families_over(problem, block.perm)), None)
-    if outer is not None:
-        problem.move(nested_step(problem, outer, names))
-    for block in group:
-        if block is not outer:
-            step = solve_assignment(problem.similarity(block, names))
-            if not torch.equal(step, torch.arange(block.size)):
-                problem.move(problem.steps(block, step))
+    if len(group) > 1:
+        problem.move(nested_step(problem, group[0], names))
+    for block in group if len(group) == 1 else group[1:]:
+        new = solve_assignment(problem.similarity(block, names))
+        if block in problem.plan.relative:
+            problem.move(problem.steps(block, new))
+        else:
+            problem.put({block.perm: new}, [block.perm])

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf
-from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
+from fedrebasin.rules.registry import Traced, Value, rule
 
 
 @rule("linear")
@@ -53,9 +53,7 @@ def transposed_convolution(
         return _convolve(traced, x, weight, bias, groups, out_dim=1)
     into, inner = weight.axes[:2]
     traced.tie(into, x.axes[len(x.axes) - len(weight.axes) + 1])
-    parts = axes.split(into, [groups, into.size // groups])
-    if parts is None:
-        raise NotCoveredError
+    parts = traced.split(into, [groups, into.size // groups])
     axes.depend(inner, parts[:1])
     return _with_output(traced, x, weight, bias, axes.product([parts[0], inner]))
 
@@ -67,10 +65,8 @@ def _convolve(traced: Traced, x: Value, weight: Value, bias: Value | None, group
     if groups == 1:
         traced.tie(into, x.axes[channel])
     else:
-        from_groups = axes.split(x.axes[channel], [groups, into.size])
-        to_groups = axes.split(out, [groups, out.size // groups])
-        if from_groups is None or to_groups is None:
-            raise NotCoveredError
+        from_groups = traced.split(x.axes[channel], [groups, into.size])
+        to_groups = traced.split(out, [groups, out.size // groups])
         traced.tie(from_groups[0], to_groups[0])
         traced.tie(from_groups[1], into)
     return _with_output(traced, x, weight, bias, out)

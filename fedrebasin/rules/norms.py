@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedrebasin import axes
 from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.rules.reductions import dims_of, reduced
-from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
+from fedrebasin.rules.registry import Traced, Value, rule
 
 
 @rule("batch_norm", "instance_norm")
@@ -49,9 +48,7 @@ def group_norm(
     traced: Traced, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any
 ) -> Value:
     """Per group of channels, axis 1."""
-    split = axes.split(x.axes[1], [groups, x.axes[1].size // groups])
-    if split is None:
-        raise NotCoveredError
+    split = traced.split(x.axes[1], [groups, x.axes[1].size // groups])
     for value in (weight, bias):
         if value is not None:
             traced.tie(x.axes[1], value.axes[0])

@@ -161,9 +161,9 @@ def attention(
     del dropout_p, scale
     if enable_gqa:
         heads = _meet(traced, [key.axes[-3]], [value.axes[-3]])[0]
-        groups = axes.split(query.axes[-3], [heads.size, query.axes[-3].size // heads.size])
-        if groups is None or key.axes[-3].size != value.axes[-3].size:
+        if key.axes[-3].size != value.axes[-3].size:
             raise NotCoveredError
+        groups = traced.split(query.axes[-3], [heads.size, query.axes[-3].size // heads.size])
         batch = _meet(traced, query.axes[:-3], key.axes[:-3], value.axes[:-3])
         traced.tie(heads, groups[0])
         batch.append(query.axes[-3])

@@ -31,10 +31,7 @@ def _cell(traced: Traced, gates: int, into: Node, weights: Sequence[Value]) -> _
     size = w_ih.axes[0].size // gates
     segments: list[Node] = []
     for value in (w_ih, w_hh, *(value for value in more if len(value.axes) == 1)):
-        parts = axes.cut(value.axes[0], [size] * gates)
-        if parts is None:
-            raise NotCoveredError
-        segments += parts
+        segments += traced.cut(value.axes[0], [size] * gates)
     cell = traced.tie(*segments)
     traced.tie(w_ih.axes[1], into)
     hidden = cell

@@ -197,9 +197,7 @@ def cross(traced: Traced, a: Value, b: Value, dim: int | None = None) -> Value:
 def glu(traced: Traced, x: Value, dim: int = -1) -> Value:
     """Two halves side by side that meet unit by unit."""
     half = x.axes[dim].size // 2
-    halves = axes.cut(x.axes[dim], [half, half])
-    if halves is None:
-        raise NotCoveredError
+    halves = traced.cut(x.axes[dim], [half, half])
     result = list(x.axes)
     result[dim] = traced.tie(*halves)
     return Value(result)

@@ -8,7 +8,7 @@ tracer then fixes every axis that the op touches, which is always correct.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,6 +49,18 @@ class Traced:
         for other in nodes[1:]:
             axes.unify(nodes[0], other)
         return nodes[0]
+
+    def split(self, node: Node, sizes: Sequence[int]) -> list[Node]:
+        """View an axis as a product of factors of these sizes; if its units do not fit them, fix it."""
+        return axes.split(node, sizes) or self._fixed_parts(node, sizes)
+
+    def cut(self, node: Node, sizes: Sequence[int]) -> list[Node]:
+        """View an axis as parts of these sizes side by side; if its units do not fit them, fix it."""
+        return axes.cut(node, sizes) or self._fixed_parts(node, sizes)
+
+    def _fixed_parts(self, node: Node, sizes: Sequence[int]) -> list[Node]:
+        axes.fix(node, "cut across units")
+        return [axes.leaf(size, "cut across units") for size in sizes]
 
     def fix(self, value: Value, reason: str) -> None:
         """No permutation may move any axis of the value."""

@@ -80,17 +80,10 @@ def pad(traced: Traced, x: Value, amounts: Sequence[int], mode: str = "constant"
     return Value(result)
 
 
-def _factors(axis: Node, sizes: Sequence[int]) -> list[Node]:
-    parts = axes.split(axis, sizes)
-    if parts is None:
-        raise NotCoveredError
-    return parts
-
-
 @rule("pixel_shuffle")
 def pixel_shuffle(traced: Traced, x: Value, factor: int) -> Value:
     """(*batch, channel x factor x factor, height, width) to (*batch, channel, height x factor, width x factor)."""
-    channel, *offsets = _factors(x.axes[-3], [x.axes[-3].size // factor**2, factor, factor])
+    channel, *offsets = traced.split(x.axes[-3], [x.axes[-3].size // factor**2, factor, factor])
     for axis in (*offsets, *x.axes[-2:]):
         axes.fix(axis, _SPATIAL)
     return Value([*x.axes[:-3], channel, *_fixed(traced.output_shapes[0][-2:])])
@@ -108,8 +101,7 @@ def pixel_unshuffle(traced: Traced, x: Value, factor: int) -> Value:
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(traced: Traced, x: Value, groups: int) -> Value:
     """Channels (groups, rest) become (rest, groups)."""
-    del traced
-    outer, inner = _factors(x.axes[1], [groups, x.axes[1].size // groups])
+    outer, inner = traced.split(x.axes[1], [groups, x.axes[1].size // groups])
     return Value([x.axes[0], axes.product([inner, outer]), *x.axes[2:]])
 
 
@@ -126,7 +118,7 @@ def windows_to_columns(traced: Traced, x: Value, kernel: Sequence[int], *_: Any,
 def columns_to_image(traced: Traced, x: Value, size: Any, kernel: Sequence[int], *_: Any, **__: Any) -> Value:
     """(*batch, channel x kernel, windows) to (*batch, channel, height, width)."""
     del size
-    channel, window = _factors(x.axes[-2], [x.axes[-2].size // math.prod(kernel), math.prod(kernel)])
+    channel, window = traced.split(x.axes[-2], [x.axes[-2].size // math.prod(kernel), math.prod(kernel)])
     for axis in (window, x.axes[-1]):
         axes.fix(axis, _SPATIAL)
     return Value([*x.axes[:-2], channel, *_fixed(traced.output_shapes[0][-2:])])
