@@ -25,7 +25,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A slab of one tensor, seen as a matrix with one row for each unit of a block; ``places`` is None for a whole axis."""
+    """A slab of one tensor as a matrix with one row for each unit of a block; ``places`` is None for a whole axis."""
 
     name: str
     dim: int

@@ -9,6 +9,7 @@ moved since; where few of its units have, the old product is mended by the diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from fedrebasin.spec import PermutationSpec
 
 #: A product is mended if fewer than this share of another axis's indices have moved.
 _FEW = 0.5
+#: Below this number of entries a product is made again rather than mended.
+_SMALL = 1 << 16
 
 
 @dataclass
@@ -54,9 +57,12 @@ class WeightProblem:
         self.spec = spec
         self.plan = plan_of(spec)
         self.blocks = self.plan.blocks
-        self.reference = {name: _prepare(reference[name], name, "reference", device) for name in self.plan.names}
-        self.model = {name: _prepare(model[name], name, "model", device) for name in self.plan.names}
-        self._scales: dict[str, float] = {}
+        self.reference = {name: _prepare(reference[name], device) for name in self.plan.names}
+        self.model = {name: _prepare(model[name], device) for name in self.plan.names}
+        self._scales = {
+            name: _norm(self.reference[name], name, "reference") * _norm(self.model[name], name, "model")
+            for name in self.plan.names
+        }
         self._constant: dict[Block, Tensor] = {}
         self._products: dict[tuple[Block, str], list[_Product]] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
@@ -70,12 +76,6 @@ class WeightProblem:
 
     def scale(self, block: Block) -> float:
         """|reference| |model| over the block's tensors: what the similarities are measured by."""
-        for name in self.plan.tensors[block]:
-            if name not in self._scales:
-                norms = [
-                    torch.linalg.vector_norm(side[name], dtype=torch.float64) for side in (self.reference, self.model)
-                ]
-                self._scales[name] = float(norms[0] * norms[1])
         return sum(self._scales[name] for name in self.plan.tensors[block])
 
     def similarity(self, block: Block, names: set[str] | None = None) -> Tensor:
@@ -132,11 +132,11 @@ class WeightProblem:
         return found
 
     def _mend(self, product: _Product, term: Term, orders: dict[int, Tensor]) -> None:
-        moved = {
-            dim: (order != product.orders[dim]).nonzero().squeeze(1)
-            for dim, order in orders.items()
-            if order is not product.orders[dim]
-        }
+        changed = [dim for dim, order in orders.items() if order is not product.orders[dim]]
+        if changed and self.model[term.name].numel() < _SMALL:
+            product.similarity, product.orders = self._product(term, orders), orders
+            return
+        moved = {dim: (orders[dim] != product.orders[dim]).nonzero().squeeze(1) for dim in changed}
         moved = {dim: where for dim, where in moved.items() if len(where)}
         if not moved:
             return
@@ -216,15 +216,22 @@ def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _prepare(tensor: Tensor, name: str, label: str, device: torch.device | str | None) -> Tensor:
+def _prepare(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     tensor = tensor.detach()
     if device is not None:
         tensor = tensor.to(device)
-    if not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    if not bool(tensor.isfinite().all()):
-        raise SpecMismatchError(f"{label}: {name!r} holds a NaN or an infinity; leave this model out")
-    return tensor
+    return (
+        tensor.float() if not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    )
+
+
+def _norm(tensor: Tensor, name: str, label: str) -> float:
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    if not math.isfinite(norm):
+        raise SpecMismatchError(
+            f"{label}: {name!r} holds a NaN, an infinity or numbers whose squares overflow; leave this model out"
+        )
+    return norm
 
 
 def _dot(first: Tensor, second: Tensor) -> float:

@@ -9,6 +9,7 @@ permutation, measured in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -50,7 +51,7 @@ def resnet50() -> nn.Module:
 
 def _mlp(width: int, depth: int = 3) -> nn.Module:
     sizes = [784, *[width] * depth]
-    hidden = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
+    hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
