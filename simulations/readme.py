@@ -16,13 +16,17 @@ from fedrebasin.simulations.summary import baseline_rows, by_round, percent, pla
 RESULTS = Path(__file__).resolve().parent / "results"
 _MARKED = re.compile(r"(<!-- table: (?P<name>[a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ROUNDS = (1, 2, 5)
+_ZOO = """
+squeezenet1_1 shufflenet_v2_x1_0 mobilenet_v2 efficientnet_b0 googlenet densenet121 resnet18 resnext50_32x4d
+inception_v3 swin_t convnext_tiny maxvit_t vit_b_16 vit_h_14
+""".split()
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other; every NAME is a folder of ``simulations/results/``.
+    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``; every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
@@ -33,7 +37,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
     def table(match: re.Match[str]) -> str:
         kind, *names = match["name"].split()
         results = [load_results(folder / name / "results.json") for name in names]
-        rendered = {"disjoint": _disjoint, "rounds": _rounds}[kind](results)
+        rendered = {"disjoint": _disjoint, "rounds": _rounds, "zoo": _zoo}[kind](results)
         return f"{match[1]}{rendered}\n{match[3]}"
 
     return _MARKED.sub(table, text)
@@ -72,6 +76,17 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
             rows.append([where, f"**{label}**" if "rebasin" in name else label, *cells])
         for label, accuracies, losses in baseline_rows(one):
             rows.append([where, f"{label} (loss {plain(losses)})", percent(accuracies), "", ""])
+    return _markdown(columns, rows)
+
+
+def _zoo(results: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["model", "parameters", "perms", "log10 order", "free share", "export", "trace", "change", "ops without a rule"]
+    rows = []
+    for row in (row for one in results for row in one["rows"] if row["model"] in _ZOO):
+        seconds = [f"{row[key]:.2f} s" for key in ("export-seconds", "trace-seconds")]
+        change = f"{row['change']:.0e}" if row["change"] is not None else "-"
+        numbers = [f"{row['parameters'] / 1e6:.1f} M", str(row["perms"]), f"{row['log10-order']:,.0f}"]
+        rows.append([row["model"], *numbers, percent([row["free-share"]]) + "%", *seconds, change, str(len(row["notes"]))])
     return _markdown(columns, rows)
 
 

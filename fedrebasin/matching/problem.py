@@ -78,6 +78,10 @@ class WeightProblem:
         """|reference| |model| over the block's tensors: what the similarities are measured by."""
         return sum(self._scales[name] for name in self.plan.tensors[block])
 
+    def entries(self, block: Block) -> list[int]:
+        """The sizes of the block's tensors."""
+        return [self.reference[name].numel() for name in self.plan.tensors[block]]
+
     def similarity(self, block: Block, names: set[str] | None = None) -> Tensor:
         """``similarity[i, j]`` of the reference's units with the model's: float64 ``(n, n)``, on the CPU.
 

@@ -108,7 +108,8 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     """From ``init``; or the model as it is, if nothing improves it; or from the anchored start, if that ends higher."""
     if init is not None:
         return _descend(problem, problem.blocks, before)
-    if not any(_improve(problem, block) for block in problem.blocks):
+    cheapest = sorted(problem.blocks, key=lambda block: block.size * sum(problem.entries(block)))
+    if not any(_improve(problem, block) > 0 for block in cheapest):
         return dict(problem.perms), [before]
     problem.reset()
     order = _anchored_start(problem)
