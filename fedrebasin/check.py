@@ -135,11 +135,18 @@ class _Proof:
         return self._change(permute(self.spec, perms, self.state))
 
     def widen_tolerance(self) -> float:
-        """Allow for float32 steps inside a float64 run: norms and rotary positions that cast."""
+        """Allow for float32 steps in a float64 run (norms that cast), and for deep networks that magnify rounding."""
         with _NarrowSteps() as steps:  # type: ignore[no-untyped-call]
             self.run(self.state)
-        self.tolerance = _TOLERANCE[torch.float32] if steps.found else self.tolerance
+        nudged = {name: self._nudged(tensor) for name, tensor in self.state.items() if tensor.is_floating_point()}
+        rounding = 10 * self._change({**self.state, **nudged})
+        widest = _TOLERANCE[torch.float32]
+        self.tolerance = widest if steps.found else max(self.tolerance, min(rounding, widest))
         return self.tolerance
+
+    def _nudged(self, tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
+        return tensor * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)
 
     def _change(self, state: dict[str, Tensor]) -> float:
         changes = [

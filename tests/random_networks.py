@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 SIDE = 2  # places are the pixels of a 2 x 2 image
 PLACES = SIDE * SIDE
@@ -276,6 +276,8 @@ def _scale(f: int, a: int, b: int, c: int) -> Block:
 
 @_piece(SIMPLE)
 def _normed(f: int, a: int, b: int, c: int) -> Block:
+    if b == 4:
+        return Block(a + 1, lambda net, x: net.core(x), core=spectral_norm(nn.Linear(f, a + 1)))
     if b % 2:
         core: Any = weight_norm(nn.Conv1d(f, a + 1, 1), dim=c % 2)
         return Block(a + 1, lambda net, x: net.core(x.transpose(1, 2)).transpose(1, 2), core=core)
@@ -322,6 +324,51 @@ def _some(f: int, a: int, b: int, c: int) -> Block:
 def _ordered(f: int, a: int, b: int, c: int) -> Block:
     function = [lambda x: x.cumsum(1), lambda x: x.sort(-1)[0], lambda x: x.roll(1, 1), lambda x: x.flip(-1)][a % 4]
     return Block(f, lambda net, x: function(x))
+
+
+@_piece(SIMPLE)
+def _halves(f: int, a: int, b: int, c: int) -> Block:
+    times = 2 + a % 2
+    if f % times:
+        return _linear(f, a, b, c)
+    function = [torch.mul, torch.add, lambda x, y: x * y.softmax(-1), lambda x, y: torch.cat([y, x], -1)][b % 4]
+    return Block(
+        2 * f // times if b % 4 == 3 else f // times,
+        lambda net, x: function(x.chunk(times, -1)[0], x.chunk(times, -1)[-1]),
+    )
+
+
+@_piece(SIMPLE)
+def _between_groups(f: int, a: int, b: int, c: int) -> Block:
+    groups = divisor(f, a)
+    size = f // groups
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (groups, size))
+        mixed = torch.einsum("btgu,mgu->btm", x, net.core)
+        return mixed + x.sum(-1) if b % 2 else mixed
+
+    return Block(groups, run, core=parameter(groups, groups, size))
+
+
+@_piece(SIMPLE)
+def _grid_norm(f: int, a: int, b: int, c: int) -> Block:
+    if a % 2:
+        return Block(f, lambda net, x: _back(net.core(_image(x))), core=nn.LayerNorm([f, SIDE, SIDE]))
+    return Block(f, lambda net, x: net.core(x), core=nn.LayerNorm([PLACES, f]))
+
+
+@_piece(SIMPLE)
+def _dense_groups(f: int, a: int, b: int, c: int) -> Block:
+    groups = 1 + a % 3
+    core = nn.Linear(f, groups * (1 + b % 3))
+    if c % 2:
+        return Block(groups * groups, lambda net, x: _gram(net.core(x).unflatten(-1, (groups, -1))).flatten(2), core=core)
+    return Block(groups, lambda net, x: _gram(net.core(x).unflatten(-1, (groups, -1))).softmax(-1).amax(-1), core=core)
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x @ x.mT
 
 
 @_piece(SIMPLE)

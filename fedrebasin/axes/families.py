@@ -7,6 +7,7 @@ a family that is used in two ways, must give up some freedom.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, spread
@@ -45,10 +46,11 @@ def _spread_sums(node: Node) -> None:
 
 
 def _dangling(axes: Sequence[Node]) -> Node | None:
-    """A family whose outer axis this tensor lacks."""
+    """A family whose outer axis this tensor lacks, or has twice, so that it cannot tell which index chooses."""
     tops = [flatten(axis, Kind.PRODUCT) for axis in axes]
     for dim, axis in enumerate(axes):
-        found = _search(axis.root, {top for other, top_ in enumerate(tops) if other != dim for top in top_}, axes)
+        others = Counter(top for other, top_ in enumerate(tops) if other != dim for top in top_)
+        found = _search(axis.root, {top for top, count in others.items() if count == 1}, axes)
         if found is not None:
             return found
     return None

@@ -1,6 +1,6 @@
 """The Sinkhorn operator: from any square matrix to a doubly stochastic one, with its exact derivative.
 
-Index letters: i row, j column; u, v potentials of rows and columns, a, b scalings, which are their exponentials.
+Index letters: i row, j column; u, v potentials of rows and columns; a, b scalings, which are their exponentials.
 """
 
 from __future__ import annotations
@@ -15,31 +15,24 @@ from fedrebasin.errors import RebasinError
 
 #: Entries below exp(-_DEEP) of a matrix that is being scaled are taken as exp(-_DEEP): no underflow, no slow numbers.
 _DEEP = 60.0
-_EVERY = 10
+_PASSES = 20
+_NEWTON_STEPS = 100
 
 
 def sinkhorn(
-    logits: Tensor,
-    *,
-    iterations: int = 1000,
-    tolerance: float = 1e-6,
-    gradient: str = "implicit",
-    start: Tensor | None = None,
+    logits: Tensor, *, tolerance: float = 1e-9, gradient: str = "implicit", iterations: int = 50
 ) -> Tensor:
     """Scale rows and columns of ``exp(logits)`` until all sum to one.
 
     Parameters
     ----------
     logits : Tensor, shape (..., n, n), floating
-        Of any size: ``exp`` of them may overflow.
-    iterations : int
-        At most so many passes over rows and columns; with ``gradient="unrolled"`` exactly so many.
+        Of any size: their exponentials may overflow.
     tolerance : float
-        Passes stop once every sum of a column is so near to one (rows are exact).
+        How far a sum may be from one, before the result is rounded to the type of ``logits``.
     gradient : {"implicit", "unrolled"}
-        Through the solution's equations, at the cost of one linear system, or back through every pass.
-    start : Tensor, shape (..., n), optional
-        Potentials of the columns to start from, as :func:`potentials` gives them.
+        From the equations that the solution satisfies, at the cost of one linear system; or back through exactly
+        ``iterations`` passes over columns and rows, after which the columns' sums may still be far from one.
 
     Returns
     -------
@@ -53,8 +46,9 @@ def sinkhorn(
 
     References
     ----------
-    Sinkhorn (1964); Schmitzer (2019), "Stabilized sparse scaling algorithms" (scaling with absorbed potentials);
-    Eisenberger, Toker, Leal-Taixe, Bernard, Cremers (2022), "A unified framework for implicit Sinkhorn differentiation".
+    Sinkhorn (1964); Schmitzer (2019), "Stabilized sparse scaling algorithms"; Brauer, Clason, Lorenz, Wirth (2017),
+    "A Sinkhorn-Newton method for entropic optimal transport"; Eisenberger, Toker, Leal-Taixe, Bernard, Cremers (2022),
+    "A unified framework for implicit Sinkhorn differentiation".
 
     Examples
     --------
@@ -65,16 +59,14 @@ def sinkhorn(
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not bool(logits.isfinite().all()):
         raise RebasinError(f"logits: expected finite square matrices; got shape {tuple(logits.shape)}, NaN or infinity")
     if gradient == "unrolled":
-        return unrolled(logits, iterations)
+        return _unrolled(logits, iterations)
     if gradient != "implicit":
         raise RebasinError(f"gradient: expected one of implicit, unrolled; got {gradient!r}")
-    rows, columns = potentials(logits, iterations=iterations, tolerance=tolerance, start=start)
-    found: Tensor = _Implicit.apply(logits, rows, columns)
+    found: Tensor = _Implicit.apply(logits, *potentials(logits, tolerance=tolerance))
     return found
 
 
-def unrolled(logits: Tensor, iterations: int) -> Tensor:
-    """Plain Sinkhorn iterations in the log domain, columns first, differentiated one by one."""
+def _unrolled(logits: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         logits = logits - logits.logsumexp(-2, keepdim=True)
         logits = logits - logits.logsumexp(-1, keepdim=True)
@@ -82,75 +74,101 @@ def unrolled(logits: Tensor, iterations: int) -> Tensor:
 
 
 @torch.no_grad()
-def potentials(
-    logits: Tensor, *, iterations: int = 1000, tolerance: float = 1e-6, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``u, v`` of shape ``(..., n)`` such that ``exp(logits + u_i + v_j)`` is doubly stochastic.
+def potentials(logits: Tensor, *, tolerance: float = 1e-9) -> tuple[Tensor, Tensor]:
+    """``u, v``, float64 ``(..., n)``, such that ``exp(logits_ij + u_i + v_j)`` is doubly stochastic.
 
-    Without ``start`` large logits are reached by doubling small ones, whose potentials are a start for the next.
+    Passes of scaling come near; near a permutation they would crawl, and Newton steps take over. Large logits are
+    reached by doubling smaller ones, whose potentials are a start for the next.
     """
-    logits = logits.detach()
-    if start is not None:
-        return _scale(logits, start, iterations, tolerance)
-    spread = float((logits.amax((-1, -2)) - logits.amin((-1, -2))).max())
-    doublings = max(0, math.ceil(math.log2(max(spread, 1.0) / _DEEP)))
-    columns = torch.zeros_like(logits[..., 0, :])
-    for left in range(doublings, 0, -1):
-        columns = 2 * _scale(logits * 0.5**left, columns, 100, 0.1)[1]
-    return _scale(logits, columns, iterations, tolerance)
+    X = logits.detach().double()
+    v = torch.zeros_like(X[..., 0, :])
+    spread = float((X.amax((-1, -2)) - X.amin((-1, -2))).max()) if X.numel() else 0.0
+    for left in range(max(0, math.ceil(math.log2(max(spread, 1.0) / _DEEP))), 0, -1):
+        v = 2 * _solve(X * 0.5**left, v, 1e-2)[1]
+    return _solve(X, v, tolerance)
 
 
-def _scale(logits: Tensor, columns: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    rows = _normaliser(logits + columns.unsqueeze(-2))
-    left = iterations
+def _solve(X: Tensor, v: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Scaling passes, then Newton steps on the dual, which is concave: its gradient are the sums that are missing."""
+    u, v = _passes(X, v)
+    P = _plan(X, u, v)
+    for _ in range(_NEWTON_STEPS):
+        missing = 1 - P.sum(-2)
+        if float(missing.abs().max()) <= tolerance:
+            break
+        du, dv = _newton(P, missing)
+        u, v, P = _search(X, u, v, P, du, dv)
+    return u, v
+
+
+def _passes(X: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    u = _normaliser(X + v.unsqueeze(-2))
+    kernel = _plan(X, u, v)
+    a = torch.ones_like(u).unsqueeze(-1)
+    for _ in range(_PASSES):
+        b = 1 / (kernel.mT @ a)
+        a = 1 / (kernel @ b)
+    v = v + b.squeeze(-1).log()
+    return _normaliser(X + v.unsqueeze(-2)), v
+
+
+def _search(
+    X: Tensor, u: Tensor, v: Tensor, P: Tensor, du: Tensor, dv: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The longest of the steps 1, 1/2, 1/4, ... that raises the dual ``sum u + sum v - sum P``."""
+    before = u.sum() + v.sum() - P.sum()
+    slope = (du * (1 - P.sum(-1))).sum() + (dv * (1 - P.sum(-2))).sum()
+    step = 1.0
     while True:
-        kernel = (logits + rows.unsqueeze(-1) + columns.unsqueeze(-2)).clamp_(min=-_DEEP).exp_()
-        a = torch.ones_like(rows).unsqueeze(-1)
-        error = math.inf
-        for _ in range(min(left, 10 * _EVERY) // _EVERY or 1):
-            for _ in range(_EVERY):
-                b = 1 / (kernel.mT @ a)
-                a = 1 / (kernel @ b)
-            error = float((b * (kernel.mT @ a) - 1).abs().max())
-            left -= _EVERY
-            if error <= tolerance:
-                break
-        columns = columns + b.squeeze(-1).log()
-        moved = float(a.log().abs().max())
-        rows = _normaliser(logits + columns.unsqueeze(-2))
-        if left <= 0 or (error <= tolerance and moved < _DEEP / 2):
-            return rows, columns
+        new_v = v + step * dv
+        new_u = _normaliser(X + new_v.unsqueeze(-2))
+        new = _plan(X, new_u, new_v)
+        if step < 1e-6 or new_u.sum() + new_v.sum() - new.sum() >= before + 1e-4 * step * slope:
+            return new_u, new_v, new
+        step /= 2
 
 
-def _normaliser(logits: Tensor) -> Tensor:
+def _newton(P: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """``du + P dv = 0`` and ``P^T du + diag(P^T 1) dv = missing``, for a plan whose rows sum to one."""
+    return solve_tangent(P, torch.zeros_like(missing), missing)
+
+
+def solve_tangent(P: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """``a, b`` such that the entries ``P_ij (a_i + b_j)`` have these sums over rows and columns.
+
+    The Laplacian that is left after ``b`` is eliminated is singular along constants, which one rank takes care of;
+    where ``P`` falls apart into blocks there are more such directions, in which a trace of ridge holds ``a`` still.
+    """
+    r, c = P.sum(-1), P.sum(-2)
+    right = rows - (P @ (columns / c).unsqueeze(-1)).squeeze(-1)
+    laplacian = -(P / c.unsqueeze(-2)) @ P.mT + 1 / P.shape[-1]
+    laplacian.diagonal(dim1=-2, dim2=-1).add_(r + 1e-13)
+    a = torch.linalg.solve(laplacian, right)
+    return a, (columns - (P.mT @ a.unsqueeze(-1)).squeeze(-1)) / c
+
+
+def _plan(X: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return (X + u.unsqueeze(-1) + v.unsqueeze(-2)).clamp_(min=-_DEEP).exp_()
+
+
+def _normaliser(X: Tensor) -> Tensor:
     """``-logsumexp`` over the last axis, without numbers too small to be fast."""
-    largest = logits.amax(-1, keepdim=True)
-    return -((logits - largest).clamp_(min=-_DEEP).exp_().sum(-1).log() + largest.squeeze(-1))
+    largest = X.amax(-1, keepdim=True)
+    return -((X - largest).clamp_(min=-_DEEP).exp_().sum(-1).log() + largest.squeeze(-1))
 
 
 class _Implicit(torch.autograd.Function):
-    """``P_ij = exp(X_ij + u_i + v_j)`` with the derivative that rows and columns that keep their sums have.
-
-    ``dX = P * (G - a_i - b_j)``, where ``a`` and ``b`` make its rows and columns sum to zero.
-    """
+    """``P_ij = exp(X_ij + u_i + v_j)``, whose rows and columns keep their sums: ``dX = P * (G - a_i - b_j)``."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        plan = (logits + rows.unsqueeze(-1) + columns.unsqueeze(-2)).clamp_(min=-_DEEP).exp_()
+    def forward(ctx: Any, logits: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        plan = _plan(logits.double(), u, v)
         ctx.save_for_backward(plan)
-        return plan
+        return plan.to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (plan,) = ctx.saved_tensors
-        P, G = plan.double(), gradients[0].double()
-        moved = P * G
-        row_sums, column_sums = P.sum(-1), P.sum(-2)
-        right = moved.sum(-1) - (P @ (moved.sum(-2) / column_sums).unsqueeze(-1)).squeeze(-1)
-        n = P.shape[-1]
-        # The Laplacian of the rows: singular along constants, which one rank and a trace of ridge take care of.
-        system = -(P / column_sums.unsqueeze(-2)) @ P.mT + 1 / n
-        system.diagonal(dim1=-2, dim2=-1).add_(row_sums + 1e-12)
-        a = torch.linalg.solve(system, right)
-        b = (moved.sum(-2) - (P.mT @ a.unsqueeze(-1)).squeeze(-1)) / column_sums
-        return (P * (G - a.unsqueeze(-1) - b.unsqueeze(-2))).to(plan.dtype), None, None
+        (P,) = ctx.saved_tensors
+        G = gradients[0].double()
+        a, b = solve_tangent(P, (P * G).sum(-1), (P * G).sum(-2))
+        return (P * (G - a.unsqueeze(-1) - b.unsqueeze(-2))).to(gradients[0].dtype), None, None

@@ -8,7 +8,8 @@ lies along it. So layers written by hand, shared layers and the projections insi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,84 +20,115 @@ from torch.overrides import TorchFunctionMode
 from fedrebasin.layout import Layout, Product, Sum
 from fedrebasin.spec import PermutationSpec
 
-#: Called with a name for the place, what lies along the units' axis, and the activation with that axis first.
+#: Called with the place's name, what lies along the units' axis, and the activation with that axis first.
 See = Callable[[str, Layout, Tensor], None]
-_Layouts = tuple[Layout, ...]
 
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
-_ATTENTION = (
-    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
-    *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias"),
-)
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED_CONVOLUTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.addmm)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_ATTENTION = F.multi_head_attention_forward
 #: function -> names of its first arguments, which a call may give by position or by name
 _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.embedding: ("input", "weight"),
-    **dict.fromkeys(_CONVOLUTIONS, _CONV),
-    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, _TRANSPOSED),
+    **dict.fromkeys(_CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
+    **dict.fromkeys(_TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")),
     **dict.fromkeys(_PRODUCTS, ("input", "weight")),
     torch.addmm: ("bias", "input", "weight"),
-    F.multi_head_attention_forward: _ATTENTION,
+    _ATTENTION: (
+        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
+        *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias"),
+    ),
 }
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A call of a layer: the units' axis of its input and output, and what lies along it."""
+
+    name: str
+    dim: int
+    reads: Layout | None
+    writes: Layout | None
+
+
 class Watch(TorchFunctionMode):
-    """Inside a ``with``, call ``see`` with every activation whose units the spec knows by a layer's weight or bias."""
+    """Inside its ``with``, ``see`` is called with whatever the layers of ``net`` read and write, in order."""
 
     def __init__(self, net: nn.Module, spec: PermutationSpec, see: See) -> None:
         super().__init__()
         self._names = {id(tensor): name for name, tensor in net.state_dict(keep_vars=True).items()}
         self._spec, self._see = spec, see
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run ``func``, and show what it reads and writes if it is a layer's."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; if it is a layer's, show its input and output."""
         kwargs = kwargs or {}
         names = _ARGUMENTS.get(func)
-        if names is None:
-            return func(*args, **kwargs)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if func is F.multi_head_attention_forward:
-            self._see_projections(given)
-            attended = func(*args, **kwargs)
-            self._show("out_proj_weight", -1, given, None, self._axis(given, "out_proj_weight", 0), attended[0])
-            return attended
-        weight, reads, writes = given.get("weight"), None, None
-        if not isinstance(weight, Tensor):
-            return func(*args, **kwargs)
-        dim = -1
-        if func in _CONVOLUTIONS or func in _TRANSPOSED_CONVOLUTIONS:
-            dim = 1 - weight.ndim
-        groups = given.get("groups", 1)
-        first, second, bias = (self._axis(given, *end) for end in (("weight", 0), ("weight", 1), ("bias", 0)))
-        if func is F.linear or func in _CONVOLUTIONS:
-            reads, writes = _grouped(first, second, groups), first or bias
-        elif func in _TRANSPOSED_CONVOLUTIONS:
-            reads, writes = first, bias or _grouped(first, second, groups)
-        elif func is F.embedding or weight.ndim == 2:
-            reads, writes = first, second or bias
-        key = "weight" if first is not None else "bias"
-        self._show(key, dim, given, reads, None, given["input"])
-        written = func(*args, **kwargs)
-        self._show(key, dim, given, None, writes, written)
-        return written
+        given = {} if names is None else {**dict(zip(names, args, strict=False)), **kwargs}
+        if func is _ATTENTION:
+            for projection, read, written in self._projections(given):
+                self._show(projection, "reads", read)
+                self._show(projection, "writes", written)
+            given |= {"weight": given.get("out_proj_weight"), "bias": given.get("out_proj_bias")}
+        layer = None if names is None else self._layer(func, given)
+        if layer is not None:
+            self._show(layer, "reads", given.get("input"))
+        result = func(*args, **kwargs)
+        if layer is not None:
+            self._show(layer, "writes", result[0] if func is _ATTENTION else result)
+        return result
 
-    def _axis(self, given: Mapping[str, Any], argument: str, dim: int) -> Layout | None:
-        name = self._names.get(id(given.get(argument)))
+    def _show(self, layer: _Layer, how: str, seen: Any) -> None:
+        layout = layer.reads if how == "reads" else layer.writes
+        if layout is None or not isinstance(seen, Tensor) or not seen.is_floating_point():
+            return
+        if seen.ndim >= -layer.dim and seen.shape[layer.dim] == layout.size:
+            self._see(f"{layer.name} {how}", layout, seen.movedim(layer.dim, 0))
+
+    def _axis(self, tensor: Any, dim: int) -> Layout | None:
+        """What lies along an axis of a tensor of the state dict."""
+        name = self._names.get(id(tensor))
         layouts = () if name is None else self._spec.axes[name]
         return layouts[dim] if dim < len(layouts) else None
 
-    def _show(
-        self, key: str, dim: int, given: Mapping[str, Any], reads: Layout | None, writes: Layout | None, seen: Any
-    ) -> None:
-        layout = reads if writes is None else writes
-        if layout is None or not isinstance(seen, Tensor) or not seen.is_floating_point():
-            return
-        if seen.ndim >= -dim and seen.shape[dim] == layout.size:
-            name = self._names[id(given[key])]
-            self._see(f"{name} {'writes' if reads is None else 'reads'}", layout, seen.movedim(dim, 0))
+    def _layer(self, func: Any, given: Mapping[str, Any]) -> _Layer | None:
+        weight, bias, groups = given.get("weight"), given.get("bias"), given.get("groups", 1)
+        name = self._names.get(id(weight), self._names.get(id(bias)))
+        if name is None or not isinstance(weight, Tensor):
+            return None
+        first, second, written = self._axis(weight, 0), self._axis(weight, 1), self._axis(bias, 0)
+        if func in _CONVOLUTIONS:
+            return _Layer(name, 1 - weight.ndim, _grouped(first, second, groups), first or written)
+        if func in _TRANSPOSED:
+            return _Layer(name, 1 - weight.ndim, first, written or _grouped(first, second, groups))
+        if func is F.linear or func is _ATTENTION:
+            return _Layer(name, -1, second, first or written)
+        if weight.ndim != 2:
+            return None
+        return _Layer(name, -1, first, second or written)  # weights (input, output): products and lookups
+
+    def _projections(self, given: Mapping[str, Any]) -> Iterator[tuple[_Layer, Tensor, Tensor]]:
+        """Query, key and value of an attention: layer, input and output of each."""
+        whole, bias = given.get("in_proj_weight"), given.get("in_proj_bias")
+        weights = [given.get(f"{kind}_proj_weight") for kind in "qkv"] if whole is None else whole.chunk(3)
+        written = self._axis(whole, 0)
+        parts = written.parts if isinstance(written, Sum) and len(written.parts) == 3 else (None, None, None)
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        for place, kind in enumerate(("query", "key", "value")):
+            weight = weights[place]
+            name = self._names.get(id(weight if whole is None else whole))
+            if name is not None and weight is not None:
+                writes = self._axis(weight, 0) if whole is None else parts[place]
+                layer = _Layer(f"{name} {kind}", -1, self._axis(weight if whole is None else whole, 1), writes)
+                yield layer, given[kind], F.linear(given[kind], weight, biases[place])
+
+
+def _grouped(outer: Layout | None, inner: Layout | None, groups: int) -> Layout | None:
+    """Channels of a grouped convolution on the side where the weight has those of one group: groups, then channels."""
+    if groups == 1 or outer is None or inner is None:
+        return inner
+    factors = outer.factors if isinstance(outer, Product) else (outer,)
+    for count in range(1, len(factors) + 1):
+        if math.prod(factor.size for factor in factors[:count]) == groups:
+            return Product((*factors[:count], inner))
+    return None

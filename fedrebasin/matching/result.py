@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fedrebasin.perms import moved_fraction
+from fedrebasin.spec import PermutationSpec
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,14 @@ class Matching:
     perms : dict of str to Tensor
         For :func:`fedrebasin.permute`.
     objective, objective_before : float
-        The sum over tied parameters of <reference, model>, after and before; never lower after.
+        The sum over tied parameters of <reference, model>, after and before; never lower after where a method
+        maximises it.
     history : tuple of float
         The objective after each sweep of the start that won.
     seconds : float
+    measures : dict of str to float
+        What a method that uses data maximised or minimised, after and before: ``"correlation"`` and
+        ``"correlation-before"``, or ``"loss"`` and ``"loss-before"``.
     """
 
     perms: dict[str, Tensor]
@@ -29,6 +37,7 @@ class Matching:
     objective_before: float
     history: tuple[float, ...] = field(default=(), repr=False)
     seconds: float = 0.0
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def moved_fraction(self) -> float:
@@ -58,3 +67,19 @@ class ManyMatching:
     def moved_fraction(self) -> float:
         """Share of units of all models that change place, in [0, 1]."""
         return sum(moved_fraction(perms) for perms in self.perms) / max(1, len(self.perms))
+
+
+def inner_product(spec: PermutationSpec, reference: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> float:
+    """The matching objective: the sum over tied parameters of <reference, model>, in float64.
+
+    >>> from fedrebasin.layout import Free
+    >>> spec = PermutationSpec({"w": (Free("a", 2),)})
+    >>> inner_product(spec, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])})
+    11.0
+    """
+    tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
+    return math.fsum(
+        float(torch.dot(reference[name].reshape(-1).double().cpu(), model[name].reshape(-1).double().cpu()))
+        for name in spec.axes
+        if name in tied
+    )

@@ -36,10 +36,9 @@ def weight_matching(
 
     Maximises ``sum_l <W_l^A, P_l W_l^B P_{l-1}^T>`` over every axis that a permutation ties: weights, biases and
     norm scales. One permutation at a time is solved exactly until no one gains. A model that no single permutation
-    improves is kept as it is. Otherwise the start is *anchored*: the permutations are visited from the fixed inputs
-    and outputs inwards, each looks only at tensors whose other axes are settled. It needs fewer assignments than
-    Algorithm 1 from the model as it is and ends higher; where it should end below the model as it is, that start is
-    taken after all.
+    improves is kept as it is. Otherwise two starts are tried and the better one kept: the model as it is, and an
+    *anchored* start, which visits the permutations from the fixed inputs and outputs inwards and looks only at
+    tensors whose other axes are settled.
 
     Parameters
     ----------
@@ -105,7 +104,7 @@ def _last(found: _Found) -> float:
 
 
 def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Tensor] | None) -> _Found:
-    """From ``init``; or the model as it is, if nothing improves it; or from the anchored start, if that ends higher."""
+    """From ``init``; or the model as it is, where nothing improves it; or the better one of the two starts."""
     if init is not None:
         return _descend(problem, problem.blocks, before)
     cheapest = sorted(problem.blocks, key=lambda block: block.size * sum(problem.entries(block)))
@@ -114,10 +113,8 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     problem.reset()
     order = _anchored_start(problem)
     perms, history = _descend(problem, order, problem.objective())
-    if history[-1] > before:
-        return perms, [before, *history]
     problem.reset()
-    return _descend(problem, order, before)
+    return max((perms, history), _descend(problem, order, before), key=_last)
 
 
 def _descend(problem: WeightProblem, order: Sequence[Block], objective: float) -> _Found:

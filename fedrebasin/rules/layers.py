@@ -16,6 +16,7 @@ def linear(traced: Traced, x: Value, weight: Value, bias: Value | None = None) -
     out = weight.axes[:-1]
     if bias is not None and out:
         traced.tie(out[0], bias.axes[0])
+    traced.within([*x.axes, *out])
     return Value([*x.axes[:-1], *out])
 
 
@@ -64,6 +65,7 @@ def _convolve(traced: Traced, x: Value, weight: Value, bias: Value | None, group
     out, into = weight.axes[out_dim], weight.axes[1 - out_dim]
     if groups == 1:
         traced.tie(into, x.axes[channel])
+        traced.within([*x.axes[:channel], into, out])
     else:
         from_groups = traced.split(x.axes[channel], [groups, into.size])
         to_groups = traced.split(out, [groups, out.size // groups])

@@ -83,6 +83,7 @@ def weight_norm_and_norms(traced: Traced, v: Value, g: Value, dim: int = 0) -> t
 def cosine_similarity(traced: Traced, a: Value, b: Value, dim: int = 1, *_: Any) -> Value:
     """A sum over ``dim`` of products and of squares."""
     both = pointwise(traced, a, b)
+    traced.within(both.axes)
     return Value(reduced(traced, both, dims_of(both, dim)))
 
 
@@ -90,4 +91,5 @@ def cosine_similarity(traced: Traced, a: Value, b: Value, dim: int = 1, *_: Any)
 def pairwise_distance(traced: Traced, a: Value, b: Value, *_: Any) -> Value:
     """A norm of the differences along the last axis."""
     both = pointwise(traced, a, b)
+    traced.within(both.axes)
     return Value(reduced(traced, both, dims_of(both, -1)))

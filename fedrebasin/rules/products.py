@@ -23,7 +23,9 @@ def matmul(traced: Traced, a: Value, b: Value, *_: Any, **__: Any) -> Value:
     _own_orders(b.axes[:-2], b.axes[-1:])
     _own_orders(_in_both(a.axes[:-2], b.axes[:-2]), a.axes[-1:])
     traced.tie(a.axes[-1], b.axes[max(-2, -len(b.axes))])
-    return Value([*batch, *a.axes[-2:-1], *(b.axes[-1:] if len(b.axes) > 1 else [])])
+    result = [*batch, *a.axes[-2:-1], *(b.axes[-1:] if len(b.axes) > 1 else [])]
+    traced.within([*result, a.axes[-1]])
+    return Value(result)
 
 
 def _in_both(one: Sequence[Node], other: Sequence[Node]) -> list[Node]:
@@ -49,6 +51,7 @@ def inner(traced: Traced, a: Value, b: Value, *_: Any, **keywords: Any) -> Value
     if len(result) != len(traced.output_shapes[0]):
         result = _meet(traced, a.axes[:-1], b.axes[:-1])
     traced.tie(a.axes[-1], b.axes[-1])
+    traced.within([*result, a.axes[-1]])
     return Value(result)
 
 
@@ -57,6 +60,7 @@ def distances(traced: Traced, a: Value, b: Value, *_: Any, **__: Any) -> Value:
     """(*batch, p, k) and (*batch, q, k) have distances (*batch, p, q)."""
     batch = _meet(traced, a.axes[:-2], b.axes[:-2])
     traced.tie(a.axes[-1], b.axes[-1])
+    traced.within([*batch, a.axes[-2], b.axes[-2], a.axes[-1]])
     return Value([*batch, a.axes[-2], b.axes[-2]])
 
 
@@ -91,11 +95,11 @@ def tensordot(traced: Traced, a: Value, b: Value, a_dims: Sequence[int], b_dims:
     pairs = sorted((i % len(a.axes), j % len(b.axes)) for i, j in zip(a_dims, b_dims, strict=True))
     for i, j in pairs:
         _meet(traced, [a.axes[i]], [b.axes[j]])
-    gone, b_gone = {i for i, _ in pairs}, {j for _, j in pairs}
-    return Value(
-        [axis for i, axis in enumerate(a.axes) if i not in gone]
-        + [axis for j, axis in enumerate(b.axes) if j not in b_gone]
-    )
+    gone = {j for _, j in pairs}
+    b_axes = [axis for j, axis in enumerate(b.axes) if j not in gone]
+    traced.within([*a.axes, *b_axes])
+    gone = {i for i, _ in pairs}
+    return Value([axis for i, axis in enumerate(a.axes) if i not in gone] + b_axes)
 
 
 @rule("einsum")
@@ -124,6 +128,7 @@ def einsum(traced: Traced, equation: str, operands: Sequence[Value], *_: Any, **
             batch = [tied[other] for other in shared if all(other in term for term in beside)]
             _own_orders(batch, [axis for axes_ in meeting for axis in axes_])
         tied[label] = _meet(traced, *meeting)[0]
+    traced.within(tied.values())
     return Value([tied[label] for label in result])
 
 
@@ -142,6 +147,7 @@ def bilinear(traced: Traced, a: Value, b: Value, weight: Value, bias: Value | No
     traced.tie(weight.axes[2], b.axes[-1])
     if bias is not None:
         traced.tie(weight.axes[0], bias.axes[0])
+    traced.within([*batch, *weight.axes])
     return Value([*batch, weight.axes[0]])
 
 
@@ -177,7 +183,8 @@ def attention(
         axes.fix(keys, "causal order")
     _own_orders(key.axes[:-2], [key.axes[-1], value.axes[-1]])
     traced.tie(query.axes[-1], key.axes[-1])
-    traced.within([*batch, length, keys])
+    for last in (query.axes[-1:], value.axes[-1:], []):
+        traced.within([*batch, length, keys, *last])
     traced.within([*batch, length])
     return Value([*batch, length, value.axes[-1]])
 

@@ -73,6 +73,8 @@ def _layers(gates: int) -> Rule:
                 _cell(traced, gates, into, weights[number * each : (number + 1) * each])
                 for number in range(first, first + ways)
             ]
+            for units in found[first:]:
+                traced.within([*outer, into, units.cell])
             into = axes.concat([units.hidden for units in found[first:]])
             traced.within([*outer, into])
         lasts = [stack(traced, [Value([batch, units[kind]]) for units in found]) for kind in range(len(states))]
