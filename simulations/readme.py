@@ -80,13 +80,14 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _zoo(results: Sequence[Mapping[str, Any]]) -> str:
-    columns = ["model", "parameters", "perms", "log10 order", "free share", "export", "trace", "change", "ops without a rule"]
+    columns = "model|parameters|perms|log10 order|free share|export|trace|change|ops without a rule".split("|")
     rows = []
     for row in (row for one in results for row in one["rows"] if row["model"] in _ZOO):
         seconds = [f"{row[key]:.2f} s" for key in ("export-seconds", "trace-seconds")]
         change = f"{row['change']:.0e}" if row["change"] is not None else "-"
         numbers = [f"{row['parameters'] / 1e6:.1f} M", str(row["perms"]), f"{row['log10-order']:,.0f}"]
-        rows.append([row["model"], *numbers, percent([row["free-share"]]) + "%", *seconds, change, str(len(row["notes"]))])
+        free = percent([row["free-share"]]) + "%"
+        rows.append([row["model"], *numbers, free, *seconds, change, str(len(row["notes"]))])
     return _markdown(columns, rows)
 
 

@@ -199,7 +199,7 @@ def test_bad_input_is_refused_by_name() -> None:
     net, inputs = networks.mlp()
     spec, state = trace(net, inputs), net.state_dict()
     broken = {**state, "3.bias": torch.full((12,), torch.nan)}
-    with pytest.raises(SpecMismatchError, match=r"model: '3.bias' holds a NaN, an infinity or numbers whose squares overflow"):
+    with pytest.raises(SpecMismatchError, match=r"model: '3.bias' holds a NaN, an infinity or numbers"):
         weight_matching(spec, state, broken)
     with pytest.raises(RebasinError, match="restarts: expected 0 or more; got -1"):
         weight_matching(spec, state, state, restarts=-1)

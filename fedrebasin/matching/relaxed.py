@@ -45,7 +45,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Grid:
-    """A part of a tensor: the indices ``places`` along each axis (all, where None), seen as leaves of sizes ``shape``."""
+    """A part of a tensor: the indices ``places`` along each axis (None: all), as leaves of sizes ``shape``."""
 
     shape: tuple[int, ...]
     places: tuple[Tensor | None, ...]

@@ -130,8 +130,8 @@ def best_point(coefficients: np.ndarray) -> float:
     """
     polynomial = np.polynomial.Polynomial(coefficients)
     slope = polynomial.deriv()
-    roots = slope.roots() if slope.degree() > 0 or slope.coef[0] != 0 else np.empty(0)
-    inside = [float(root.real) for root in roots if abs(root.imag) < 1e-12 and 0 < root.real < 1]
+    roots = [complex(root) for root in slope.roots()] if slope.degree() > 0 or slope.coef[0] != 0 else []
+    inside = [root.real for root in roots if abs(root.imag) < 1e-12 and 0 < root.real < 1]
     return max([1.0, 0.0, *inside], key=lambda point: (float(polynomial(point)), point))
 
 
