@@ -11,7 +11,14 @@ from fedrebasin.errors import (
     TraceError,
     UnsupportedOpError,
 )
-from fedrebasin.matching import ManyMatching, Matching, match_many, weight_matching
+from fedrebasin.matching import (
+    ManyMatching,
+    Matching,
+    activation_matching,
+    match_many,
+    straight_through_matching,
+    weight_matching,
+)
 from fedrebasin.merge import align, interpolate, merge, merge_modules
 from fedrebasin.perms import compose, identity_perms, invert, moved_fraction, random_perms
 from fedrebasin.permute import permute
@@ -30,6 +37,7 @@ __all__ = [
     "SpecMismatchError",
     "TraceError",
     "UnsupportedOpError",
+    "activation_matching",
     "align",
     "barrier_above_chord",
     "check_spec",
@@ -47,6 +55,7 @@ __all__ = [
     "random_perms",
     "repair",
     "reset_batchnorm",
+    "straight_through_matching",
     "trace",
     "weight_matching",
 ]

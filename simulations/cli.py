@@ -27,6 +27,7 @@ DataPath = Annotated[
 Model = Annotated[str, typer.Option(help="mlp, conv, vgg or resnet20; default: the data set's usual one.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Units or channels; default: the network's usual width.")]
 Norm = Annotated[str, typer.Option(help="batch or layer.")]
+Matching = Annotated[str, typer.Option(help="weight, activation, activation+weight or straight-through.")]
 Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
@@ -54,11 +55,9 @@ def compare(
     seeds: Seeds = "0",
     data_path: DataPath = None,
     reference: Annotated[str, typer.Option(help="auto, global, largest or merge-many.")] = "auto",
-    matching: Annotated[str, typer.Option(help="weight.")] = "weight",
-    correction: Annotated[
-        str, typer.Option(help="none, repair or reset-batchnorm, for re-basin strategies that name none.")
-    ] = "none",
-    calibration: Annotated[int, typer.Option(min=1, help="Images without labels that corrections may use.")] = 1000,
+    matching: Matching = "weight",
+    correction: Annotated[str, typer.Option(help="none, repair or reset-batchnorm; a strategy's +NAME wins.")] = "none",
+    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 1000,
     server_lr: Annotated[float, typer.Option(help="FedAdam's, FedYogi's and FedAdagrad's eta.")] = 0.01,
     proximal_mu: Annotated[float, typer.Option(help="FedProx's mu.")] = 0.01,
     device: Device = "cpu",
@@ -117,7 +116,8 @@ def disjoint(
     seeds: Seeds = "0",
     held: Annotated[float, typer.Option(help="Share of a class that goes to the other half.")] = 0.2,
     lams: Annotated[int, typer.Option(min=3, help="Points between the two models.")] = 25,
-    calibration: Annotated[int, typer.Option(min=1, help="Images without labels that corrections may use.")] = 5000,
+    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 5000,
+    matching: Matching = "weight",
     data_path: DataPath = None,
     device: Device = "auto",
     output: Output = None,
@@ -139,6 +139,7 @@ def disjoint(
         device=device,
         output=output or Path("fedrebasin-results") / f"disjoint-{dataset}",
         calibration_images=calibration,
+        matching=matching,
         command=_command_line(),
     )
     page = reproduce_disjoint(options, lambda line: print(line, file=sys.stderr, flush=True))

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
+from fedrebasin.matching.methods import METHODS, check_joint
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -26,7 +28,7 @@ FLOWER = {
 #: joins every comparison of clients that start apart: what the same work is worth from a common start
 COMMON_START = "fedavg@common"
 REFERENCES = ("auto", "global", "largest", "merge-many")
-MATCHINGS = ("weight",)
+MATCHINGS = tuple(METHODS)
 CORRECTIONS = ("none", "repair", "reset-batchnorm")
 _NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
 
@@ -72,6 +74,7 @@ def check_words(reference: str, matching: str, correction: str) -> None:
     ):
         if word not in known:
             raise UsageError(f"--{option}: expected one of {', '.join(known)}; got {word!r}")
+    check_joint(matching, reference)
 
 
 def label_of(name: str) -> str:
@@ -98,7 +101,7 @@ def make_strategy(
     nodes: int,
     model: Callable[[], nn.Module],
     example_inputs: tuple[Tensor, ...],
-    calibration: Sequence[Tensor],
+    calibration: Sequence[Any],
     reference: str,
     matching: str,
     correction: str,
@@ -111,8 +114,8 @@ def make_strategy(
 
     Parameters
     ----------
-    calibration : sequence of Tensor
-        Batches of inputs; only strategies with a correction get them.
+    calibration : sequence of Tensor or (Tensor, Tensor)
+        Batches of inputs, with labels for a matching that needs them; only strategies that use data get them.
     correction : str
         For re-basin strategies whose name has no ``+CORRECTION``.
     server_lr : float
@@ -132,8 +135,10 @@ def make_strategy(
         "seed": seed,
         "device": device,
     }
-    if chosen != "none":
-        options |= {"correction": chosen, "calibration": calibration}
+    if chosen != "none" or METHODS[matching].inputs:
+        options |= {"correction": None if chosen == "none" else chosen, "calibration": calibration}
+    if METHODS[matching].targets:
+        options["loss"] = F.cross_entropy
     if plain == "fedrebasin":
         return FedRebasin(**options, **_sampling(nodes))
     return Rebasin(_flower(plain.removeprefix("rebasin:"), nodes, server_lr, proximal_mu), **options)

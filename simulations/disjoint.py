@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fedrebasin
 from fedrebasin.errors import UsageError
+from fedrebasin.matching.methods import METHODS
 from fedrebasin.simulations.data import CATALOGUE, Dataset, load_dataset
 from fedrebasin.simulations.disjoint_page import render
 from fedrebasin.simulations.disjoint_seed import Effort, measure_seed
@@ -66,6 +67,7 @@ class DisjointOptions:
     command: str = ""
     corrected_lams: int | None = None
     curve_calibration_images: int = 1000
+    matching: str = "weight"
 
 
 def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> Path:
@@ -133,6 +135,8 @@ def _check(options: DisjointOptions) -> None:
         raise UsageError(f"data set: expected one of {', '.join(CATALOGUE)}; got {options.dataset!r}")
     if options.model is not None and options.model not in RECIPES:
         raise UsageError(f"--model: expected one of {', '.join(RECIPES)}; got {options.model!r}")
+    if options.matching not in METHODS:
+        raise UsageError(f"--matching: expected one of {', '.join(METHODS)}; got {options.matching!r}")
     if options.norm not in ("batch", "layer"):
         raise UsageError(f"--norm: expected one of batch, layer; got {options.norm!r}")
     if not options.seeds:
@@ -183,6 +187,7 @@ def _effort(options: DisjointOptions, model: str, device: torch.device) -> Effor
         corrected_lams=corrected,
         calibration_images=options.calibration_images,
         curve_calibration_images=min(options.curve_calibration_images, options.calibration_images),
+        matching=options.matching,
     )
 
 

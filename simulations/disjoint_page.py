@@ -203,9 +203,10 @@ def _matching(results: Results) -> str:
     after = spread_text([seed["matching"]["objective"] for seed in seeds])
     order = seeds[0]["matching"]["log10-order"]
     training = duration(results["provenance"]["training-seconds"])
+    method = results["config"].get("matching", "weight").capitalize()
     return (
-        f"The network has 10^{order:,.0f} relabellings of hidden units that keep its function. Weight matching took "
-        f"{seconds} a seed, moved {moved} of the units, and raised the inner product of the two networks' weights "
+        f"The network has 10^{order:,.0f} relabellings of hidden units that keep its function. {method} matching took "
+        f"{seconds} a seed, moved {moved} of the units, and changed the inner product of the two networks' weights "
         f"from {before} to {after}. Training of all networks took {training} in all; what an earlier run had "
         f"trained or measured is used again and is not in the duration below."
     )

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedrebasin import check_spec, interpolate, permute, repair, reset_batchnorm, trace, weight_matching
+from fedrebasin import Matching, check_spec, interpolate, permute, repair, reset_batchnorm, trace
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_barrier
+from fedrebasin.matching.methods import METHODS, Setting, find_matching
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.ends import EndConfig, make_model
 from fedrebasin.simulations.measures import (
@@ -36,12 +38,13 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Effort:
-    """How finely the path is measured, and on how many images corrections are computed."""
+    """How B is matched, how finely the path is measured, and on how many images corrections are computed."""
 
     lams: int
     corrected_lams: int
     calibration_images: int
     curve_calibration_images: int
+    matching: str = "weight"
 
 
 def measure_seed(
@@ -70,7 +73,7 @@ def measure_seed(
     label = f"seed {end.seed}"
     bench = Bench(data, end, effort, device)
     a, b = states["a"], states["b"]
-    matching = weight_matching(bench.spec, a, b, seed=end.seed, device=device)
+    matching = bench.match(a, b, end.seed)
     progress(f"{label}: matched in {matching.seconds:.1f} s, {matching.moved_fraction:.0%} of the units moved")
     others = {"plain": bench.place(b), "aligned": bench.place(permute(bench.spec, matching.perms, b))}
     a = bench.place(a)
@@ -125,7 +128,7 @@ class Bench:
         self.data, self.device, self.effort = data, device, effort
         order = torch.from_numpy(np.random.default_rng(ROWS_SEED).permutation(len(data.train_labels)))
         calibration, measured = order[: effort.calibration_images], order[-TRAIN_IMAGES:]
-        # temperatures alone see the labels of calibration images
+        # temperatures and straight-through matching alone see the labels of calibration images
         self.images = {
             "test": data.test_images.to(device),
             "train": data.train_images[measured].to(device),
@@ -155,6 +158,18 @@ class Bench:
     def batch(self) -> int:
         """Images in a forward pass: few enough for a CPU's cache."""
         return BATCH if self.device.type == "cpu" else 8 * BATCH
+
+    def match(self, a: State, b: State, seed: int) -> Matching:
+        """Match ``b`` to ``a``; methods that need data see all calibration images."""
+        method = METHODS[self.effort.matching]
+        batches: Any = None
+        if method.inputs:
+            batches = [self.data.normalise(chunk) for chunk in torch.split(self.images["calibration"], self.batch)]
+        if method.targets:
+            batches = list(zip(batches, torch.split(self.labels["calibration"], self.batch), strict=True))
+        loss = F.cross_entropy if method.targets else None
+        setting = Setting(self.spec, self.net, batches, loss=loss, seed=seed, device=self.device)
+        return find_matching(self.effort.matching, setting, a, b)
 
     def measure(self, logits: Logits) -> dict[str, dict[str, float]]:
         """Measures on test and training images."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedrebasin.matching.methods import METHODS
 from fedrebasin.simulations.competitors import label_of
 from fedrebasin.simulations.plots import Panel, Series, save_lines
 from fedrebasin.simulations.report import Picture, Section, Table, write_report
@@ -227,6 +228,11 @@ def _method(results: Results) -> str:
     names = strategies(results)
     if any("+" in name for name in names) or settings["correction"] != "none":
         text += f" Corrections used {settings['calibration']} training images without labels on the server."
+    method = METHODS[settings["matching"]]
+    if method.inputs:
+        labels = "their labels" if method.targets else "no labels"
+        name = settings["matching"].capitalize()
+        text += f" {name} matching used {settings['calibration']} training images and {labels}."
     if any(name.endswith(("fedadam", "fedyogi", "fedadagrad")) for name in names):
         text += f" Server learning rate of the adaptive optimizers: {settings['server_lr']:g}."
     if "fedprox" in " ".join(names):

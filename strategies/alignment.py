@@ -26,7 +26,9 @@ from fedrebasin import (
     permute,
     weight_matching,
 )
+from fedrebasin.matching.methods import JOINT_METHOD
 from fedrebasin.strategies.common_start import Nearness, measure_nearness
+from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.replies import Reply
 
 Perms = dict[str, Tensor]
@@ -67,6 +69,7 @@ def find_alignment(
     spec: PermutationSpec,
     sent: State,
     replies: Sequence[Reply],
+    match: Matcher,
     *,
     reference: str,
     seed: int,
@@ -81,6 +84,9 @@ def find_alignment(
         The model that the server sent.
     replies : sequence of Reply
         At least one.
+    match : Matcher
+        Matches one model to another. Replies are aligned to each other by merge-many if it is weight matching, by
+        any other method to the reply with most examples.
     reference : {"auto", "global", "largest", "merge-many"}
     seed : int
     device : torch.device, optional
@@ -90,8 +96,10 @@ def find_alignment(
     A matching that fails (the sent model holds a NaN, a device is out of memory) is logged, and nothing moves.
     """
     try:
-        return _find(spec, sent, replies, reference=reference, seed=seed, device=device)
-    except (ValueError, RuntimeError) as error:
+        return _find(spec, sent, replies, match, reference=reference, seed=seed, device=device)
+    except Exception as error:
+        if not (match.runs_the_model or isinstance(error, ValueError | RuntimeError)):
+            raise
         log(WARNING, "rebasin: alignment failed (%s: %s); the replies stay as they are", type(error).__name__, error)
         return Alignment([identity_perms(spec) for _ in replies], False, 0.0, 0.0, "nothing")
 
@@ -100,19 +108,26 @@ def _find(
     spec: PermutationSpec,
     sent: State,
     replies: Sequence[Reply],
+    match: Matcher,
     *,
     reference: str,
     seed: int,
     device: torch.device | None,
 ) -> Alignment:
     if reference == "global":
-        return _align_to_sent(spec, sent, replies, seed=seed, device=device, how="the sent model")
+        return _align_to_sent(sent, replies, match, how="the sent model")
     nearness = [measure_nearness(spec, sent, reply.state(), seed=seed) for reply in replies]
     apart, how = _judge(replies, nearness)
     if reference == "auto" and not apart:
-        return _align_to_sent(spec, sent, replies, seed=seed, device=device, how=f"the sent model, since {how}")
-    largest = reference == "largest"
-    perms, gain = _align_to_each_other(spec, replies, largest=largest, seed=seed, device=device)
+        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}")
+    largest = reference == "largest" or match.name != JOINT_METHOD
+    if largest:
+        perms, gain = _align_to_largest(spec, replies, match)
+    else:
+        many = match_many(
+            spec, [reply.state() for reply in replies], coefficients=shares(replies), seed=seed, device=device
+        )
+        perms, gain = list(many.perms), many.objective - many.objective_before
     if not apart:
         perms = _back_to_sent(spec, sent, replies, perms, seed=seed, device=device)
     return Alignment(perms, apart, gain, _moved_fraction(perms), f"{'the largest' if largest else 'each other'}; {how}")
@@ -127,29 +142,17 @@ def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool
     return apart, f"{share} are nearer to the sent model than their relabellings (z from {evidence[0]:.3g})"
 
 
-def _align_to_sent(
-    spec: PermutationSpec, sent: State, replies: Sequence[Reply], *, seed: int, device: torch.device | None, how: str
-) -> Alignment:
-    found = [weight_matching(spec, sent, reply.state(), seed=seed, device=device) for reply in replies]
+def _align_to_sent(sent: State, replies: Sequence[Reply], match: Matcher, *, how: str) -> Alignment:
+    found = [match(sent, reply.state()) for reply in replies]
     perms = [matching.perms for matching in found]
     gains = [matching.objective - matching.objective_before for matching in found]
     return Alignment(perms, False, sum(gains) / len(gains), _moved_fraction(perms), how)
 
 
-def _align_to_each_other(
-    spec: PermutationSpec, replies: Sequence[Reply], *, largest: bool, seed: int, device: torch.device | None
-) -> tuple[list[Perms], float]:
-    if not largest:
-        states = [reply.state() for reply in replies]
-        many = match_many(spec, states, coefficients=shares(replies), seed=seed, device=device)
-        return list(many.perms), many.objective - many.objective_before
+def _align_to_largest(spec: PermutationSpec, replies: Sequence[Reply], match: Matcher) -> tuple[list[Perms], float]:
     chosen = max(range(len(replies)), key=lambda place: replies[place].examples)
     reference = replies[chosen].state()
-    found = [
-        weight_matching(spec, reference, reply.state(), seed=seed, device=device)
-        for place, reply in enumerate(replies)
-        if place != chosen
-    ]
+    found = [match(reference, reply.state()) for place, reply in enumerate(replies) if place != chosen]
     perms = [matching.perms for matching in found]
     perms.insert(chosen, identity_perms(spec))
     gains = [matching.objective - matching.objective_before for matching in found]

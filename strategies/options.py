@@ -19,17 +19,18 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy.bulyan import Bulyan
 
 from fedrebasin.errors import UsageError
+from fedrebasin.matching.methods import METHODS, check_joint
 
 JOINT_REFERENCES = ("merge-many",)
 BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
-    "matching": ("weight",),
+    "matching": tuple(METHODS),
     "correction": (None, "repair", "reset-batchnorm"),
     "select": (None,),
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": ("medoid", "cycle-consistent", "straight-through-many"),
-    "matching": ("activation", "straight-through", "sinkhorn", "frank-wolfe", "activation+weight", "learned"),
+    "matching": tuple(name for name in ("sinkhorn", "frank-wolfe", "learned") if name not in METHODS),
     "correction": (
         *("rescale", "reshift", "closed-form", "bias-normalisation", "least-squares", "regmean", "distill"),
         *("federated-repair", "federated-least-squares", "federated-regmean"),
@@ -59,18 +60,26 @@ def check_option(name: str, value: object) -> None:
     raise UsageError(f"{name}: expected one of {built}; got {value!r}")
 
 
-def check_unbuilt(name: str, value: object) -> None:
-    """Refuse an option whose only value built now is ``None``.
+def check_options(
+    reference: str, matching: str, correction: str | None, *, select: object, checkpoint_dir: object
+) -> None:
+    """Refuse what is not built, and a reference that the matching cannot be used with.
 
     Examples
     --------
-    >>> check_unbuilt("checkpoint_dir", "runs")
+    >>> check_options("auto", "weight", "default", select=None, checkpoint_dir="runs")
     Traceback (most recent call last):
     ...
     fedrebasin.errors.UsageError: checkpoint_dir='runs' is not built yet; values built now: None
     """
-    if value is not None:
-        raise UsageError(f"{name}={value!r} is not built yet; values built now: None")
+    check_option("reference", reference)
+    check_option("matching", matching)
+    if correction != "default":
+        check_option("correction", correction)
+    for name, value in (("select", select), ("checkpoint_dir", checkpoint_dir)):
+        if value is not None:
+            raise UsageError(f"{name}={value!r} is not built yet; values built now: None")
+    check_joint(matching, reference)
 
 
 def chain(strategy: Strategy) -> Iterator[Strategy]:

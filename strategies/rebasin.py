@@ -20,15 +20,15 @@ from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge
 from fedrebasin.strategies.alignment import find_alignment, shares
 from fedrebasin.strategies.buffers import State, merge_buffers
 from fedrebasin.strategies.correction import check_calibration, correct, has_running_statistics
+from fedrebasin.strategies.matcher import build_matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
 from fedrebasin.strategies.options import (
     chain,
     check_guarded,
     check_not_wrapped_by_privacy,
-    check_option,
+    check_options,
     check_strategy,
-    check_unbuilt,
     guarded_by,
     read_attribute,
 )
@@ -50,17 +50,20 @@ class Rebasin(Strategy):
     spec : PermutationSpec or path, optional
         A checked spec instead of ``model`` and ``example_inputs``; with them, it is checked again.
     calibration : iterable of batches, optional
-        Inputs for the correction, read anew in every round.
+        Inputs for the correction and the matching, read anew in every round; with targets if a loss is given.
     reference : {"auto", "global", "largest", "merge-many"}
         What the replies are aligned to: the model that was sent, the reply with most examples, or each other.
         ``"auto"`` is the model that was sent, unless most replies were not trained from it
         (``common_start.py``): then each other. Inside differential privacy, Krum, MultiKrum and Bulyan it is the
         model that was sent.
-    matching : {"weight"}
+    matching : {"weight", "activation", "activation+weight", "straight-through"}
+        All but ``"weight"`` need ``model`` and ``calibration``, and merge nothing jointly: see ``alignment.py``.
     correction : {"repair", "reset-batchnorm"} or None
         The default, ``"default"``, is ``"repair"`` with calibration data (``"reset-batchnorm"`` inside
         differential privacy and selection), otherwise ``None``.
-    select, loss, checkpoint_dir : None
+    loss : callable, optional
+        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"``.
+    select, checkpoint_dir : None
         Not built yet.
     seed : int
     device : torch.device or str, optional
@@ -77,7 +80,7 @@ class Rebasin(Strategy):
     A round apart (see ``alignment.py``) is a weighted average outside the inner strategy, which starts
     from its result in the next round. Buffers never enter the inner strategy. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
-    ``rebasin-objective-gain`` (of the matching objective, an inner product of weights; mean over the matchings),
+    ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
     ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies).
 
     References
@@ -116,12 +119,7 @@ class Rebasin(Strategy):
             raise UsageError("strategy: it aligns already; give Rebasin the strategy inside")
         self.guard = guarded_by(strategy)
         self.device = find_device(device)
-        check_option("reference", reference)
-        check_option("matching", matching)
-        if correction != "default":
-            check_option("correction", correction)
-        for name, unbuilt in (("select", select), ("loss", loss), ("checkpoint_dir", checkpoint_dir)):
-            check_unbuilt(name, unbuilt)
+        check_options(reference, matching, correction, select=select, checkpoint_dir=checkpoint_dir)
         check_guarded(self.guard, reference, correction)
         if self.guard and reference == "auto":
             log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)
@@ -131,6 +129,9 @@ class Rebasin(Strategy):
             if self.guard and calibration is not None:
                 correction = "reset-batchnorm" if has_running_statistics(self.model) else None
         check_calibration(correction, self.model, calibration, inputs=self.spec.inputs, device=self.device)
+        self._matcher = build_matcher(
+            matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
+        )
         self.strategy = strategy
         self.calibration = calibration
         self.reference = reference
@@ -197,7 +198,7 @@ class Rebasin(Strategy):
             return None, None
         state, reference = record_to_state(sent), "global" if self.guard else self.reference
         alignment = find_alignment(
-            self.spec, state, screened.replies, reference=reference, seed=self.seed, device=self.device
+            self.spec, state, screened.replies, self._matcher, reference=reference, seed=self.seed, device=self.device
         )
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)

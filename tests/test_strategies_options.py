@@ -44,11 +44,37 @@ def dp_clients(inner: Strategy) -> Strategy:
         ),
         ({"reference": "best"}, "reference: expected one of 'auto', 'global', 'largest', 'merge-many'; got 'best'"),
         ({"reference": "default"}, "reference: expected one of 'auto'"),
-        ({"matching": "activation"}, "matching='activation' is not built yet; values built now: 'weight'$"),
+        ({"matching": "learned"}, "matching='learned' is not built yet; values built now: 'weight', 'activation', "),
+        ({"matching": "magic"}, "matching: expected one of 'weight', 'activation', .*; got 'magic'"),
+        ({"matching": "activation"}, "matching='activation' needs calibration, a collection of input batches; give"),
+        ({"matching": "straight-through"}, r"needs calibration, a collection of \(input, target\) batches; give"),
+        (
+            {"matching": "activation", "calibration": BATCHES, "correction": None, "model": None},
+            "matching='activation' runs the model on calibration data, and a spec alone cannot; give model= too",
+        ),
+        (
+            {"matching": "straight-through", "calibration": BATCHES},
+            "matching='straight-through' needs loss=, a function of output and target",
+        ),
+        (
+            {"matching": "straight-through", "calibration": BATCHES, "loss": torch.nn.functional.cross_entropy},
+            r"batches: expected \(input, target\) pairs; got a batch without a target",
+        ),
+        (
+            {"matching": "activation", "calibration": [torch.randn(200, 7)], "correction": None},
+            "calibration: the model cannot run on its first batches: ",
+        ),
+        (
+            {"matching": "activation", "calibration": BATCHES, "reference": "merge-many"},
+            "reference='merge-many' is built for matching='weight' alone; with matching='activation' use",
+        ),
         ({"correction": "rescale"}, "'rescale' is not built yet; values built now: None, 'repair', 'reset-batchnorm'$"),
         ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),
         ({"checkpoint_dir": "runs"}, "checkpoint_dir='runs' is not built yet; values built now: None$"),
-        ({"loss": torch.nn.functional.cross_entropy}, "loss=<function .*> is not built yet; values built now: None$"),
+        (
+            {"loss": torch.nn.functional.cross_entropy},
+            "loss: only matching='straight-through' uses it so far; leave it out with matching='weight'",
+        ),
         ({"correction": "repair"}, "correction='repair' needs calibration"),
         (
             {"calibration": BATCHES, "model": None},

@@ -1,7 +1,16 @@
 """How permutations are found: one file a method."""
 
+from fedrebasin.matching.activation import activation_matching
 from fedrebasin.matching.many import match_many
 from fedrebasin.matching.result import ManyMatching, Matching
+from fedrebasin.matching.straight_through import straight_through_matching
 from fedrebasin.matching.weight import weight_matching
 
-__all__ = ["ManyMatching", "Matching", "match_many", "weight_matching"]
+__all__ = [
+    "ManyMatching",
+    "Matching",
+    "activation_matching",
+    "match_many",
+    "straight_through_matching",
+    "weight_matching",
+]

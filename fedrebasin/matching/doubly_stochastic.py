@@ -16,12 +16,11 @@ from fedrebasin.errors import RebasinError
 #: Entries below exp(-_DEEP) of a matrix that is being scaled are taken as exp(-_DEEP): no underflow, no slow numbers.
 _DEEP = 60.0
 _PASSES = 20
+_ROUNDS = 5
 _NEWTON_STEPS = 100
 
 
-def sinkhorn(
-    logits: Tensor, *, tolerance: float = 1e-9, gradient: str = "implicit", iterations: int = 50
-) -> Tensor:
+def sinkhorn(logits: Tensor, *, tolerance: float = 1e-9, gradient: str = "implicit", iterations: int = 50) -> Tensor:
     """Scale rows and columns of ``exp(logits)`` until all sum to one.
 
     Parameters
@@ -74,13 +73,15 @@ def _unrolled(logits: Tensor, iterations: int) -> Tensor:
 
 
 @torch.no_grad()
-def potentials(logits: Tensor, *, tolerance: float = 1e-9) -> tuple[Tensor, Tensor]:
+def potentials(logits: Tensor, *, tolerance: float = 1e-9, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``u, v``, float64 ``(..., n)``, such that ``exp(logits_ij + u_i + v_j)`` is doubly stochastic.
 
     Passes of scaling come near; near a permutation they would crawl, and Newton steps take over. Large logits are
-    reached by doubling smaller ones, whose potentials are a start for the next.
+    reached by doubling smaller ones, whose potentials are a start for the next; or from a ``start`` for ``v``.
     """
     X = logits.detach().double()
+    if start is not None:
+        return _solve(X, start, tolerance)
     v = torch.zeros_like(X[..., 0, :])
     spread = float((X.amax((-1, -2)) - X.amin((-1, -2))).max()) if X.numel() else 0.0
     for left in range(max(0, math.ceil(math.log2(max(spread, 1.0) / _DEEP))), 0, -1):
@@ -90,12 +91,15 @@ def potentials(logits: Tensor, *, tolerance: float = 1e-9) -> tuple[Tensor, Tens
 
 def _solve(X: Tensor, v: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Scaling passes, then Newton steps on the dual, which is concave: its gradient are the sums that are missing."""
-    u, v = _passes(X, v)
-    P = _plan(X, u, v)
-    for _ in range(_NEWTON_STEPS):
+    for count in range(_ROUNDS + _NEWTON_STEPS):
+        if count < _ROUNDS:
+            u, v = _passes(X, v)
+            P = _plan(X, u, v)
         missing = 1 - P.sum(-2)
         if float(missing.abs().max()) <= tolerance:
             break
+        if count < _ROUNDS - 1:
+            continue
         du, dv = _newton(P, missing)
         u, v, P = _search(X, u, v, P, du, dv)
     return u, v
@@ -112,9 +116,7 @@ def _passes(X: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _normaliser(X + v.unsqueeze(-2)), v
 
 
-def _search(
-    X: Tensor, u: Tensor, v: Tensor, P: Tensor, du: Tensor, dv: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _search(X: Tensor, u: Tensor, v: Tensor, P: Tensor, du: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The longest of the steps 1, 1/2, 1/4, ... that raises the dual ``sum u + sum v - sum P``."""
     before = u.sum() + v.sum() - P.sum()
     slope = (du * (1 - P.sum(-1))).sum() + (dv * (1 - P.sum(-2))).sum()

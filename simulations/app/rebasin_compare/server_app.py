@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedrebasin.matching.methods import METHODS
 from fedrebasin.simulations.baselines import client_baselines, score
 from fedrebasin.simulations.competitors import COMMON_START, make_strategy
 from fedrebasin.simulations.data import Dataset
@@ -119,11 +120,14 @@ class Arena:
             row |= {key: value for key, value in metrics.items() if key != "num-examples"}
         return {"seed": self.seed, "strategy": name, "rounds": rounds}
 
-    def calibration(self) -> list[torch.Tensor]:
-        """Training images without labels, the same for every strategy of a seed."""
+    def calibration(self) -> list[Any]:
+        """Training images, the same for every strategy of a seed; with labels only for a matching that needs them."""
         order = torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(self.seed))
-        images = self.data.train_images[order[: self.settings.calibration]]
-        return [self.data.normalise(images[first : first + 250]) for first in range(0, len(images), 250)]
+        batches = torch.split(order[: self.settings.calibration], 250)
+        inputs = [self.data.normalise(self.data.train_images[rows]) for rows in batches]
+        if not METHODS[self.settings.matching].targets:
+            return inputs
+        return [(images, self.data.train_labels[rows]) for images, rows in zip(inputs, batches, strict=True)]
 
     def score_model(self, arrays: ArrayRecord) -> dict[str, float]:
         return score(self.logits(arrays), self.data.test_labels)

@@ -1,0 +1,125 @@
+"""Every matching method by its name, and what each needs besides the two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.errors import RebasinError, UsageError
+from fedrebasin.matching.activation import activation_matching
+from fedrebasin.matching.result import Matching
+from fedrebasin.matching.straight_through import Loss, straight_through_matching
+from fedrebasin.matching.weight import weight_matching
+from fedrebasin.spec import PermutationSpec
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may use: data only if it needs data."""
+
+    spec: PermutationSpec
+    net: nn.Module | None = None
+    calibration: Iterable[Any] | None = None
+    loss: Loss | None = None
+    seed: int = 0
+    device: torch.device | str | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is called, whether it runs the network on inputs, and whether it needs targets and a loss too."""
+
+    find: Callable[[Setting, State, State], Matching]
+    inputs: bool = False
+    targets: bool = False
+
+
+def find_matching(name: str, setting: Setting, reference: State, model: State) -> Matching:
+    """Match ``model`` to ``reference`` by the method that is called ``name``.
+
+    Raises
+    ------
+    RebasinError
+        If there is no such method, or ``setting`` lacks what it needs.
+
+    Examples
+    --------
+    >>> from fedrebasin import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> setting = Setting(trace(net, (torch.randn(2, 4),)), net, [torch.randn(50, 4)])
+    >>> find_matching("activation+weight", setting, net.state_dict(), net.state_dict()).moved_fraction
+    0.0
+    """
+    if name not in METHODS:
+        raise RebasinError(f"matching: expected one of {', '.join(METHODS)}; got {name!r}")
+    method = METHODS[name]
+    for needed, given, what in (
+        (method.inputs, setting.net, "the network's module"),
+        (method.inputs, setting.calibration, "calibration batches"),
+        (method.targets, setting.loss, "loss=, a function of output and target"),
+    ):
+        if needed and given is None:
+            raise RebasinError(f"matching={name!r} needs {what}")
+    return method.find(setting, reference, model)
+
+
+def _weight(setting: Setting, reference: State, model: State) -> Matching:
+    return weight_matching(setting.spec, reference, model, seed=setting.seed, device=setting.device)
+
+
+def _activation(setting: Setting, reference: State, model: State) -> Matching:
+    assert setting.net is not None and setting.calibration is not None
+    return activation_matching(
+        *(setting.spec, setting.net, reference, model, setting.calibration), seed=setting.seed, device=setting.device
+    )
+
+
+def _activation_weight(setting: Setting, reference: State, model: State) -> Matching:
+    """Weight matching from where activation matching ends: never below it."""
+    start = _activation(setting, reference, model)
+    found = weight_matching(setting.spec, reference, model, init=start.perms, seed=setting.seed, device=setting.device)
+    return replace(
+        found,
+        history=(*start.history, *found.history[1:]),
+        seconds=start.seconds + found.seconds,
+        measures=start.measures,
+    )
+
+
+def _straight_through(setting: Setting, reference: State, model: State) -> Matching:
+    assert setting.net is not None and setting.calibration is not None and setting.loss is not None
+    return straight_through_matching(
+        *(setting.spec, setting.net, reference, model, setting.calibration),
+        loss=setting.loss,
+        seed=setting.seed,
+        device=setting.device,
+    )
+
+
+METHODS = {
+    "weight": Method(_weight),
+    "activation": Method(_activation, inputs=True),
+    "activation+weight": Method(_activation_weight, inputs=True),
+    "straight-through": Method(_straight_through, inputs=True, targets=True),
+}
+
+#: The one method that aligns many models to each other, and what that is called.
+JOINT_METHOD, JOINT = "weight", "merge-many"
+
+
+def check_joint(matching: str, reference: str) -> None:
+    """Refuse a joint reference with a method that matches one pair at a time.
+
+    >>> check_joint("weight", "merge-many")
+    """
+    if reference == JOINT and matching != JOINT_METHOD:
+        raise UsageError(
+            f"reference={reference!r} is built for matching={JOINT_METHOD!r} alone; with matching={matching!r} use "
+            "reference='largest', 'global' or 'auto'"
+        )
