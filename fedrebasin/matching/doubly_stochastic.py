@@ -94,7 +94,7 @@ def _solve(X: Tensor, v: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     for count in range(_ROUNDS + _NEWTON_STEPS):
         if count < _ROUNDS:
             u, v = _passes(X, v)
-            P = plan(X, u, v)
+            P = _plan(X, u, v)
         missing = 1 - P.sum(-2)
         if float(missing.abs().max()) <= tolerance:
             break
@@ -107,7 +107,7 @@ def _solve(X: Tensor, v: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 
 def _passes(X: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     u = _normaliser(X + v.unsqueeze(-2))
-    kernel = plan(X, u, v)
+    kernel = _plan(X, u, v)
     a = torch.ones_like(u).unsqueeze(-1)
     for _ in range(_PASSES):
         b = 1 / (kernel.mT @ a)
@@ -124,7 +124,7 @@ def _search(X: Tensor, u: Tensor, v: Tensor, P: Tensor, du: Tensor, dv: Tensor) 
     while True:
         new_v = v + step * dv
         new_u = _normaliser(X + new_v.unsqueeze(-2))
-        new = plan(X, new_u, new_v)
+        new = _plan(X, new_u, new_v)
         if step < 1e-6 or new_u.sum() + new_v.sum() - new.sum() >= before + 1e-4 * step * slope:
             return new_u, new_v, new
         step /= 2
@@ -149,13 +149,12 @@ def solve_tangent(P: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Ten
     return a, (columns - (P.mT @ a.unsqueeze(-1)).squeeze(-1)) / c
 
 
-def plan(X: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """``exp(X_ij + u_i + v_j)``, without numbers too small to be fast."""
+def _plan(X: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return (X + u.unsqueeze(-1) + v.unsqueeze(-2)).clamp_(min=-_DEEP).exp_()
 
 
 def _normaliser(X: Tensor) -> Tensor:
-    """``-logsumexp`` over the last axis."""
+    """``-logsumexp`` over the last axis, without numbers too small to be fast."""
     largest = X.amax(-1, keepdim=True)
     return -((X - largest).clamp_(min=-_DEEP).exp_().sum(-1).log() + largest.squeeze(-1))
 
@@ -165,7 +164,7 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        plan = plan(logits.double(), u, v)
+        plan = _plan(logits.double(), u, v)
         ctx.save_for_backward(plan)
         return plan.to(logits.dtype)
 

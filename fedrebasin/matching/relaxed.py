@@ -66,14 +66,9 @@ class Grid:
         letters = ",".join([self.old, *(factor.letters for factor in self.factors)])
         return torch.einsum(f"{letters}->{self.new}", part, *operands)
 
-    def derivative(self, relaxed: Mapping[str, Tensor], reference: Tensor, model: Tensor, index: int) -> Tensor:
-        """Of ``<reference, apply(relaxed, model)>`` in one factor, the others first: the fewest products."""
-        factor, others = self.factors[index], self.factors[:index] + self.factors[index + 1 :]
-        met = dict.fromkeys(self.old + "".join(other.letters for other in others))
-        kept = "".join(letter for letter in met if letter in self.new or letter in factor.letters)
-        inputs = ",".join([self.old, *(other.letters for other in others)])
-        moved = torch.einsum(f"{inputs}->{kept}", model, *(other.of(relaxed) for other in others))
-        return torch.einsum(f"{self.new},{kept}->{factor.letters}", reference, moved)
+    def similarity(self, reference: Tensor, model: Tensor) -> Tensor:
+        """For a grid of one factor: ``<reference, apply(relaxed, model)>`` is linear, and this is its gradient."""
+        return torch.einsum(f"{self.new},{self.old}->{self.factors[0].letters}", reference, model)
 
 
 def soft_permute(grids: Sequence[Grid], relaxed: Mapping[str, Tensor], tensor: Tensor) -> Tensor:
