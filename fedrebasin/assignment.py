@@ -38,8 +38,13 @@ def solve_assignment(similarity: Tensor) -> Tensor:
         raise ValueError(f"similarity: expected a square matrix; got shape {tuple(similarity.shape)}")
     if not bool(similarity.isfinite().all()):
         raise ValueError("similarity: expected finite entries; got a NaN or an infinity")
+    return best_assignment(similarity.detach().cpu())
+
+
+def best_assignment(similarity: Tensor) -> Tensor:
+    """:func:`solve_assignment` without its checks, on the CPU."""
     best = similarity.argmax(dim=1)
     if int(best.bincount(minlength=len(best)).amax() if len(best) else 0) <= 1:  # each unit's own best, no two alike
-        return best.cpu()
-    _, columns = linear_sum_assignment(similarity.detach().cpu().numpy(), maximize=True)
+        return best
+    _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
     return torch.from_numpy(columns).long()

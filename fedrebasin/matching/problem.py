@@ -3,14 +3,14 @@
 Index letters: i unit of the reference, j unit of the model, q another axis of the same tensor.
 
 The similarity of a permutation's units is a sum of products, one for each tensor that it moves, and each product
-depends on the other axes of that tensor alone. So products are kept, and made again only where another axis has
-moved since; where few of its units have, the old product is mended by the difference of those.
+depends on the other axes of that tensor alone. So the sum is kept, and mended by the difference of those indices
+of other axes that have moved since.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,25 +22,20 @@ from fedrebasin.perms import Perms, compose, identity_perms
 from fedrebasin.permute import permute_tensor, source
 from fedrebasin.spec import PermutationSpec
 
-#: A product is mended if fewer than this share of another axis's indices have moved.
-_FEW = 0.5
-#: Below this number of entries a product is made again rather than mended.
-_SMALL = 1 << 16
-
 
 @dataclass
-class _Product:
-    """A term's product, and the orders of the other axes that it was made with."""
+class _Kept:
+    """A block's similarity, and for each term in it the orders of the other axes that it was made with."""
 
-    similarity: Tensor
-    orders: dict[int, Tensor]
+    total: Tensor
+    orders: dict[int, dict[int, Tensor]]
 
 
 class WeightProblem:
     """A reference and a model that is permuted step by step; neither is copied.
 
-    Only parameters count: running statistics follow their units but do not vote. Products are taken in the
-    tensors' own precision (float32 for narrower types), sums and assignments in float64.
+    Only parameters count: running statistics follow their units but do not vote. Similarities are kept in the
+    tensors' own precision (float32 for narrower types), objectives in float64.
     """
 
     def __init__(
@@ -57,21 +52,28 @@ class WeightProblem:
         self.spec = spec
         self.plan = plan_of(spec)
         self.blocks = self.plan.blocks
-        self.reference = {name: _prepare(reference[name], device) for name in self.plan.names}
-        self.model = {name: _prepare(model[name], device) for name in self.plan.names}
+        self._like = like = _like([side[name] for side in (reference, model) for name in self.plan.names], device)
+        self.reference = {name: reference[name].detach().to(like) for name in self.plan.names}
+        self.model = {name: model[name].detach().to(like) for name in self.plan.names}
         self._scales = {
             name: _norm(self.reference[name], name, "reference") * _norm(self.model[name], name, "model")
             for name in self.plan.names
         }
         self._constant: dict[Block, Tensor] = {}
-        self._products: dict[tuple[Block, str], list[_Product]] = {}
+        self._kept: dict[Block, _Kept] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
         self.reset(init)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the similarities."""
+        return self._like.dtype
 
     def reset(self, init: Mapping[str, Tensor] | None = None) -> None:
         """Start again from ``init``, or from the identity."""
         self.perms: Perms = identity_perms(self.spec) if init is None else {k: v.cpu().clone() for k, v in init.items()}
         self._orders.clear()
+        self._kept.clear()
         self._moved = init is not None
 
     def scale(self, block: Block) -> float:
@@ -83,24 +85,26 @@ class WeightProblem:
         return [self.reference[name].numel() for name in self.plan.tensors[block]]
 
     def similarity(self, block: Block, names: set[str] | None = None) -> Tensor:
-        """``similarity[i, j]`` of the reference's units with the model's: float64 ``(n, n)``, on the CPU.
+        """``similarity[i, j]`` of the reference's units with the model's: ``(n, n)``, on the CPU, not to be edited.
 
         Over the tensors ``names`` only, if given. Column ``j`` is the model's own unit ``j`` for a plain
         permutation; for a row of a family, and the permutation that it is over, unit ``j`` of the current order.
         """
-        total = torch.zeros(block.size, block.size, dtype=torch.float64)
-        if block not in self.plan.relative and (names is None or self.plan.alone[block] <= names):
-            total += self._constant_part(block)
-            names = (
-                set(self.plan.tensors[block]) - self.plan.alone[block]
-                if names is None
-                else names - self.plan.alone[block]
-            )
-        for name in self.plan.tensors[block]:
-            if names is None or name in names:
-                for product in self._similarity_of(block, name):
-                    total += product.cpu()
-        return total
+        terms = [(k, term) for k, term in enumerate(self.plan.terms[block]) if names is None or term.name in names]
+        if block in self.plan.relative:
+            return sum([self._product(block, term) for _, term in terms], self._empty(block)).cpu()
+        if names is not None or block not in self._kept:
+            self._kept[block] = _Kept(self._constant_part(block).clone(), {})
+        kept, others = self._kept[block], []
+        for index, term in terms:
+            if term.name not in self.plan.simple:
+                others.append(self._product(block, term))
+            elif term.name not in self.plan.alone[block]:
+                self._mend(kept, index, term)
+        return sum(others, kept.total).cpu()
+
+    def _empty(self, block: Block) -> Tensor:
+        return self._like.new_zeros(block.size, block.size)
 
     def _constant_part(self, block: Block) -> Tensor:
         """What biases, norms and tensors without other permutations say: it never changes."""
@@ -109,55 +113,46 @@ class WeightProblem:
                 [term.rows(side[term.name]) for term in self.plan.terms[block] if term.name in self.plan.alone[block]]
                 for side in (self.reference, self.model)
             ]
-            empty = torch.zeros(block.size, block.size, dtype=torch.float64)
-            self._constant[block] = (
-                (torch.cat(rows[0], 1) @ torch.cat(rows[1], 1).T).double().cpu() if rows[0] else empty
-            )
+            self._constant[block] = torch.cat(rows[0], 1) @ torch.cat(rows[1], 1).T if rows[0] else self._empty(block)
         return self._constant[block]
 
-    def _similarity_of(self, block: Block, name: str) -> list[Tensor]:
-        terms = [term for term in self.plan.terms[block] if term.name == name]
-        if block in self.plan.relative or name not in self.plan.simple:
-            perms = dict(self.perms)
-            if block not in self.plan.relative:
-                del perms[block.perm]
-            moved = permute_tensor(self.spec.axes[name], perms, self.model[name])
-            return [term.rows(self.reference[name]) @ term.rows(moved).T for term in terms]
-        kept = self._products.setdefault((block, name), [])
-        for index, term in enumerate(terms):
-            orders = {dim: self.order(name, dim) for dim in self.plan.moved_dims[name] if dim != term.dim}
-            if index == len(kept):
-                kept.append(_Product(self._product(term, orders), orders))
-            else:
-                self._mend(kept[index], term, orders)
-        found = [product.similarity for product in kept]
-        if self.model[name].numel() * 2 < block.size**2:  # cheaper to make again than to hold
-            del self._products[block, name]
-        return found
+    def _product(self, block: Block, term: Term) -> Tensor:
+        """A product that is made anew each time: a perm on both axes, families, and what depends on their rows."""
+        perms = dict(self.perms)
+        if block not in self.plan.relative:
+            del perms[block.perm]
+        moved = permute_tensor(self.spec.axes[term.name], perms, self.model[term.name])
+        return term.rows(self.reference[term.name]) @ term.rows(moved).T
 
-    def _mend(self, product: _Product, term: Term, orders: dict[int, Tensor]) -> None:
-        changed = [dim for dim, order in orders.items() if order is not product.orders[dim]]
-        if changed and self.model[term.name].numel() < _SMALL:
-            product.similarity, product.orders = self._product(term, orders), orders
-            return
-        moved = {dim: (orders[dim] != product.orders[dim]).nonzero().squeeze(1) for dim in changed}
-        moved = {dim: where for dim, where in moved.items() if len(where)}
-        if not moved:
-            return
-        (dim, where), *others = moved.items()
-        if others or len(where) > _FEW * len(orders[dim]):
-            product.similarity = self._product(term, orders)
+    def _mend(self, kept: _Kept, index: int, term: Term) -> None:
+        """Bring one term of a kept similarity up to the current orders of the tensor's other axes."""
+        new = self.other_orders(term)
+        old = kept.orders.get(index)
+        reference, model = self.reference[term.name], self.model[term.name]
+        if old is None:
+            change = _reorder(model, new)
         else:
-            fixed = {other: order for other, order in orders.items() if other != dim}
-            where = where.to(self.reference[term.name].device)
-            model, old, new = self.model[term.name], product.orders[dim].to(where.device), orders[dim].to(where.device)
-            change = model.index_select(dim, new[where]) - model.index_select(dim, old[where])
-            reference = self.reference[term.name].index_select(dim, where)
-            product.similarity += term.rows(reference) @ term.rows(_reorder(change, fixed)).T
-        product.orders = orders
+            changed = [dim for dim, order in new.items() if order is not old[dim]]
+            if not changed:
+                return
+            if len(changed) == 1:
+                (dim,) = changed
+                where = (new[dim] != old[dim]).nonzero().squeeze(1)
+                reference = reference.index_select(dim, where.to(reference.device))
+                first, second = ({dim: orders[dim][where]} | _without(orders, dim) for orders in (new, old))
+            else:
+                first, second = new, old
+            change = _reorder(model, first).sub_(_reorder(model, second))
+        kept.total.addmm_(term.rows(reference), term.rows(change).T)
+        kept.orders[index] = new
 
-    def _product(self, term: Term, orders: dict[int, Tensor]) -> Tensor:
-        return term.rows(self.reference[term.name]) @ term.rows(_reorder(self.model[term.name], orders)).T
+    def other_orders(self, term: Term) -> dict[int, Tensor]:
+        """The current orders of the other axes of a term's tensor that some permutation moves."""
+        return {dim: self.order(term.name, dim) for dim in self.plan.moved_dims[term.name] if dim != term.dim}
+
+    def reordered(self, name: str, orders: Mapping[int, Tensor]) -> Tensor:
+        """A tensor of the model with these axes in other orders."""
+        return _reorder(self.model[name], orders)
 
     def order(self, name: str, dim: int) -> Tensor:
         """Old index for every new index along an axis, under the current permutations."""
@@ -214,19 +209,21 @@ class WeightProblem:
         return sum(_dot(self.reference[name], self.current(name)) for name in chosen)
 
 
+def _without(orders: Mapping[int, Tensor], dim: int) -> dict[int, Tensor]:
+    return {other: order for other, order in orders.items() if other != dim}
+
+
 def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
     for dim, order in orders.items():
         tensor = tensor.index_select(dim, order.to(tensor.device))
     return tensor
 
 
-def _prepare(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    tensor = tensor.detach()
-    if device is not None:
-        tensor = tensor.to(device)
-    return (
-        tensor.float() if not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    )
+def _like(tensors: Sequence[Tensor], device: torch.device | str | None) -> Tensor:
+    """An empty tensor of the type and on the device that products are taken in."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    device = device or (tensors[0].device if tensors else None)
+    return torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _norm(tensor: Tensor, name: str, label: str) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedrebasin.assignment import solve_assignment
+from fedrebasin.assignment import best_assignment
 from fedrebasin.errors import RebasinError
+from fedrebasin.matching.anchored import anchored_start
 from fedrebasin.matching.nested import families_over, nested_step
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.problem import WeightProblem
@@ -20,6 +22,10 @@ from fedrebasin.spec import PermutationSpec
 #: A step must gain this share of |reference| |model|, the two norms over the block's tensors: below it is rounding.
 _TOLERANCE = 1e-7
 _MAX_SWEEPS = 100
+#: An anchored start to whose gain its own descent adds less than this share is taken without a second start.
+_DECIDED = 0.02
+#: A second start is given up once this many times its last sweep's gain would not bring it level.
+_HOPE = 2.0
 
 
 def weight_matching(
@@ -36,9 +42,10 @@ def weight_matching(
 
     Maximises ``sum_l <W_l^A, P_l W_l^B P_{l-1}^T>`` over every axis that a permutation ties: weights, biases and
     norm scales. One permutation at a time is solved exactly until no one gains. A model that no single permutation
-    improves is kept as it is. Otherwise two starts are tried and the better one kept: the model as it is, and an
-    *anchored* start, which visits the permutations from the fixed inputs and outputs inwards and looks only at
-    tensors whose other axes are settled.
+    improves is kept as it is. Otherwise the descent begins at an *anchored* start, which visits the permutations
+    from the fixed inputs and outputs inwards and looks at tensors whose other axes are settled (of the others, at
+    what survives any order). If that start does not decide nearly all, the model as it is is a second start, given
+    up once it cannot win.
 
     Parameters
     ----------
@@ -111,14 +118,20 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     if not any(_improve(problem, block) > 0 for block in cheapest):
         return dict(problem.perms), [before]
     problem.reset()
-    order = _anchored_start(problem)
-    perms, history = _descend(problem, order, problem.objective())
+    order = anchored_start(problem)
+    found = _descend(problem, order, problem.objective())
+    start, end = found[1][0] - before, found[1][-1] - before
+    if end - start < _DECIDED * end:
+        return found
     problem.reset()
-    return max((perms, history), _descend(problem, order, before), key=_last)
+    return max(found, _descend(problem, order, before, hurdle=_last(found)), key=_last)
 
 
-def _descend(problem: WeightProblem, order: Sequence[Block], objective: float) -> _Found:
-    """Sweep until nothing gains; a block is looked at again only after a neighbour has moved."""
+def _descend(problem: WeightProblem, order: Sequence[Block], objective: float, *, hurdle: float = -math.inf) -> _Found:
+    """Sweep until nothing gains, or it seems out of reach to gain more than the ``hurdle``.
+
+    A block is looked at again only after a neighbour has moved.
+    """
     waiting = set(problem.blocks)
     history = [objective]
     for _ in range(_MAX_SWEEPS):
@@ -133,6 +146,8 @@ def _descend(problem: WeightProblem, order: Sequence[Block], objective: float) -
         if not gained:
             break
         history.append(history[-1] + gained)
+        if history[-1] + _HOPE * gained < hurdle:
+            break
     return dict(problem.perms), history
 
 
@@ -146,8 +161,8 @@ def _improve(problem: WeightProblem, block: Block) -> float:
     here = similarity[units, current]
     if bool((similarity.amax(1) <= here).all()):
         return 0.0
-    new = solve_assignment(similarity)
-    gain = float((similarity[units, new] - here).sum())
+    new = best_assignment(similarity)
+    gain = float((similarity[units, new] - here).sum(dtype=torch.float64))
     if gain <= _TOLERANCE * problem.scale(block):
         return 0.0
     if block in problem.plan.quadratic:
@@ -170,56 +185,3 @@ def _move_if_better(problem: WeightProblem, steps: Perms, scale: float) -> float
         return gain
     problem.put(perms, perms)
     return 0.0
-
-
-def _anchored_start(problem: WeightProblem) -> list[Block]:
-    """Settle the permutations one after the other, each by the tensors whose other axes are settled already.
-
-    The one with the most settled entries for each of its units comes first. A planted permutation is found
-    in this way whatever the depth, where descent from the identity stops in poor optima of residual networks.
-    Returns the blocks in the order in which they were settled.
-    """
-    plan = problem.plan
-    cluster_of = {block.perm: key for key, group in plan.clusters.items() for block in group}
-    open_clusters = {name: {cluster_of[perm] for perm in perms} for name, perms in plan.perms_of.items()}
-    known: dict[str, set[str]] = {key: set() for key in plan.clusters}
-    evidence = dict.fromkeys(plan.clusters, 0.0)
-    units = {key: sum(block.size for block in group) for key, group in plan.clusters.items()}
-
-    def learn(name: str) -> None:
-        if len(open_clusters[name]) == 1:
-            (key,) = open_clusters[name]
-            known[key].add(name)
-            evidence[key] += _entries(problem, name, plan.clusters[key]) / units[key]
-
-    for name in plan.names:
-        learn(name)
-    order: list[Block] = []
-    while evidence:
-        key = max(evidence, key=lambda key: evidence[key])
-        group = plan.clusters[key]
-        if evidence.pop(key) > 0:
-            _settle(problem, group, known[key])
-        order += group
-        for name in dict.fromkeys(name for block in group for name in plan.tensors[block]):
-            open_clusters[name].discard(key)
-            learn(name)
-    return order
-
-
-def _entries(problem: WeightProblem, name: str, group: list[Block]) -> int:
-    """Entries that speak for a group; a tensor that has two of its families says nothing before one is known."""
-    families = {block.perm for block in group if block.row is not None}
-    return problem.reference[name].numel() if len(problem.plan.perms_of[name] & families) < 2 else 0
-
-
-def _settle(problem: WeightProblem, group: list[Block], names: set[str]) -> None:
-    """Move a permutation, and the families over it, to where the tensors ``names`` want them."""
-    if len(group) > 1:
-        problem.move(nested_step(problem, group[0], names))
-    for block in group if len(group) == 1 else group[1:]:
-        new = solve_assignment(problem.similarity(block, names))
-        if block in problem.plan.relative:
-            problem.move(problem.steps(block, new))
-        else:
-            problem.put({block.perm: new}, [block.perm])

@@ -1,0 +1,101 @@
+"""The anchored start of weight matching: permutations settled one by one, from what is fixed inwards.
+
+A tensor says something exact about a permutation once its other axes are settled. Of an axis that is not, only the
+mean over its units is used: the expected similarity if its order is drawn at random, to which the identity, the
+usual start, adds nothing but noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedrebasin.assignment import best_assignment
+from fedrebasin.matching.nested import nested_step
+from fedrebasin.matching.plan import Block, Term
+from fedrebasin.matching.problem import WeightProblem
+
+
+def anchored_start(problem: WeightProblem) -> list[Block]:
+    """Settle the permutations one after the other, each by the tensors whose other axes are settled already.
+
+    The one with the most settled entries for each of its units comes first. A planted permutation is found
+    in this way whatever the depth, where descent from the identity stops in poor optima of residual networks.
+    Returns the blocks in the order in which they were settled.
+    """
+    plan = problem.plan
+    cluster_of = {block.perm: key for key, group in plan.clusters.items() for block in group}
+    open_clusters = {name: {cluster_of[perm] for perm in perms} for name, perms in plan.perms_of.items()}
+    known: dict[str, set[str]] = {key: set() for key in plan.clusters}
+    evidence = dict.fromkeys(plan.clusters, 0.0)
+    units = {key: sum(block.size for block in group) for key, group in plan.clusters.items()}
+
+    def learn(name: str) -> None:
+        if len(open_clusters[name]) == 1:
+            (key,) = open_clusters[name]
+            known[key].add(name)
+            evidence[key] += _entries(problem, name, plan.clusters[key]) / units[key]
+
+    for name in plan.names:
+        learn(name)
+    order: list[Block] = []
+    while evidence:
+        key = max(evidence, key=lambda key: evidence[key])
+        group = plan.clusters[key]
+        if evidence.pop(key) > 0:
+            _settle(problem, group, known[key], {block for other in evidence for block in plan.clusters[other]})
+        order += group
+        for name in dict.fromkeys(name for block in group for name in plan.tensors[block]):
+            open_clusters[name].discard(key)
+            learn(name)
+    return order
+
+
+def _entries(problem: WeightProblem, name: str, group: list[Block]) -> int:
+    """Entries that speak for a group; a tensor that has two of its families says nothing before one is known."""
+    families = {block.perm for block in group if block.row is not None}
+    return problem.reference[name].numel() if len(problem.plan.perms_of[name] & families) < 2 else 0
+
+
+def _settle(problem: WeightProblem, group: list[Block], names: set[str], unsettled: set[Block]) -> None:
+    """Move a permutation, and the families over it, to where the tensors ``names`` want them."""
+    if len(group) > 1:
+        problem.move(nested_step(problem, group[0], names))
+    for block in group if len(group) == 1 else group[1:]:
+        similarity = problem.similarity(block, names)
+        if block in problem.plan.relative:
+            problem.move(problem.steps(block, best_assignment(similarity)))
+        else:
+            expected = _expected_similarity(problem, block, names, unsettled)
+            problem.put({block.perm: best_assignment(similarity + expected)}, [block.perm])
+
+
+def _expected_similarity(problem: WeightProblem, block: Block, names: set[str], unsettled: set[Block]) -> Tensor:
+    """What the other tensors say of a block's units if the unsettled axes are in random order: ``(n, n)``."""
+    plan = problem.plan
+    total = torch.zeros(block.size, block.size, dtype=problem.dtype)
+    for term in plan.terms[block]:
+        if term.name in names or term.name not in plan.simple:
+            continue
+        orders = problem.other_orders(term)
+        sides = problem.reference[term.name], problem.reordered(term.name, orders)
+        for dim in orders:
+            moved = [t for other in unsettled for t in plan.terms[other] if (t.name, t.dim) == (term.name, dim)]
+            if moved:
+                sides = _averaged(sides[0], dim, moved), _averaged(sides[1], dim, moved)
+        total += (term.rows(sides[0]) @ term.rows(sides[1]).T).cpu()
+    return total
+
+
+def _averaged(tensor: Tensor, dim: int, terms: list[Term]) -> Tensor:
+    """The mean over the units of each term along ``dim``, times the root of their number, beside what is left."""
+    front = tensor.movedim(dim, 0)
+    rest = torch.ones(len(front), dtype=torch.bool)
+    parts = []
+    for term in terms:
+        places = torch.arange(len(front)) if term.places is None else term.places
+        units = len(places) // term.copies
+        part = front if term.places is None else front[places.to(front.device)]
+        parts.append(part.reshape(units, term.copies, *part.shape[1:]).sum(0) / units**0.5)
+        rest[places] = False
+    return torch.cat([front[rest.to(front.device)], *parts]).movedim(0, dim)
