@@ -143,7 +143,7 @@ def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool
 
 
 def _align_to_sent(sent: State, replies: Sequence[Reply], match: Matcher, *, how: str) -> Alignment:
-    found = [match(sent, reply.state()) for reply in replies]
+    found = match.each(sent, [reply.state() for reply in replies])
     perms = [matching.perms for matching in found]
     gains = [matching.objective - matching.objective_before for matching in found]
     return Alignment(perms, False, sum(gains) / len(gains), _moved_fraction(perms), how)
@@ -152,7 +152,7 @@ def _align_to_sent(sent: State, replies: Sequence[Reply], match: Matcher, *, how
 def _align_to_largest(spec: PermutationSpec, replies: Sequence[Reply], match: Matcher) -> tuple[list[Perms], float]:
     chosen = max(range(len(replies)), key=lambda place: replies[place].examples)
     reference = replies[chosen].state()
-    found = [match(reference, reply.state()) for place, reply in enumerate(replies) if place != chosen]
+    found = match.each(reference, [reply.state() for place, reply in enumerate(replies) if place != chosen])
     perms = [matching.perms for matching in found]
     perms.insert(chosen, identity_perms(spec))
     gains = [matching.objective - matching.objective_before for matching in found]

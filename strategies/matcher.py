@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin import Matching, PermutationSpec
+from fedrebasin import Matching, PermutationSpec, match_each
 from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.matching.methods import METHODS, Setting, find_matching
@@ -28,6 +28,12 @@ class Matcher:
     def __call__(self, reference: State, model: State) -> Matching:
         """Match ``model`` to ``reference``."""
         return find_matching(self.name, self.setting, reference, model)
+
+    def each(self, reference: State, models: Sequence[State]) -> list[Matching]:
+        """Match several models to one reference."""
+        if self.name == "weight":
+            return match_each(self.setting.spec, reference, models, seed=self.setting.seed, device=self.setting.device)
+        return [self(reference, model) for model in models]
 
     @property
     def runs_the_model(self) -> bool:

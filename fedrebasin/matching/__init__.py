@@ -1,6 +1,7 @@
 """How permutations are found: one file a method."""
 
 from fedrebasin.matching.activation import activation_matching
+from fedrebasin.matching.each import match_each
 from fedrebasin.matching.many import match_many
 from fedrebasin.matching.result import ManyMatching, Matching
 from fedrebasin.matching.straight_through import straight_through_matching
@@ -10,6 +11,7 @@ __all__ = [
     "ManyMatching",
     "Matching",
     "activation_matching",
+    "match_each",
     "match_many",
     "straight_through_matching",
     "weight_matching",

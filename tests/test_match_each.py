@@ -1,0 +1,93 @@
+"""Many models against one reference, and the certificate that lets near ones pass."""
+
+from __future__ import annotations
+
+import networks
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedrebasin import PermutationSpec, RebasinError, match_each, permute, random_perms, trace, weight_matching
+from fedrebasin.matching import each
+from fedrebasin.matching.certificate import IdentityCertificate
+
+State = dict[str, Tensor]
+
+
+def _net(name: str) -> tuple[PermutationSpec, State]:
+    torch.manual_seed(0)
+    net, inputs = networks.NETWORKS[name]()
+    return trace(net, inputs), net.state_dict()
+
+
+def _moved(state: State, relative: float, seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + relative * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if tensor.is_floating_point() and tensor.numel() > 1
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg11", "resnet20-batchnorm", "dense-block", "grouped"])
+def test_each_model_gets_what_it_gets_alone(name: str) -> None:
+    spec, reference = _net(name)
+    near = [_moved(reference, 0.01, seed) for seed in range(3)]
+    far = permute(spec, random_perms(spec, 3), near[0])
+    models = [*near, far, near[1]]
+    found = match_each(spec, reference, models)
+    for matching, model in zip(found, models, strict=True):
+        alone = weight_matching(spec, reference, model)
+        assert all(torch.equal(matching.perms[key], perm) for key, perm in alone.perms.items())
+        assert matching.objective == pytest.approx(alone.objective, rel=1e-6)
+    assert found[3].moved_fraction > 0
+
+
+def test_the_certificate_holds_only_where_no_assignment_is_better() -> None:
+    spec, reference = _net("mlp")
+    certificate = IdentityCertificate(spec, reference)
+    verdicts = set()
+    for seed, relative in enumerate([0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 2.0] * 20):
+        model = _moved(reference, relative, seed)
+        holds = certificate.holds(model)
+        verdicts.add(holds)
+        if holds:
+            assert weight_matching(spec, reference, model).moved_fraction == 0
+    assert verdicts == {True, False}
+
+
+def test_a_reference_with_two_equal_units_certifies_nothing_but_itself_moved_by_nothing() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    spec, state = trace(net, (torch.zeros(1, 3),)), net.state_dict()
+    state["0.weight"][1], state["0.bias"][1] = state["0.weight"][0], state["0.bias"][0]
+    state["2.weight"][:, 1] = state["2.weight"][:, 0]
+    assert not IdentityCertificate(spec, state).holds(_moved(state, 1e-3, 1))
+
+
+def test_a_nan_is_never_certified() -> None:
+    spec, reference = _net("mlp")
+    broken = {name: tensor.clone() for name, tensor in reference.items()}
+    next(iter(broken.values()))[0] = float("nan")
+    assert not IdentityCertificate(spec, reference).holds(broken)
+    with pytest.raises(RebasinError, match="holds a NaN"):
+        match_each(spec, reference, [reference, reference, broken])
+
+
+def test_near_models_after_the_first_are_not_matched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, reference = _net("mlp")
+    calls = []
+    monkeypatch.setattr(each, "weight_matching", lambda *args, **kw: calls.append(1) or weight_matching(*args, **kw))
+    match_each(spec, reference, [_moved(reference, 0.01, seed) for seed in range(5)])
+    assert len(calls) == 1
+
+
+def test_last_rounds_perms_are_the_start() -> None:
+    spec, reference = _net("mlp")
+    perms = random_perms(spec, 5)
+    model = permute(spec, perms, reference)
+    truth = weight_matching(spec, reference, model).perms
+    (found,) = match_each(spec, reference, [model], inits=[truth])
+    assert found.history[0] == found.objective
+    with pytest.raises(RebasinError, match="inits: expected one for each of the 1 models; got 2"):
+        match_each(spec, reference, [model], inits=[truth, truth])
