@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -165,6 +166,7 @@ def _download(name: str) -> tuple[Split, Split]:
     except ImportError as error:
         raise UsageError(f'a download needs datasets ({error}); pip install "fedrebasin[simulation]"') from error
     splits = []
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry would be two lines; the error says it all
     for split in ("train", "test"):
         try:
             rows = load_from_hub(hub_name, split=split).cast_column(image_column, ImageFeature(decode=False))
