@@ -16,12 +16,13 @@ from fedrebasin.matching.plan import Block, Term
 from fedrebasin.matching.problem import WeightProblem
 
 
-def anchored_start(problem: WeightProblem) -> list[Block]:
+def anchored_start(problem: WeightProblem) -> tuple[list[Block], set[Block]]:
     """Settle the permutations one after the other, each by the tensors whose other axes are settled already.
 
     The one with the most settled entries for each of its units comes first. A planted permutation is found
     in this way whatever the depth, where descent from the identity stops in poor optima of residual networks.
-    Returns the blocks in the order in which they were settled.
+    Returns the blocks in the order in which they were settled, and those that were settled by all of their tensors,
+    for which there is nothing better while the others stay.
     """
     plan = problem.plan
     cluster_of = {block.perm: key for key, group in plan.clusters.items() for block in group}
@@ -39,16 +40,19 @@ def anchored_start(problem: WeightProblem) -> list[Block]:
     for name in plan.names:
         learn(name)
     order: list[Block] = []
+    best: set[Block] = set()
     while evidence:
         key = max(evidence, key=lambda key: evidence[key])
         group = plan.clusters[key]
         if evidence.pop(key) > 0:
             _settle(problem, group, known[key], {block for other in evidence for block in plan.clusters[other]})
+            if len(group) == 1 and group[0] not in plan.relative and known[key] >= set(plan.tensors[group[0]]):
+                best.add(group[0])
         order += group
         for name in dict.fromkeys(name for block in group for name in plan.tensors[block]):
             open_clusters[name].discard(key)
             learn(name)
-    return order
+    return order, best
 
 
 def _entries(problem: WeightProblem, name: str, group: list[Block]) -> int:

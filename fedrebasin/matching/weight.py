@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -115,11 +115,11 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     if init is not None:
         return _descend(problem, problem.blocks, before)
     cheapest = sorted(problem.blocks, key=lambda block: block.size * sum(problem.entries(block)))
-    if not any(_improve(problem, block) > 0 for block in cheapest):
+    if not any(_swap_gains(problem, block) or _improve(problem, block) > 0 for block in cheapest):
         return dict(problem.perms), [before]
     problem.reset()
-    order = anchored_start(problem)
-    found = _descend(problem, order, problem.objective())
+    order, best = anchored_start(problem)
+    found = _descend(problem, order, problem.objective(), best=best)
     start, end = found[1][0] - before, found[1][-1] - before
     if end - start < _DECIDED * end:
         return found
@@ -127,12 +127,19 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     return max(found, _descend(problem, order, before, hurdle=_last(found)), key=_last)
 
 
-def _descend(problem: WeightProblem, order: Sequence[Block], objective: float, *, hurdle: float = -math.inf) -> _Found:
+def _descend(
+    problem: WeightProblem,
+    order: Sequence[Block],
+    objective: float,
+    *,
+    best: Collection[Block] = (),
+    hurdle: float = -math.inf,
+) -> _Found:
     """Sweep until nothing gains, or it seems out of reach to gain more than the ``hurdle``.
 
-    A block is looked at again only after a neighbour has moved.
+    A block is looked at only after a neighbour has moved; at first too, unless it is among those at their ``best``.
     """
-    waiting = set(problem.blocks)
+    waiting = set(problem.blocks).difference(best)
     history = [objective]
     for _ in range(_MAX_SWEEPS):
         gained = 0.0
@@ -149,6 +156,16 @@ def _descend(problem: WeightProblem, order: Sequence[Block], objective: float, *
         if history[-1] + _HOPE * gained < hurdle:
             break
     return dict(problem.perms), history
+
+
+def _swap_gains(problem: WeightProblem, block: Block) -> bool:
+    """True if to swap two units of an unmoved model gains: the cheap half of the question whether anything does."""
+    if block in problem.plan.relative:
+        return False
+    similarity = problem.similarity(block)
+    here = similarity.diagonal()
+    gains = similarity + similarity.T - here - here.unsqueeze(1)
+    return float(gains.amax()) > _TOLERANCE * problem.scale(block)
 
 
 def _improve(problem: WeightProblem, block: Block) -> float:
