@@ -1,0 +1,251 @@
+"""Sinkhorn matching, without data and with it, against planted truth, slow oracles and limit cases."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import networks
+import networks_zoo
+import pytest
+import torch
+import torch.nn.functional as F
+from test_frank_wolfe_matching import MAKERS, State, all_objectives, line, pair
+from test_matching_families import encoder, noisy
+from test_straight_through import case, data, loss_at
+from torch import Tensor, nn
+
+from fedrebasin import (
+    CalibrationError,
+    RebasinError,
+    SpecMismatchError,
+    identity_perms,
+    invert,
+    permute,
+    random_perms,
+    sinkhorn_matching,
+    trace,
+    weight_matching,
+)
+from fedrebasin.matching.methods import Setting, find_matching
+from fedrebasin.matching.midpoint import Midpoint
+from fedrebasin.matching.relaxed import corner, no_logits, soften
+from fedrebasin.matching.result import inner_product
+
+GRADIENTS = ["implicit", "unrolled"]
+
+
+def same(one: State, other: State) -> bool:
+    return list(one) == list(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["mlp", "conv", "resnet20-layernorm", "gru", "encoder"])
+def test_a_planted_permutation_is_recovered(name: str, noise: float, gradient: str) -> None:
+    spec, state, _ = pair(name)
+    planted = random_perms(spec, 1)
+    moved = permute(spec, planted, noisy(spec, state, noise, 2))
+    steps = 60 if name == "encoder" else 30
+    assert same(sinkhorn_matching(spec, state, moved, steps=steps, gradient=gradient).perms, invert(spec, planted))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_one_hidden_layer_is_solved_exactly(size: int) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        one, other = line(3, size, 2), line(3, size, 2)
+        spec = trace(one, (torch.zeros(2, 3),))
+        a, b = one.state_dict(), other.state_dict()
+        found = sinkhorn_matching(spec, a, b, steps=60)
+        assert found.objective == pytest.approx(all_objectives(spec, a, b)[-1], rel=1e-9)
+
+
+def test_it_is_near_the_best_of_all_choices_and_never_above() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        one, other = line(3, 4, 3, 2), line(3, 4, 3, 2)
+        spec = trace(one, (torch.zeros(2, 3),))
+        a, b = one.state_dict(), other.state_dict()
+        every = all_objectives(spec, a, b)
+        assert every[-5] <= sinkhorn_matching(spec, a, b, steps=60).objective <= every[-1] + 1e-9  # of 144
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_objective_is_what_it_says_and_never_below_the_starts(name: str) -> None:
+    spec, a, b = pair(name, 1)
+    start = random_perms(spec, 1)
+    for init, at_start in ((None, inner_product(spec, a, b)), (start, inner_product(spec, a, permute(spec, start, b)))):
+        found = sinkhorn_matching(spec, a, b, init=init, steps=4)
+        assert found.objective == inner_product(spec, a, permute(spec, found.perms, b))
+        assert found.objective_before == inner_product(spec, a, b)
+        assert found.history[0] == at_start and found.history[-1] == found.objective
+        assert list(found.history) == sorted(found.history)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("options", [{"lr": 1e3}, {"lr": 1e-9}, {"tau": 1e-3}, {"tau": 1e3}])
+def test_steps_of_any_size_and_any_tau_keep_the_best_that_was_seen(options: dict[str, float], gradient: str) -> None:
+    spec, a, b = pair("conv")
+    init = weight_matching(spec, a, b).perms
+    disturbed = {**init, min(init): init[min(init)].roll(1)}
+    for start in (identity_perms(spec), init, disturbed):
+        found = sinkhorn_matching(spec, a, b, init=start, steps=5, gradient=gradient, **options)
+        assert found.objective >= inner_product(spec, a, permute(spec, start, b))
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder", "gru"])
+def test_a_model_near_its_reference_is_not_moved(name: str) -> None:
+    spec, a, _ = pair(name)
+    found = sinkhorn_matching(spec, a, noisy(spec, a, 0.05, 1))
+    assert found.moved_fraction == 0 and len(found.history) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_precision_is_matched_and_inputs_are_left_as_they_were(dtype: torch.dtype) -> None:
+    spec, a, _ = pair("mlp")
+    a = {name: tensor.to(dtype) for name, tensor in a.items()}
+    planted = random_perms(spec, 1)
+    b = permute(spec, planted, a)
+    before = copy.deepcopy((a, b))
+    assert same(sinkhorn_matching(spec, a, b, steps=30).perms, invert(spec, planted))
+    assert same(a, before[0]) and same(b, before[1])
+
+
+def test_the_result_is_the_same_for_the_same_seed() -> None:
+    spec, net, a, b = case(16, 12)
+    for options in ({}, {"net": net, "batches": data(), "loss": F.cross_entropy, "lam": None}):
+        first, second = (sinkhorn_matching(spec, a, b, seed=5, steps=12, **options) for _ in range(2))  # type: ignore[arg-type]
+        assert same(first.perms, second.perms) and first.measures == second.measures
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("lam", [0.25, 0.5, None])
+def test_the_loss_is_that_of_the_midpoint_and_falls(lam: float | None, gradient: str) -> None:
+    spec, net, a, b = case(16, 12)
+    init = random_perms(spec, 1)
+    found = sinkhorn_matching(
+        *(spec, a, b), net=net, batches=data(), loss=F.cross_entropy, lam=lam, gradient=gradient, init=init, steps=60
+    )
+    before, after = (loss_at(net, a, permute(spec, perms, b), lam or 0.5) for perms in (init, found.perms))
+    assert found.measures["loss-before"] == pytest.approx(before, rel=1e-5)
+    assert found.measures["loss"] == pytest.approx(after, rel=1e-5)
+    assert found.measures["loss"] < 0.7 * found.measures["loss-before"]
+
+
+def test_with_data_it_starts_from_weight_matching_and_ends_nowhere_above() -> None:
+    spec, net, a, b = case(16, 12)
+    at_start = loss_at(net, a, permute(spec, weight_matching(spec, a, b).perms, b), 0.5)
+    for lr, steps in ((1e-9, 3), (0.1, 100), (1e3, 12)):
+        found = sinkhorn_matching(spec, a, b, net=net, batches=data(), loss=F.cross_entropy, lr=lr, steps=steps)
+        assert found.measures["loss-before"] == pytest.approx(at_start, rel=1e-5)
+        assert found.measures["loss"] <= found.measures["loss-before"]
+        assert lr != 0.1 or found.measures["loss"] < found.measures["loss-before"]
+
+
+MODULES: dict[str, Any] = {
+    "encoder": encoder,
+    **{name: networks.NETWORKS[name] for name in ("resnet20-batchnorm", "two-inputs")},
+    **{name: networks_zoo.ZOO[name] for name in ("lstm", "gru", "weight-norm")},
+}
+
+
+def first_tensor(output: Any) -> Tensor:
+    output = (
+        output["out"] + output["again"]
+        if isinstance(output, dict)
+        else output[0]
+        if isinstance(output, tuple)
+        else output
+    )
+    return output.flatten(0, -2)[:2]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_soft_losses_at_permutations_are_those_of_permuted_models_and_have_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    (net, inputs), other = MODULES[name]()[:2], MODULES[name]()[0]
+    spec = trace(net, inputs)
+    for tensor in [tensor for module in (net, other) for tensor in (*module.parameters(), *module.buffers())]:
+        if tensor.is_floating_point():
+            tensor.data.add_(torch.rand(tensor.shape), alpha=0.2)
+    x = {k: torch.randn_like(t) for k, t in inputs.items()} if isinstance(inputs, dict) else torch.randn_like(inputs[0])
+    pairs = [(x, torch.zeros(2, dtype=torch.int64))]
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(first_tensor(output), target)
+
+    midpoint = Midpoint(spec, net, net.state_dict(), other.state_dict(), pairs, loss=loss, lam=0.3, device=None)
+    perms = random_perms(spec, 2)
+    (batch,) = midpoint.batches
+    value = midpoint.soft_loss(corner(spec, perms, midpoint.like), 0.3, *batch)
+    assert float(value) == pytest.approx(midpoint.mean_loss(perms), rel=1e-5)
+    logits = {perm: torch.randn_like(zeros).requires_grad_() for perm, zeros in no_logits(spec, midpoint.like).items()}
+    value = midpoint.soft_loss(soften(spec, logits), 0.3, *batch)
+    assert all(float(gradient.abs().max()) > 0 for gradient in torch.autograd.grad(value, list(logits.values())))
+    options: dict[str, Any] = {"net": net, "batches": pairs, "loss": loss, "steps": 3}
+    found = sinkhorn_matching(spec, net.state_dict(), other.state_dict(), **options)
+    assert found.measures["loss"] <= found.measures["loss-before"]
+
+
+def test_the_callers_model_and_states_are_left_as_they_were() -> None:
+    spec, net, a, b = case(16, 12)
+    net.train()
+    before = copy.deepcopy((net.state_dict(), a, b))
+    sinkhorn_matching(spec, a, b, net=net, batches=data(), loss=F.cross_entropy, steps=5)
+    assert net.training and all(parameter.grad is None for parameter in net.parameters())
+    assert all(same(state, expected) for state, expected in zip((net.state_dict(), a, b), before, strict=True))
+
+
+def test_a_loss_that_breaks_in_training_leaves_the_best_so_far(caplog: pytest.LogCaptureFixture) -> None:
+    spec, net, a, b = case(16, 12)
+    calls = [0]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls[0] += 1
+        return F.cross_entropy(output, target) * (torch.nan if calls[0] == 11 else 1)
+
+    with caplog.at_level("WARNING", logger="fedrebasin"):
+        found = sinkhorn_matching(spec, a, b, net=net, batches=data(), loss=loss)
+    assert "the loss became NaN or infinite; the best so far is kept" in caplog.text
+    assert found.measures["loss"] <= found.measures["loss-before"] and calls[0] == 11
+
+
+def test_by_name_it_uses_data_only_if_there_is_a_loss() -> None:
+    spec, net, a, b = case(8, 6)
+    assert not find_matching("sinkhorn", Setting(spec, net, data()), a, b).measures
+    assert find_matching("sinkhorn", Setting(spec, net, data(), loss=F.cross_entropy), a, b).measures["loss"] > 0
+    with pytest.raises(RebasinError, match="matching='sinkhorn' needs the network's module"):
+        find_matching("sinkhorn", Setting(spec, calibration=data(), loss=F.cross_entropy), a, b)
+
+
+def test_a_net_without_perms_is_matched_by_nothing() -> None:
+    net = nn.Linear(4, 3)
+    spec, state = trace(net, (torch.zeros(1, 4),)), net.state_dict()
+    for options in ({}, {"net": net, "batches": data(), "loss": F.cross_entropy}):
+        assert sinkhorn_matching(spec, state, state, steps=3, **options).perms == {}  # type: ignore[arg-type]
+
+
+def test_bad_input_is_refused_with_the_remedy() -> None:
+    spec, net, a, b = case(4, 3)
+    x, y = data()[0]
+    for name, value in (("steps", 0), ("lr", 0.0), ("tau", -1.0), ("iterations", 0), ("lam", 1.0), ("gradient", "no")):
+        with pytest.raises(RebasinError, match=f"{name}: expected .*; got {value}"):
+            sinkhorn_matching(spec, a, b, **{name: value})
+    with pytest.raises(RebasinError, match="batches: expected net, batches and loss together, or none of them"):
+        sinkhorn_matching(spec, a, b, net=net, loss=F.cross_entropy)
+    cases: list[tuple[Any, Any, type[Exception], str]] = [
+        ([x], F.cross_entropy, CalibrationError, r"batches: expected \(input, target\) pairs; got a batch without"),
+        (iter([(x, y)]), F.cross_entropy, CalibrationError, "batches: expected a collection that can be read more"),
+        ([(x * torch.nan, y)], F.cross_entropy, CalibrationError, "batches: the loss at the start is nan; check"),
+        ([(x, y)], lambda o, t: o, RebasinError, r"loss: expected a scalar tensor .* got shape \(64, 3\)"),
+    ]
+    for batches, loss, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            sinkhorn_matching(spec, a, b, net=net, batches=batches, loss=loss)
+    with pytest.raises(SpecMismatchError, match=r"model: '0.bias' holds a NaN, an infinity or numbers"):
+        sinkhorn_matching(spec, a, {**b, "0.bias": torch.full((4,), torch.nan)})
+    with pytest.raises(SpecMismatchError, match=r"model: expected '0.bias' as \(4,\); got \(5,\)"):
+        sinkhorn_matching(spec, a, {**b, "0.bias": torch.zeros(5)}, net=net, batches=data(), loss=F.cross_entropy)
+    with pytest.raises(SpecMismatchError, match="perms: '0' is not a permutation"):
+        sinkhorn_matching(spec, a, b, init={**identity_perms(spec), "0": torch.zeros(4, dtype=torch.int64)})
