@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise, permutations, product
 from typing import Any
 
@@ -37,6 +38,7 @@ MAKERS: dict[str, Maker] = {
 }
 
 
+@cache
 def pair(name: str, seed: int = 0) -> tuple[PermutationSpec, State, State]:
     """Two independent initialisations."""
     torch.manual_seed(seed)
@@ -88,13 +90,13 @@ def test_no_choice_of_permutations_is_better_than_what_restarts_find() -> None:
         assert frank_wolfe_matching(spec, a, b, restarts=20).objective == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize("polish", [False, True])
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_objective_is_what_it_says_and_never_below_the_starts(name: str, polish: bool) -> None:
-    spec, a, b = pair(name, 1)
+def test_the_objective_is_what_it_says_and_never_below_the_starts(name: str) -> None:
+    spec, a, b = pair(name)
     start = random_perms(spec, 1)
-    for init, at_start in ((None, inner_product(spec, a, b)), (start, inner_product(spec, a, permute(spec, start, b)))):
+    for init, polish in ((None, False), (None, True), (start, False)):
         found = frank_wolfe_matching(spec, a, b, init=init, polish=polish)
+        at_start = inner_product(spec, a, b if init is None else permute(spec, init, b))
         assert found.objective == inner_product(spec, a, permute(spec, found.perms, b))
         assert found.objective_before == inner_product(spec, a, b)
         assert found.history[0] == at_start and found.history[-1] == found.objective

@@ -39,14 +39,18 @@ def same(one: State, other: State) -> bool:
     return list(one) == list(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["mlp", "conv", "resnet20-layernorm", "gru", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "noise", "gradient"),
+    [
+        *((name, noise, gradient) for name in ("mlp", "conv") for noise in (0.0, 0.5) for gradient in GRADIENTS),
+        *((name, 0.5, "implicit") for name in ("gru", "encoder", "resnet20-layernorm")),
+    ],
+)
 def test_a_planted_permutation_is_recovered(name: str, noise: float, gradient: str) -> None:
     spec, state, _ = pair(name)
     planted = random_perms(spec, 1)
     moved = permute(spec, planted, noisy(spec, state, noise, 2))
-    steps = 60 if name == "encoder" else 30
+    steps = 50 if name == "encoder" else 25
     assert same(sinkhorn_matching(spec, state, moved, steps=steps, gradient=gradient).perms, invert(spec, planted))
 
 
@@ -62,7 +66,7 @@ def test_one_hidden_layer_is_solved_exactly(size: int) -> None:
 
 
 def test_it_is_near_the_best_of_all_choices_and_never_above() -> None:
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         one, other = line(3, 4, 3, 2), line(3, 4, 3, 2)
         spec = trace(one, (torch.zeros(2, 3),))
@@ -73,7 +77,7 @@ def test_it_is_near_the_best_of_all_choices_and_never_above() -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_objective_is_what_it_says_and_never_below_the_starts(name: str) -> None:
-    spec, a, b = pair(name, 1)
+    spec, a, b = pair(name)
     start = random_perms(spec, 1)
     for init, at_start in ((None, inner_product(spec, a, b)), (start, inner_product(spec, a, permute(spec, start, b)))):
         found = sinkhorn_matching(spec, a, b, init=init, steps=4)
@@ -115,7 +119,7 @@ def test_any_precision_is_matched_and_inputs_are_left_as_they_were(dtype: torch.
 def test_the_result_is_the_same_for_the_same_seed() -> None:
     spec, net, a, b = case(16, 12)
     for options in ({}, {"net": net, "batches": data(), "loss": F.cross_entropy, "lam": None}):
-        first, second = (sinkhorn_matching(spec, a, b, seed=5, steps=12, **options) for _ in range(2))  # type: ignore[arg-type]
+        first, second = (sinkhorn_matching(spec, a, b, seed=5, steps=9, **options) for _ in range(2))  # type: ignore[arg-type]
         assert same(first.perms, second.perms) and first.measures == second.measures
 
 
@@ -125,7 +129,7 @@ def test_the_loss_is_that_of_the_midpoint_and_falls(lam: float | None, gradient:
     spec, net, a, b = case(16, 12)
     init = random_perms(spec, 1)
     found = sinkhorn_matching(
-        *(spec, a, b), net=net, batches=data(), loss=F.cross_entropy, lam=lam, gradient=gradient, init=init, steps=60
+        *(spec, a, b), net=net, batches=data(), loss=F.cross_entropy, lam=lam, gradient=gradient, init=init, steps=45
     )
     before, after = (loss_at(net, a, permute(spec, perms, b), lam or 0.5) for perms in (init, found.perms))
     assert found.measures["loss-before"] == pytest.approx(before, rel=1e-5)
@@ -150,17 +154,6 @@ MODULES: dict[str, Any] = {
 }
 
 
-def first_tensor(output: Any) -> Tensor:
-    output = (
-        output["out"] + output["again"]
-        if isinstance(output, dict)
-        else output[0]
-        if isinstance(output, tuple)
-        else output
-    )
-    return output.flatten(0, -2)[:2]
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_soft_losses_at_permutations_are_those_of_permuted_models_and_have_gradients(name: str) -> None:
     torch.manual_seed(0)
@@ -173,7 +166,8 @@ def test_soft_losses_at_permutations_are_those_of_permuted_models_and_have_gradi
     pairs = [(x, torch.zeros(2, dtype=torch.int64))]
 
     def loss(output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(first_tensor(output), target)
+        output = output["out"] + output["again"] if isinstance(output, dict) else output
+        return F.cross_entropy((output[0] if isinstance(output, tuple) else output).flatten(0, -2)[:2], target)
 
     midpoint = Midpoint(spec, net, net.state_dict(), other.state_dict(), pairs, loss=loss, lam=0.3, device=None)
     perms = random_perms(spec, 2)
@@ -212,7 +206,7 @@ def test_a_loss_that_breaks_in_training_leaves_the_best_so_far(caplog: pytest.Lo
 
 
 def test_by_name_it_uses_data_only_if_there_is_a_loss() -> None:
-    spec, net, a, b = case(8, 6)
+    spec, net, a, b = case(4, 3)
     assert not find_matching("sinkhorn", Setting(spec, net, data()), a, b).measures
     assert find_matching("sinkhorn", Setting(spec, net, data(), loss=F.cross_entropy), a, b).measures["loss"] > 0
     with pytest.raises(RebasinError, match="matching='sinkhorn' needs the network's module"):
