@@ -24,6 +24,7 @@ from fedrebasin import (
     permute,
     random_perms,
     trace,
+    weight_matching,
 )
 from fedrebasin.matching.result import inner_product
 
@@ -49,6 +50,13 @@ def pair(name: str, seed: int = 0) -> tuple[PermutationSpec, State, State]:
 def line(*widths: int) -> nn.Sequential:
     hidden = [layer for a, b in pairwise(widths[:-1]) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
+
+
+def tiny(seed: int) -> tuple[PermutationSpec, State, State]:
+    """Two initialisations of two hidden layers, whose 144 choices can all be tried."""
+    torch.manual_seed(seed)
+    one, other = line(3, 4, 3, 2), line(3, 4, 3, 2)
+    return trace(one, (torch.zeros(2, 3),)), one.state_dict(), other.state_dict()
 
 
 def all_objectives(spec: PermutationSpec, a: State, b: State) -> list[float]:
@@ -80,13 +88,11 @@ def test_one_hidden_layer_is_solved_exactly(size: int) -> None:
 
 
 def test_no_choice_of_permutations_is_better_than_what_restarts_find() -> None:
-    for seed in range(3):
-        torch.manual_seed(seed)
-        one, other = line(3, 4, 3, 2), line(3, 4, 3, 2)
-        spec = trace(one, (torch.zeros(2, 3),))
-        a, b = one.state_dict(), other.state_dict()
+    for seed in (0, 12, 37):  # from the centre alone the last two end in poorer optima
+        spec, a, b = tiny(seed)
         best = all_objectives(spec, a, b)[-1]
-        assert frank_wolfe_matching(spec, a, b, polish=False).objective <= best + 1e-9
+        single = frank_wolfe_matching(spec, a, b, polish=False).objective
+        assert single <= best + 1e-9 and (seed == 0 or single < best - 1e-3)
         assert frank_wolfe_matching(spec, a, b, restarts=20).objective == pytest.approx(best, rel=1e-9)
 
 
@@ -111,11 +117,13 @@ def test_a_start_that_is_far_better_than_the_runs_end_is_kept() -> None:
     assert all(torch.equal(found.perms[perm], order) for perm, order in invert(spec, planted).items())
 
 
-@pytest.mark.parametrize("name", ["mlp", "encoder", "gru"])
-def test_a_model_near_its_reference_is_not_moved(name: str) -> None:
-    spec, a, _ = pair(name)
-    found = frank_wolfe_matching(spec, a, noisy(spec, a, 0.05, 1))
-    assert found.moved_fraction == 0 and len(found.history) == 2
+def test_a_model_that_no_step_improves_is_kept_even_where_others_are_better() -> None:
+    for seed in (14, 20, 25):
+        spec, a, b = tiny(seed)
+        settled = permute(spec, weight_matching(spec, a, b).perms, b)
+        found = frank_wolfe_matching(spec, a, settled)
+        assert found.moved_fraction == 0 and len(found.history) == 2
+        assert frank_wolfe_matching(spec, a, b).objective > found.objective + 1e-3
 
 
 def test_polish_and_restarts_never_lower_the_objective() -> None:
@@ -146,11 +154,11 @@ def test_any_precision_is_matched_and_inputs_are_left_as_they_were(dtype: torch.
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
-def test_models_whose_scales_are_far_apart_are_matched() -> None:
+def test_models_whose_products_overflow_are_matched() -> None:
     spec, a, _ = pair("mlp")
     planted = random_perms(spec, 1)
-    huge = {name: 1e20 * tensor for name, tensor in permute(spec, planted, a).items()}
-    found = frank_wolfe_matching(spec, a, huge)
+    huge = {name: 1e30 * tensor for name, tensor in permute(spec, planted, a).items()}
+    found = frank_wolfe_matching(spec, {name: 1e30 * tensor for name, tensor in a.items()}, huge, polish=False)
     assert all(torch.equal(found.perms[perm], order) for perm, order in invert(spec, planted).items())
 
 
@@ -178,4 +186,4 @@ def test_bad_input_is_refused_with_the_remedy() -> None:
         frank_wolfe_matching(spec, {**a, name: torch.zeros(99)}, b)
     perm, order = next(iter(random_perms(spec, 0).items()))
     with pytest.raises(SpecMismatchError, match=f"perms: '{perm}' is not a permutation"):
-        frank_wolfe_matching(spec, a, b, init={**random_perms(spec, 0), perm: torch.zeros_like(order)})
+        frank_wolfe_matching(spec, a, b, init={**random_perms(spec, 0), perm: order + 1})

@@ -20,6 +20,7 @@ from fedrebasin.matching.grids import grids_of, soft_permute
 from fedrebasin.matching.relaxed import best_corner, between, corner, no_logits, soften
 from fedrebasin.matching.relaxed_problem import RelaxedProblem, best_point
 from fedrebasin.matching.result import inner_product
+from fedrebasin.matching.rounded import best_matching
 from fedrebasin.perms import Perms
 
 State = dict[str, Tensor]
@@ -144,3 +145,17 @@ def test_values_do_not_depend_on_the_models_scale_and_what_is_not_finite_is_refu
         broken[name] = torch.full_like(broken[name], value) * scale
         with pytest.raises(SpecMismatchError, match=rf"model: '{name}' holds a NaN, an infinity or numbers whose"):
             RelaxedProblem(spec, a, broken)
+
+
+def test_the_best_candidate_is_kept_wherever_it_comes() -> None:
+    spec = spec_of("conv")
+    a, b = drawn(spec, 0), drawn(spec, 1)
+    problem = RelaxedProblem(spec, a, b)
+    start, *others = sorted(
+        (random_perms(spec, seed) for seed in range(5)),
+        key=lambda perms: float(problem.value(corner(spec, perms, DOUBLE))),
+    )
+    candidates = [(perms, float(problem.value(corner(spec, perms, DOUBLE)))) for perms in (*others, start)]
+    found = best_matching(problem, a, b, start=start, candidates=candidates, started=0.0)
+    assert all(torch.equal(order, others[-1][perm]) for perm, order in found.perms.items())
+    assert found.objective == inner_product(spec, a, permute(spec, others[-1], b))

@@ -194,6 +194,7 @@ class _Logits:
             self._optimizer.step()
 
 
+@torch.enable_grad()
 def _ascend(problem: RelaxedProblem, start: Perms, logits: _Logits, steps: int) -> Iterator[tuple[Perms, float]]:
     _, _, slope = problem.step(corner(problem.spec, start, problem.like))
     if slope <= TOLERANCE:
@@ -206,6 +207,7 @@ def _ascend(problem: RelaxedProblem, start: Perms, logits: _Logits, steps: int) 
         yield perms, float(problem.value(corner(problem.spec, perms, problem.like)))
 
 
+@torch.enable_grad()
 def _descend(midpoint: Midpoint, logits: _Logits, steps: int, lams: torch.Generator | None) -> Iterator[Perms]:
     taken = 0
     while taken < steps:
