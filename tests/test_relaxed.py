@@ -159,3 +159,6 @@ def test_the_best_candidate_is_kept_wherever_it_comes() -> None:
     found = best_matching(problem, a, b, start=start, candidates=candidates, started=0.0)
     assert all(torch.equal(order, others[-1][perm]) for perm, order in found.perms.items())
     assert found.objective == inner_product(spec, a, permute(spec, others[-1], b))
+    rounded_up = [(start, 2.0)]  # a value that float64 does not confirm
+    found = best_matching(problem, a, b, start=others[-1], candidates=rounded_up, started=0.0)
+    assert all(torch.equal(order, others[-1][perm]) for perm, order in found.perms.items())

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import networks
-import networks_zoo
 import pytest
 import torch
 import torch.nn.functional as F
 from test_frank_wolfe_matching import MAKERS, State, all_objectives, line, pair, tiny
-from test_matching_families import encoder, noisy
+from test_matching_families import noisy
 from test_straight_through import case, data, loss_at
 from torch import Tensor, nn
 
@@ -29,9 +27,8 @@ from fedrebasin import (
 )
 from fedrebasin.matching.doubly_stochastic import GRADIENTS
 from fedrebasin.matching.methods import Setting, find_matching
-from fedrebasin.matching.midpoint import Midpoint, lowest_loss_matching
-from fedrebasin.matching.relaxed import corner, no_logits, soften
 from fedrebasin.matching.result import inner_product
+from fedrebasin.matching.sinkhorn import _Logits
 
 
 def same(one: State, other: State) -> bool:
@@ -51,6 +48,15 @@ def test_a_planted_permutation_is_recovered(name: str, noise: float, gradient: s
     moved = permute(spec, planted, noisy(spec, state, noise, 2))
     steps = 50 if name == "encoder" else 25
     assert same(sinkhorn_matching(spec, state, moved, steps=steps, gradient=gradient).perms, invert(spec, planted))
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_near_a_start_half_of_each_unit_is_in_its_place(tau: float) -> None:
+    spec, _, _ = pair("mlp")
+    near = random_perms(spec, 1)
+    logits = _Logits(spec, torch.zeros(()), near, lr=0.1, tau=tau, gradient="implicit", iterations=1, seed=0)
+    for perm, P in logits.soft().items():
+        torch.testing.assert_close(P[torch.arange(len(P)), near[perm]], torch.full((len(P),), 0.5), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -145,41 +151,6 @@ def test_with_data_it_starts_from_weight_matching_and_ends_nowhere_above() -> No
         assert lr != 0.1 or found.measures["loss"] < found.measures["loss-before"]
 
 
-MODULES: dict[str, Any] = {
-    "encoder": encoder,
-    **{name: networks.NETWORKS[name] for name in ("resnet20-batchnorm", "two-inputs")},
-    **{name: networks_zoo.ZOO[name] for name in ("lstm", "gru", "weight-norm")},
-}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_soft_losses_at_permutations_are_those_of_permuted_models_and_have_gradients(name: str) -> None:
-    torch.manual_seed(0)
-    (net, inputs), other = MODULES[name]()[:2], MODULES[name]()[0]
-    spec = trace(net, inputs)
-    for tensor in [tensor for module in (net, other) for tensor in (*module.parameters(), *module.buffers())]:
-        if tensor.is_floating_point():
-            tensor.data.add_(torch.rand(tensor.shape), alpha=0.2)
-    x = {k: torch.randn_like(t) for k, t in inputs.items()} if isinstance(inputs, dict) else torch.randn_like(inputs[0])
-    pairs = [(x, torch.zeros(2, dtype=torch.int64))]
-
-    def loss(output: Any, target: Tensor) -> Tensor:
-        output = output["out"] + output["again"] if isinstance(output, dict) else output
-        return F.cross_entropy((output[0] if isinstance(output, tuple) else output).flatten(0, -2)[:2], target)
-
-    midpoint = Midpoint(spec, net, net.state_dict(), other.state_dict(), pairs, loss=loss, lam=0.3, device=None)
-    perms = random_perms(spec, 2)
-    (batch,) = midpoint.batches
-    value = midpoint.soft_loss(corner(spec, perms, midpoint.like), 0.3, *batch)
-    assert float(value) == pytest.approx(midpoint.mean_loss(perms), rel=1e-5)
-    logits = {perm: torch.randn_like(zeros).requires_grad_() for perm, zeros in no_logits(spec, midpoint.like).items()}
-    value = midpoint.soft_loss(soften(spec, logits), 0.3, *batch)
-    assert all(float(gradient.abs().max()) > 0 for gradient in torch.autograd.grad(value, list(logits.values())))
-    options: dict[str, Any] = {"net": net, "batches": pairs, "loss": loss, "steps": 3}
-    found = sinkhorn_matching(spec, net.state_dict(), other.state_dict(), **options)
-    assert found.measures["loss"] <= found.measures["loss-before"]
-
-
 def test_the_callers_model_and_states_are_left_as_they_were() -> None:
     spec, net, a, b = case(16, 12)
     net.train()
@@ -205,13 +176,6 @@ def test_a_loss_that_breaks_in_training_leaves_the_best_so_far(caplog: pytest.Lo
     assert found.measures["loss"] <= found.measures["loss-before"] and calls[0] == 11
 
 
-def test_the_candidate_with_the_lowest_loss_is_kept_wherever_it_comes() -> None:
-    spec, net, a, b = case(16, 12)
-    midpoint = Midpoint(spec, net, a, b, data(), loss=F.cross_entropy, lam=0.5, device=None)
-    best, *others = weight_matching(spec, a, b).perms, *(random_perms(spec, seed) for seed in range(3))
-    assert same(lowest_loss_matching(midpoint, a, b, others[0], [others[1], best, others[2]], 0.0).perms, best)
-
-
 def test_by_name_it_uses_data_only_if_there_is_a_loss() -> None:
     spec, net, a, b = case(4, 3)
     assert not find_matching("sinkhorn", Setting(spec, net, data()), a, b).measures
@@ -223,8 +187,8 @@ def test_by_name_it_uses_data_only_if_there_is_a_loss() -> None:
 def test_a_net_without_perms_is_matched_by_nothing() -> None:
     net = nn.Linear(4, 3)
     spec, state = trace(net, (torch.zeros(1, 4),)), net.state_dict()
-    for options in ({}, {"net": net, "batches": data(), "loss": F.cross_entropy}):
-        assert sinkhorn_matching(spec, state, state, steps=3, **options).perms == {}  # type: ignore[arg-type]
+    assert sinkhorn_matching(spec, state, state, steps=3).perms == {}
+    assert sinkhorn_matching(spec, state, state, net=net, batches=data(), loss=F.cross_entropy, steps=3).perms == {}
 
 
 def test_bad_input_is_refused_with_the_remedy() -> None:
