@@ -38,7 +38,7 @@ class Matcher:
     @property
     def runs_the_model(self) -> bool:
         """True if it runs the user's model on the user's data, which may raise anything."""
-        return METHODS[self.name].inputs
+        return METHODS[self.name].given(self.setting.loss).inputs
 
 
 def build_matcher(
@@ -67,10 +67,10 @@ def build_matcher(
     ...
     fedrebasin.errors.CalibrationError: matching='activation' needs calibration, a collection of input batches; ...
     """
-    method = METHODS[name]
+    method = METHODS[name].given(loss)
     if loss is not None and not method.targets:
-        users = ", ".join(repr(other) for other, one in METHODS.items() if one.targets)
-        raise UsageError(f"loss: only matching={users} uses it so far; leave it out with matching={name!r}")
+        users = " and ".join(repr(other) for other, one in METHODS.items() if one.targets or one.choice)
+        raise UsageError(f"loss: only matching={users} use it so far; leave it out with matching={name!r}")
     matcher = Matcher(name, Setting(spec, seed=seed, device=device))
     if not method.inputs:
         return matcher

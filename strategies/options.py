@@ -30,7 +30,7 @@ BUILT: dict[str, tuple[str | None, ...]] = {
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": ("medoid", "cycle-consistent", "straight-through-many"),
-    "matching": tuple(name for name in ("sinkhorn", "frank-wolfe", "learned") if name not in METHODS),
+    "matching": ("learned",),
     "correction": (
         *("rescale", "reshift", "closed-form", "bias-normalisation", "least-squares", "regmean", "distill"),
         *("federated-repair", "federated-least-squares", "federated-regmean"),

@@ -56,13 +56,14 @@ class Rebasin(Strategy):
         ``"auto"`` is the model that was sent, unless most replies were not trained from it
         (``common_start.py``): then each other. Inside differential privacy, Krum, MultiKrum and Bulyan it is the
         model that was sent.
-    matching : {"weight", "activation", "activation+weight", "straight-through"}
-        All but ``"weight"`` need ``model`` and ``calibration``, and merge nothing jointly: see ``alignment.py``.
+    matching : {"weight", "frank-wolfe", "sinkhorn", "activation", "activation+weight", "straight-through"}
+        From ``"activation"`` on they need ``model`` and ``calibration``, as ``"sinkhorn"`` does if a loss is given;
+        without one it looks at the weights alone. All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
     correction : {"repair", "reset-batchnorm"} or None
         The default, ``"default"``, is ``"repair"`` with calibration data (``"reset-batchnorm"`` inside
         differential privacy and selection), otherwise ``None``.
     loss : callable, optional
-        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"``.
+        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
     select, checkpoint_dir : None
         Not built yet.
     seed : int

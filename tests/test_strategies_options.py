@@ -61,6 +61,10 @@ def dp_clients(inner: Strategy) -> Strategy:
             r"batches: expected \(input, target\) pairs; got a batch without a target",
         ),
         (
+            {"matching": "sinkhorn", "loss": torch.nn.functional.cross_entropy},
+            r"matching='sinkhorn' needs calibration, a collection of \(input, target\) batches; give",
+        ),
+        (
             {"matching": "activation", "calibration": [torch.randn(200, 7)], "correction": None},
             "calibration: the model cannot run on its first batches: ",
         ),
@@ -73,7 +77,7 @@ def dp_clients(inner: Strategy) -> Strategy:
         ({"checkpoint_dir": "runs"}, "checkpoint_dir='runs' is not built yet; values built now: None$"),
         (
             {"loss": torch.nn.functional.cross_entropy},
-            "loss: only matching='straight-through' uses it so far; leave it out with matching='weight'",
+            "loss: only matching='straight-through' and 'sinkhorn' use it so far; leave it out with matching='weight'",
         ),
         ({"correction": "repair"}, "correction='repair' needs calibration"),
         (

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from fedrebasin.errors import RebasinError
 
+#: How gradients pass through :func:`sinkhorn`.
+GRADIENTS = ("implicit", "unrolled")
 #: Entries below exp(-_DEEP) of a matrix that is being scaled are taken as exp(-_DEEP): no underflow, no slow numbers.
 _DEEP = 60.0
 _PASSES = 20
-_ROUNDS = 5
 _NEWTON_STEPS = 100
 
 
-def sinkhorn(logits: Tensor, *, tolerance: float = 1e-9, gradient: str = "implicit", iterations: int = 50) -> Tensor:
+def sinkhorn(logits: Tensor, *, tolerance: float = 1e-9, gradient: str = "implicit", iterations: int = 20) -> Tensor:
     """Scale rows and columns of ``exp(logits)`` until all sum to one.
 
     Parameters
     ----------
     logits : Tensor, shape (..., n, n), floating
-        Of any size: their exponentials may overflow.
+        Their exponentials may overflow. Where they differ by more than about 1e6, float64 misses the tolerance.
     tolerance : float
         How far a sum may be from one, before the result is rounded to the type of ``logits``.
     gradient : {"implicit", "unrolled"}
@@ -55,13 +56,15 @@ def sinkhorn(logits: Tensor, *, tolerance: float = 1e-9, gradient: str = "implic
     tensor([[1., 0.],
             [0., 1.]])
     """
-    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not bool(logits.isfinite().all()):
-        raise RebasinError(f"logits: expected finite square matrices; got shape {tuple(logits.shape)}, NaN or infinity")
+    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or logits.shape[-1] == 0:
+        raise RebasinError(f"logits: expected square matrices; got shape {tuple(logits.shape)}")
+    if not bool(logits.isfinite().all()):
+        raise RebasinError("logits: expected finite entries; got a NaN or an infinity")
+    if gradient not in GRADIENTS:
+        raise RebasinError(f"gradient: expected one of {', '.join(GRADIENTS)}; got {gradient!r}")
     if gradient == "unrolled":
         return _unrolled(logits, iterations)
-    if gradient != "implicit":
-        raise RebasinError(f"gradient: expected one of implicit, unrolled; got {gradient!r}")
-    found: Tensor = _Implicit.apply(logits, *potentials(logits, tolerance=tolerance))
+    found: Tensor = _Implicit.apply(logits, *_potentials(logits, tolerance))
     return found
 
 
@@ -73,15 +76,13 @@ def _unrolled(logits: Tensor, iterations: int) -> Tensor:
 
 
 @torch.no_grad()
-def potentials(logits: Tensor, *, tolerance: float = 1e-9, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _potentials(logits: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """``u, v``, float64 ``(..., n)``, such that ``exp(logits_ij + u_i + v_j)`` is doubly stochastic.
 
     Passes of scaling come near; near a permutation they would crawl, and Newton steps take over. Large logits are
-    reached by doubling smaller ones, whose potentials are a start for the next; or from a ``start`` for ``v``.
+    reached by doubling smaller ones, whose potentials are a start for the next.
     """
     X = logits.detach().double()
-    if start is not None:
-        return _solve(X, start, tolerance)
     v = torch.zeros_like(X[..., 0, :])
     spread = float((X.amax((-1, -2)) - X.amin((-1, -2))).max()) if X.numel() else 0.0
     for left in range(max(0, math.ceil(math.log2(max(spread, 1.0) / _DEEP))), 0, -1):
@@ -91,16 +92,13 @@ def potentials(logits: Tensor, *, tolerance: float = 1e-9, start: Tensor | None 
 
 def _solve(X: Tensor, v: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Scaling passes, then Newton steps on the dual, which is concave: its gradient are the sums that are missing."""
-    for count in range(_ROUNDS + _NEWTON_STEPS):
-        if count < _ROUNDS:
-            u, v = _passes(X, v)
-            P = _plan(X, u, v)
+    u, v = _passes(X, v)
+    P = _plan(X, u, v)
+    for _ in range(_NEWTON_STEPS):
         missing = 1 - P.sum(-2)
         if float(missing.abs().max()) <= tolerance:
             break
-        if count < _ROUNDS - 1:
-            continue
-        du, dv = _newton(P, missing)
+        du, dv = _tangent(P, torch.zeros_like(missing), missing)
         u, v, P = _search(X, u, v, P, du, dv)
     return u, v
 
@@ -110,8 +108,8 @@ def _passes(X: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     kernel = _plan(X, u, v)
     a = torch.ones_like(u).unsqueeze(-1)
     for _ in range(_PASSES):
-        b = 1 / (kernel.mT @ a)
-        a = 1 / (kernel @ b)
+        b = (kernel.mT @ a).reciprocal_()
+        a = (kernel @ b).reciprocal_()
     v = v + b.squeeze(-1).log()
     return _normaliser(X + v.unsqueeze(-2)), v
 
@@ -130,12 +128,7 @@ def _search(X: Tensor, u: Tensor, v: Tensor, P: Tensor, du: Tensor, dv: Tensor) 
         step /= 2
 
 
-def _newton(P: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """``du + P dv = 0`` and ``P^T du + diag(P^T 1) dv = missing``, for a plan whose rows sum to one."""
-    return solve_tangent(P, torch.zeros_like(missing), missing)
-
-
-def solve_tangent(P: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _tangent(P: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """``a, b`` such that the entries ``P_ij (a_i + b_j)`` have these sums over rows and columns.
 
     The Laplacian that is left after ``b`` is eliminated is singular along constants, which one rank takes care of;
@@ -172,5 +165,5 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (P,) = ctx.saved_tensors
         G = gradients[0].double()
-        a, b = solve_tangent(P, (P * G).sum(-1), (P * G).sum(-2))
+        a, b = _tangent(P, (P * G).sum(-1), (P * G).sum(-2))
         return (P * (G - a.unsqueeze(-1) - b.unsqueeze(-2))).to(gradients[0].dtype), None, None

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.matching.activation import activation_matching
+from fedrebasin.matching.frank_wolfe import frank_wolfe_matching
+from fedrebasin.matching.midpoint import Loss
 from fedrebasin.matching.result import Matching
-from fedrebasin.matching.straight_through import Loss, straight_through_matching
+from fedrebasin.matching.sinkhorn import sinkhorn_matching
+from fedrebasin.matching.straight_through import straight_through_matching
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.spec import PermutationSpec
 
@@ -33,11 +36,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is called, whether it runs the network on inputs, and whether it needs targets and a loss too."""
+    """How a method is called, whether it runs the network on inputs, and whether it needs targets and a loss too.
+
+    With ``choice`` it needs nothing, unless it is given a loss: then inputs and targets, too.
+    """
 
     find: Callable[[Setting, State, State], Matching]
     inputs: bool = False
     targets: bool = False
+    choice: bool = False
+
+    def given(self, loss: Loss | None) -> Method:
+        """The method with its choice made.
+
+        >>> METHODS["sinkhorn"].given(None).inputs, METHODS["sinkhorn"].given(nn.functional.cross_entropy).inputs
+        (False, True)
+        """
+        return replace(self, inputs=True, targets=True) if self.choice and loss is not None else self
 
 
 def find_matching(name: str, setting: Setting, reference: State, model: State) -> Matching:
@@ -58,7 +73,7 @@ def find_matching(name: str, setting: Setting, reference: State, model: State) -
     """
     if name not in METHODS:
         raise RebasinError(f"matching: expected one of {', '.join(METHODS)}; got {name!r}")
-    method = METHODS[name]
+    method = METHODS[name].given(setting.loss)
     for needed, given, what in (
         (method.inputs, setting.net, "the network's module"),
         (method.inputs, setting.calibration, "calibration batches"),
@@ -102,11 +117,31 @@ def _straight_through(setting: Setting, reference: State, model: State) -> Match
     )
 
 
+def _sinkhorn(setting: Setting, reference: State, model: State) -> Matching:
+    """On data if there is a loss."""
+    if setting.loss is None:
+        return sinkhorn_matching(setting.spec, reference, model, seed=setting.seed, device=setting.device)
+    return sinkhorn_matching(
+        *(setting.spec, reference, model),
+        net=setting.net,
+        batches=setting.calibration,
+        loss=setting.loss,
+        seed=setting.seed,
+        device=setting.device,
+    )
+
+
+def _frank_wolfe(setting: Setting, reference: State, model: State) -> Matching:
+    return frank_wolfe_matching(setting.spec, reference, model, seed=setting.seed, device=setting.device)
+
+
 METHODS = {
     "weight": Method(_weight),
     "activation": Method(_activation, inputs=True),
     "activation+weight": Method(_activation_weight, inputs=True),
     "straight-through": Method(_straight_through, inputs=True, targets=True),
+    "sinkhorn": Method(_sinkhorn, choice=True),
+    "frank-wolfe": Method(_frank_wolfe),
 }
 
 #: The one method that aligns many models to each other, and what that is called.

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import SpecMismatchError
-from fedrebasin.matching.relaxed import Grid, Relaxed, grids_of
-from fedrebasin.permute import permute_tensor
+from fedrebasin.matching.grids import Grid, grids_of
+from fedrebasin.matching.relaxed import Relaxed, best_corner, between, corner
+from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
 
-#: Beyond this entries are taken as float64: their squares would overflow in float32.
-_LARGE = 1e15
+#: A slope below this is rounding, in units of |A| |B|.
+TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class _Term:
 class RelaxedProblem:
     """``f(P) = sum_l <W_l^A, P_l W_l^B P_{l-1}^T> / (|A| |B|)`` for doubly stochastic ``P``, over the tied parameters.
 
-    At permutations it is the objective of :func:`fedrebasin.weight_matching` up to that scale. It is a polynomial;
-    what is linear in one perm (biases, norms, first and last layers) is summed into ``linear`` once.
+    At permutations it is the objective of :func:`fedrebasin.weight_matching` in units of the two norms. It is a
+    polynomial; what is linear in one perm (biases, norms, first and last layers) is summed into ``linear`` once.
     """
 
     def __init__(
@@ -46,38 +47,36 @@ class RelaxedProblem:
         self.spec = spec
         tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
         names = [name for name in spec.axes if name in tied]
-        self.reference = {name: _prepare(reference[name], name, "reference", device) for name in names}
-        self.model = {name: _prepare(model[name], name, "model", device) for name in names}
-        scales = [math.sqrt(math.fsum(dot(t, t) for t in state.values())) for state in (self.reference, self.model)]
-        self.scale = scales[0] * scales[1] or 1.0
-        self.like = torch.zeros(
-            (),
-            dtype=torch.float64 if any(t.dtype == torch.float64 for t in self.model.values()) else torch.float32,
-            device=device if device is not None else next(iter(self.model.values()), torch.zeros(())).device,
-        )
+        double = any(model[name].dtype == torch.float64 for name in names)
+        where = device if device is not None else next((model[name].device for name in names), None)
+        #: what relaxed permutations are like: their type and device
+        self.like = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=where)
+        first, norm = _normalised(names, reference, "reference", self.like)
+        second, other = _normalised(names, model, "model", self.like)
+        #: |A| |B|, the unit of all values
+        self.scale = norm * other
         self.constant = 0.0
         self.linear: Relaxed = {}
         self.terms: list[_Term] = []
         for name in names:
             for grid in grids_of(spec.axes[name]):
-                self._add(grid, grid.part(self.reference[name]), grid.part(self.model[name]))
+                self._add(grid, grid.part(first[name]), grid.part(second[name]))
         self.degree = max((len(term.grid.factors) for term in self.terms), default=1)
 
     def _add(self, grid: Grid, reference: Tensor, model: Tensor) -> None:
         if not grid.factors:
-            self.constant += dot(reference, model) / self.scale
+            self.constant += float((reference * model).sum(dtype=torch.float64))
         elif len(grid.factors) > 1:
-            self.terms.append(_Term(grid, reference.to(self.like.dtype), model.to(self.like.dtype)))
+            self.terms.append(_Term(grid, reference, model))
         else:
             (factor,) = grid.factors
-            similarity = grid.similarity(reference.to(self.like.dtype), model.to(self.like.dtype)) / self.scale
-            if factor.row is None:
-                held = self.linear.get(factor.perm)
-                self.linear[factor.perm] = similarity if held is None else held + similarity
-            else:
-                rows = self.spec.perm_shapes[factor.perm][0]
-                held = self.linear.setdefault(factor.perm, similarity.new_zeros(rows, *similarity.shape))
-                held[factor.row] += similarity
+            similarity = grid.similarity(reference, model)
+            if factor.row is not None:
+                rows = similarity.new_zeros(self.spec.perm_shapes[factor.perm][0], *similarity.shape)
+                rows[factor.row] = similarity
+                similarity = rows
+            held = self.linear.get(factor.perm)
+            self.linear[factor.perm] = similarity if held is None else held + similarity
 
     def value(self, relaxed: Mapping[str, Tensor]) -> Tensor:
         """The objective, a float64 scalar; differentiable."""
@@ -85,8 +84,7 @@ class RelaxedProblem:
         for perm, similarity in self.linear.items():
             total = total + (similarity * relaxed[perm]).sum(dtype=torch.float64)
         for term in self.terms:
-            moved = term.grid.apply(relaxed, term.model)
-            total = total + (term.reference * moved).sum(dtype=torch.float64) / self.scale
+            total = total + (term.reference * term.grid.apply(relaxed, term.model)).sum(dtype=torch.float64)
         return total
 
     def gradient(self, relaxed: Mapping[str, Tensor]) -> tuple[float, Relaxed]:
@@ -97,29 +95,29 @@ class RelaxedProblem:
             found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return float(value.detach()), dict(zip(leaves, found, strict=True))
 
+    def step(self, relaxed: Mapping[str, Tensor]) -> tuple[Perms, float, float]:
+        """Frank-Wolfe's: the permutations ``S`` for which ``<grad f(P), S>`` is largest; ``f(P)``; the slope to ``S``.
+
+        The slope is zero, but for rounding, where no permutation is better to first order.
+        """
+        if not relaxed:
+            return {}, self.constant, 0.0
+        value, gradient = self.gradient(relaxed)
+        perms = best_corner(self.spec, gradient)
+        end = corner(self.spec, perms, self.like)
+        slope = sum(float((gradient[perm] * (end[perm] - at)).sum(dtype=torch.float64)) for perm, at in relaxed.items())
+        return perms, value, slope
+
+    @torch.no_grad()
     def polynomial(
         self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, slope: float, at_start: float
     ) -> np.ndarray:
         """Coefficients, constant first, of the objective on the line from ``start`` (0) to ``end`` (1)."""
-        points = np.arange(1, self.degree) / (self.degree - 1) if self.degree > 1 else np.empty(0)
-        with torch.no_grad():
-            values = [float(self.value(between(start, end, float(point)))) for point in points]
-        right = np.array(values) - at_start - slope * points
         powers = np.arange(2, self.degree + 1)
-        curved = np.linalg.solve(points[:, None] ** powers, right) if self.degree > 1 else np.empty(0)
+        points = (powers - 1) / max(1, self.degree - 1)
+        values = np.array([float(self.value(between(start, end, float(point)))) for point in points])
+        curved = np.linalg.solve(points[:, None] ** powers, values - at_start - slope * points)
         return np.concatenate([[at_start, slope], curved])
-
-    def objective(self, perms: Mapping[str, Tensor]) -> float:
-        """The objective of permutations, not scaled."""
-        axes = self.spec.axes
-        return math.fsum(
-            dot(self.reference[name], permute_tensor(axes[name], perms, tensor)) for name, tensor in self.model.items()
-        )
-
-
-def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], lam: float) -> Relaxed:
-    """``(1 - lam) * start + lam * end``."""
-    return {perm: torch.lerp(tensor, end[perm], lam) for perm, tensor in start.items()}
 
 
 def best_point(coefficients: np.ndarray) -> float:
@@ -129,23 +127,21 @@ def best_point(coefficients: np.ndarray) -> float:
     0.25
     """
     polynomial = np.polynomial.Polynomial(coefficients)
-    slope = polynomial.deriv()
-    roots = [complex(root) for root in slope.roots()] if slope.degree() > 0 or slope.coef[0] != 0 else []
-    inside = [root.real for root in roots if abs(root.imag) < 1e-12 and 0 < root.real < 1]
-    return max([1.0, 0.0, *inside], key=lambda point: (float(polynomial(point)), point))
+    roots = map(complex, polynomial.deriv().roots())
+    inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 0 < root.real < 1]
+    return max([0.0, 1.0, *inside], key=lambda point: (float(polynomial(point)), point))
 
 
-def dot(first: Tensor, second: Tensor) -> float:
-    """The sum of products in float64."""
-    return float(torch.dot(first.reshape(-1).double(), second.reshape(-1).double()))
-
-
-def _prepare(tensor: Tensor, name: str, label: str, device: torch.device | str | None) -> Tensor:
-    tensor = tensor.detach()
-    if device is not None:
-        tensor = tensor.to(device)
-    if not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    if not bool(tensor.isfinite().all()):
-        raise SpecMismatchError(f"{label}: {name!r} holds a NaN or an infinity; leave this model out")
-    return tensor.double() if tensor.numel() and float(tensor.abs().max()) > _LARGE else tensor
+def _normalised(
+    names: list[str], state: Mapping[str, Tensor], label: str, like: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    """The tensors over their common norm, so that no product overflows, whatever the model's scale."""
+    norms = {}
+    for name in names:
+        norms[name] = float(torch.linalg.vector_norm(state[name].detach().double()))
+        if not math.isfinite(norms[name]):
+            raise SpecMismatchError(
+                f"{label}: {name!r} holds a NaN, an infinity or numbers whose squares overflow; leave this model out"
+            )
+    norm = math.hypot(*norms.values())
+    return {name: (state[name].detach().double() / (norm or 1.0)).to(like) for name in names}, norm

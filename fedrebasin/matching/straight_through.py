@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches
-from fedrebasin.corrections.working import load, working_copy
-from fedrebasin.errors import CalibrationError, RebasinError
-from fedrebasin.matching.result import Matching, inner_product
+from fedrebasin.errors import RebasinError
+from fedrebasin.matching.midpoint import Loss, Midpoint, State, lowest_loss_matching
+from fedrebasin.matching.result import Matching
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import Perms
-from fedrebasin.permute import permute
 from fedrebasin.spec import PermutationSpec
 
 LOGGER = logging.getLogger("fedrebasin")
-
-Loss = Callable[[Any, Any], Tensor]
-State = Mapping[str, Tensor]
 
 
 def straight_through_matching(
@@ -112,25 +106,15 @@ def straight_through_matching(
     started = time.perf_counter()
     spec.check_state(reference, "reference")
     spec.check_state(model, "model")
-    midpoint = _Midpoint(spec, net, reference, model, batches, loss=loss, lam=lam, device=device)
+    midpoint = Midpoint(spec, net, reference, model, batches, loss=loss, lam=lam, device=device)
     start = dict(weight_matching(spec, reference, model, seed=seed, device=device).perms if init is None else init)
-    best, first = start, midpoint.mean_loss(start)
-    lowest = first
-    if not math.isfinite(first):
-        raise CalibrationError(f"batches: the loss at the start is {first}; check the models, the inputs and the loss")
-    for perms in _trained(spec, midpoint, reference, model, start, epochs=epochs, lr=lr, device=device):
-        found = midpoint.mean_loss(perms)
-        if found < lowest:
-            best, lowest = perms, found
-    before = inner_product(spec, reference, model)
-    objective = inner_product(spec, reference, permute(spec, best, model))
-    seconds = time.perf_counter() - started
-    return Matching(best, objective, before, (before, objective), seconds, {"loss": lowest, "loss-before": first})
+    candidates = _trained(spec, midpoint, reference, model, start, epochs=epochs, lr=lr, device=device)
+    return lowest_loss_matching(midpoint, reference, model, start, candidates, started)
 
 
 def _trained(
     spec: PermutationSpec,
-    midpoint: _Midpoint,
+    midpoint: Midpoint,
     reference: State,
     model: State,
     perms: Perms,
@@ -154,75 +138,3 @@ def _trained(
                 return
             optimizer.step()
         yield perms
-
-
-class _Midpoint:
-    """The network between the reference and the permuted model, in float32 or better."""
-
-    def __init__(
-        self,
-        spec: PermutationSpec,
-        net: nn.Module,
-        reference: State,
-        model: State,
-        batches: Iterable[Any],
-        *,
-        loss: Loss,
-        lam: float,
-        device: torch.device | str | None,
-    ) -> None:
-        where = device if device is not None else next(iter(reference.values()), torch.zeros(0)).device
-        self.batches = Batches(batches, inputs=spec.inputs, name="batches", device=where)
-        self.reference, self._model = _prepare(reference, where), _prepare(model, where)
-        self._spec, self._loss, self._lam = spec, loss, lam
-        self._net = working_copy(net, reference, where)
-        for parameter in self._net.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-
-    def _put(self, perms: Perms) -> None:
-        moved = permute(self._spec, perms, self._model)
-        between = {
-            name: torch.lerp(tensor, moved[name], self._lam) if tensor.is_floating_point() else tensor
-            for name, tensor in self.reference.items()
-        }
-        load(self._net, between)
-
-    def _loss_of(self, args: Any, kwargs: Any, target: Any) -> Tensor:
-        if target is None:
-            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
-        value = self._loss(self._net(*args, **kwargs), target)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise RebasinError(f"loss: expected a scalar tensor from loss(output, target); got {got}")
-        return value
-
-    def set_gradients(self, shadow: State, perms: Perms, args: Any, kwargs: Any, target: Any) -> bool:
-        """Put the gradient at the midpoint where the shadow's is read; False if the loss is not finite."""
-        self._put(perms)
-        self._net.zero_grad(set_to_none=True)
-        value = self._loss_of(args, kwargs, target)
-        value.backward()  # type: ignore[no-untyped-call]
-        own = self._net.state_dict(keep_vars=True)
-        for name, tensor in shadow.items():
-            gradient = own[name].grad
-            tensor.grad = None if gradient is None else gradient.to(tensor.dtype)
-        return bool(value.isfinite())
-
-    @torch.no_grad()
-    def mean_loss(self, perms: Perms) -> float:
-        """The mean loss over all examples."""
-        self._put(perms)
-        total, count = 0.0, 0
-        for args, kwargs, target in self.batches:
-            size = len(target) if isinstance(target, Tensor) and target.ndim else 1
-            total += float(self._loss_of(args, kwargs, target)) * size
-            count += size
-        return total / count
-
-
-def _prepare(state: State, where: torch.device | str) -> dict[str, Tensor]:
-    narrow = (torch.float16, torch.bfloat16)
-    return {
-        name: tensor.detach().to(where, torch.float32 if tensor.dtype in narrow else tensor.dtype)
-        for name, tensor in state.items()
-    }
