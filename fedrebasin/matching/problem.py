@@ -9,7 +9,6 @@ of other axes that have moved since.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,10 @@ from fedrebasin.matching.plan import Block, Term, plan_of
 from fedrebasin.perms import Perms, compose, identity_perms
 from fedrebasin.permute import permute_tensor, source
 from fedrebasin.spec import PermutationSpec
+
+
+#: Sums of products above this leave float32; norms above that leave float64.
+_LARGE, _LARGEST = 1e37, 1e150
 
 
 @dataclass
@@ -52,13 +55,14 @@ class WeightProblem:
         self.spec = spec
         self.plan = plan_of(spec)
         self.blocks = self.plan.blocks
-        self._like = like = _like([side[name] for side in (reference, model) for name in self.plan.names], device)
-        self.reference = {name: reference[name].detach().to(like) for name in self.plan.names}
-        self.model = {name: model[name].detach().to(like) for name in self.plan.names}
         self._scales = {
-            name: _norm(self.reference[name], name, "reference") * _norm(self.model[name], name, "model")
+            name: _norm(reference[name], name, "reference") * _norm(model[name], name, "model")
             for name in self.plan.names
         }
+        tensors = [side[name] for side in (reference, model) for name in self.plan.names]
+        self._like = like = _like(tensors, sum(self._scales.values()), device)
+        self.reference = {name: reference[name].detach().to(like) for name in self.plan.names}
+        self.model = {name: model[name].detach().to(like) for name in self.plan.names}
         self._constant: dict[Block, Tensor] = {}
         self._kept: dict[Block, _Kept] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
@@ -219,16 +223,17 @@ def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _like(tensors: Sequence[Tensor], device: torch.device | str | None) -> Tensor:
+def _like(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
     """An empty tensor of the type and on the device that products are taken in."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    wide = scale > _LARGE or any(tensor.dtype == torch.float64 for tensor in tensors)
     device = device or (tensors[0].device if tensors else None)
     return torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _norm(tensor: Tensor, name: str, label: str) -> float:
+    tensor = tensor.detach() if tensor.is_floating_point() else tensor.double()
     norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-    if not math.isfinite(norm):
+    if not norm < _LARGEST:  # a NaN is not
         raise SpecMismatchError(
             f"{label}: {name!r} holds a NaN, an infinity or numbers whose squares overflow; leave this model out"
         )
