@@ -21,7 +21,6 @@ from fedrebasin.perms import Perms, compose, identity_perms
 from fedrebasin.permute import permute_tensor, source
 from fedrebasin.spec import PermutationSpec
 
-
 #: Sums of products above this leave float32; norms above that leave float64.
 _LARGE, _LARGEST = 1e37, 1e150
 
