@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedrebasin.simulations.bench.tables import TABLES
 from fedrebasin.simulations.competitors import label_of
 from fedrebasin.simulations.disjoint_numbers import ROWS, per_seed, spread_text
 from fedrebasin.simulations.results import load_results, write_whole
@@ -26,7 +27,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``; every NAME is a folder of ``simulations/results/``.
+    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``, the kinds of ``bench/tables.py`` one benchmark's; every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
@@ -37,7 +38,10 @@ def render(text: str, folder: Path = RESULTS) -> str:
     def table(match: re.Match[str]) -> str:
         kind, *names = match["name"].split()
         results = [load_results(folder / name / "results.json") for name in names]
-        rendered = {"disjoint": _disjoint, "rounds": _rounds, "zoo": _zoo}[kind](results)
+        if kind in TABLES:
+            rendered = _markdown(*TABLES[kind](results[0]))
+        else:
+            rendered = {"disjoint": _disjoint, "rounds": _rounds, "zoo": _zoo}[kind](results)
         return f"{match[1]}{rendered}\n{match[3]}"
 
     return _MARKED.sub(table, text)

@@ -19,8 +19,8 @@ from fedrebasin.matching.problem import WeightProblem
 def anchored_start(problem: WeightProblem) -> tuple[list[Block], set[Block]]:
     """Settle the permutations one after the other, each by the tensors whose other axes are settled already.
 
-    The one with the most settled entries for each of its units comes first. A planted permutation is found
-    in this way whatever the depth, where descent from the identity stops in poor optima of residual networks.
+    The one with the most settled entries for each of its units comes first. A planted permutation is found in this
+    way whatever the depth.
     Returns the blocks in the order in which they were settled, and those that were settled by all of their tensors,
     for which there is nothing better while the others stay.
     """

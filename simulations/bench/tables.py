@@ -1,0 +1,79 @@
+"""The README's tables of the matching benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Result = Mapping[str, Any]
+Rows = list[list[str]]
+
+
+def speed(result: Result) -> tuple[Sequence[str], Rows]:
+    """``matching.py``: seconds, and ratios to the plain algorithm and to the floor."""
+    columns = "network, pair|parameters|seconds|plain Algorithm 1|times faster|times the floor|gain|plain's gain".split(
+        "|"
+    )
+    rows = []
+    for row in result["rows"]:
+        gains = f"{row['gain']:,.1f}", f"{statistics.mean(row['plain-gain']):,.1f}"
+        seconds = f"{row['seconds']:.3g}", f"{row['plain-seconds']:.3g}"
+        ratios = f"{row['speed-up']:.1f}", f"{row['over-floor']:.1f}"
+        parameters = f"{row['parameters'] / 1e6:.2g} M"
+        rows.append([f"{row['network']}, {row['pair']}", parameters, *seconds, *ratios, *gains])
+    return columns, rows
+
+
+def quality(result: Result) -> tuple[Sequence[str], Rows]:
+    """``quality.py``: gains as ratios to the mean over 10 orders, mean and least over the seeds."""
+    columns = "network|weights|default|10 starts|plain, best of 10 orders|seconds: default, 10 starts, plain".split("|")
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for row in result["independent"]:
+        groups.setdefault((row["network"], row["weights"]), []).append(row)
+    rows = []
+    for (network, weights), found in groups.items():
+        cells = []
+        for key in ("default", "restarts", "plain-best"):
+            ratios = [row[key] / row["plain-mean"] for row in found]
+            cells.append(f"{statistics.mean(ratios):.3f} (from {min(ratios):.3f})")
+        seconds = [
+            statistics.median(row[key] for row in found) for key in ("seconds", "restarts-seconds", "plain-seconds")
+        ]
+        rows.append([network, weights, *cells, ", ".join(f"{one:.2g}" for one in seconds)])
+    return columns, rows
+
+
+def methods(result: Result) -> tuple[Sequence[str], Rows]:
+    """``methods.py``: one column a network."""
+    networks = list(dict.fromkeys(row["network"] for row in result["rows"]))
+    cells = {(row["method"], row["network"]): row for row in result["rows"]}
+    best = {name: max(row["mean-gain"] for row in result["rows"] if row["network"] == name) for name in networks}
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        line = [method]
+        for name in networks:
+            row = cells[method, name]
+            gain = f"{row['mean-gain']:.2f}"
+            line.append(f"{f'**{gain}**' if row['mean-gain'] == best[name] else gain} / {row['seconds']:.2g} s")
+        rows.append(line)
+    return ["gain / seconds", *networks], rows
+
+
+def clients(result: Result) -> tuple[Sequence[str], Rows]:
+    """``wide.py``: seconds a client, by one call and by a loop."""
+    columns = "network|clients|seconds each, match_each|seconds each, a loop|times faster".split("|")
+    rows = [
+        [
+            row["network"],
+            f"{row['clients']}, {row['kind']}",
+            f"{row['seconds-per-client']:.2g}",
+            f"{row['loop-seconds-per-client']:.2g}",
+            f"{row['ratio']:.1f}",
+        ]
+        for row in result["clients"]
+    ]
+    return columns, rows
+
+
+TABLES = {"speed": speed, "quality": quality, "methods": methods, "clients": clients}
