@@ -27,7 +27,8 @@ def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``, the kinds of ``bench/tables.py`` one benchmark's; every NAME is a folder of ``simulations/results/``.
+    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` one benchmark's;
+    every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
