@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedrebasin import InvalidSpecError, PermutationSpec, SpecMismatchError, check_spec, trace
-from fedrebasin.check import _Proof
 from fedrebasin.layout import Fixed, Free, Layout, leaves
+from fedrebasin.proof import Proof
 
 
 @pytest.fixture(scope="module", params=list(networks.NETWORKS))
@@ -39,7 +39,7 @@ def test_swapping_two_units_of_any_axis_of_any_tensor_is_detected(
     case: tuple[nn.Module, PermutationSpec, Any],
 ) -> None:
     net, spec, inputs = case
-    proof = _Proof(net, spec, inputs, seed=0)
+    proof = Proof(net, spec, inputs, seed=0)
     for name, tensor in proof.state.items():
         used = name in spec.uses or any(proof.state[other] is tensor for other in spec.uses)
         for dim, size in enumerate(tensor.shape):

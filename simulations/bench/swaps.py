@@ -1,34 +1,34 @@
 """Is every single swap of two units seen? ``python -m fedrebasin.simulations.bench.swaps --output FILE``.
 
 ``check_spec`` compares outputs on random weights. A comparison that does not see a change proves nothing, so here
-two units of every axis of every tensor that evaluation uses are swapped, one axis at a time, in every torchvision
-classifier up to 60 million parameters, and the outputs must change in one of the draws that ``check_spec`` makes.
+two units of every axis of every tensor that the graph uses are swapped, one axis at a time, in every torchvision
+classifier up to 60 million parameters, and an output must change on the weights and inputs that ``check_spec`` draws.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedrebasin.check import DRAWS, _Proof
 from fedrebasin.errors import RebasinError
+from fedrebasin.proof import Proof
 from fedrebasin.simulations.inspection_zoo import BEYOND, ON_META, zoo_model, zoo_models
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.trace import trace
 
 #: the smallest inputs, tried in this order
-_SIDES = (64, 96, 224)
+_SIDES = (32, 64, 96, 224)
 
 
 def unseen_swaps(name: str, seed: int = 0) -> dict[str, Any]:
-    """Swap two units of each axis of a model's tensors; count those axes and list the ones that change no output."""
+    """Swap two units of each axis of a model's tensors, and list the axes that change no output."""
     torch.manual_seed(seed)
-    model, spec = zoo_model(name), None
+    model = zoo_model(name)
     for side in _SIDES:
         inputs = (torch.zeros(2, 3, side, side),)
         try:
@@ -36,28 +36,34 @@ def unseen_swaps(name: str, seed: int = 0) -> dict[str, Any]:
             break
         except RebasinError:
             continue
-    if spec is None:
+    else:
         raise RebasinError(f"{name}: runs with none of the sizes {_SIDES}")
-    unseen: list[tuple[str, int]] | None = None
-    tested = 0
-    for draw in range(DRAWS):
-        proof = _Proof(model, spec, inputs, seed + draw)
-        proof.widen_tolerance()
-        if unseen is None:
-            used = {
-                key: tensor for key, tensor in proof.state.items() if key in spec.uses and tensor.is_floating_point()
-            }
-            unseen = [(key, dim) for key, tensor in used.items() for dim, size in enumerate(tensor.shape) if size > 1]
-            tested = len(unseen)
-        unseen = [axis for axis in unseen if not _sees(proof, *axis)]
-    return {"model": name, "input": f"2x3x{side}x{side}", "axes": tested, "unseen": unseen or []}
+    proof = Proof(model, spec, inputs, seed)
+    proof.widen_tolerance()
+    tested = [
+        (key, dim)
+        for key, tensor in proof.state.items()
+        if key in spec.uses and tensor.is_floating_point()
+        for dim, size in enumerate(tensor.shape)
+        if size > 1
+    ]
+    changes = {axis: _change(proof, *axis) for axis in tested}
+    return {
+        "model": name,
+        "input": f"2x3x{side}x{side}",
+        "tolerance": proof.tolerance,
+        "axes": len(tested),
+        "smallest-change": min(changes.values()),
+        "unseen": [f"{key} dim {dim}" for (key, dim), change in changes.items() if change <= proof.tolerance],
+    }
 
 
-def _sees(proof: _Proof, name: str, dim: int) -> bool:
+def _change(proof: Proof, name: str, dim: int) -> float:
+    """What an output changes by if the first unit of an axis and the middle one (a kernel's centre) change places."""
     tensor = proof.state[name]
     order = torch.arange(tensor.shape[dim])
     order[[0, len(order) // 2]] = order[[len(order) // 2, 0]]
-    return proof._change({**proof.state, name: tensor.index_select(dim, order)}) > proof.tolerance
+    return proof.change_to({**proof.state, name: tensor.index_select(dim, order)})
 
 
 def main() -> None:
@@ -67,16 +73,17 @@ def main() -> None:
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     started = time.time()
-    rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    rows = load_results(options.output)["rows"] if options.output.exists() else []
     names = options.only.split(",") if options.only else [n for n in zoo_models() if n not in (*BEYOND, *ON_META)]
     for name in names:
         if name not in {row["model"] for row in rows}:
             before = time.perf_counter()
             rows.append({**unseen_swaps(name), "seconds": round(time.perf_counter() - before, 1)})
             print(rows[-1], flush=True)
-            command = "python -m fedrebasin.simulations.bench.swaps --output FILE"
-            result = {"experiment": "swaps", "rows": rows, "provenance": provenance(command, [0], started)}
-            options.output.write_text(json.dumps(result, indent=1))
+            facts = provenance("python -m fedrebasin.simulations.bench.swaps --output FILE", [0], started)
+            facts["versions"]["torchvision"] = metadata.version("torchvision")
+            facts["seconds"] = round(sum(row["seconds"] for row in rows), 1)  # of all rows, whichever run had them
+            save_results(options.output, {"experiment": "bench-swaps", "provenance": facts, "rows": rows})
 
 
 if __name__ == "__main__":
