@@ -9,6 +9,7 @@ network's function. Parameters that only training uses (auxiliary heads) are tie
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -130,6 +131,11 @@ class _Uncompiled(nn.Module):
 
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     """Walk the graphs and turn the tied axes into a spec; parameters and raised errors as for :func:`trace`."""
+    with _collection_paused():
+        return _spec_of(exported, strict=strict)
+
+
+def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     walk = Walk(exported.state, strict=strict)
     walk.program(exported.program)
     if exported.training is not None:
@@ -165,6 +171,18 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
         inputs=exported.inputs,
         training=exported.training is not None,
     )
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Without garbage collection: one pass over all that torch and an export hold takes longer than the whole walk."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

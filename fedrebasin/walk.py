@@ -149,10 +149,10 @@ def values_in(argument: Any) -> list[Value]:
     """All tensors of an argument, however nested, in order."""
     if isinstance(argument, Value):
         return [argument]
-    if isinstance(argument, Mapping):
-        return values_in(list(argument.values()))
     if isinstance(argument, tuple | list):
         return [value for item in argument for value in values_in(item)]
+    if isinstance(argument, Mapping):
+        return values_in(list(argument.values()))
     return []
 
 
