@@ -93,11 +93,14 @@ class Proof:
         """Allow for float32 steps in a float64 run (norms that cast), and for deep networks that magnify rounding."""
         with _NarrowSteps() as steps:  # type: ignore[no-untyped-call]
             self.run(self.state)
-        nudged = {name: self._nudged(tensor) for name, tensor in self.state.items() if tensor.is_floating_point()}
-        rounding = 10 * self.change_to({**self.state, **nudged})
         widest = _TOLERANCE[torch.float32]
-        self.tolerance = widest if steps.found else max(self.tolerance, min(rounding, widest))
+        self.tolerance = widest if steps.found else max(self.tolerance, min(10 * self.rounding(), widest))
         return self.tolerance
+
+    def rounding(self) -> float:
+        """The largest relative change of any output if every weight is nudged by a few units of its last place."""
+        nudged = {name: self._nudged(tensor) for name, tensor in self.state.items() if tensor.is_floating_point()}
+        return self.change_to({**self.state, **nudged})
 
     def _nudged(self, tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
