@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from fedrebasin.errors import RebasinError
 from fedrebasin.proof import Proof
-from fedrebasin.simulations.inspection_zoo import BEYOND, ON_META, zoo_model, zoo_models
+from fedrebasin.simulations.inspection_zoo_row import BEYOND, ON_META, zoo_model, zoo_models
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.trace import trace
 
@@ -61,7 +62,11 @@ def unseen_swaps(name: str, seed: int = 0) -> dict[str, Any]:
         "float32-tolerance": visible,
         "tolerance": proof.tolerance,
         "smallest-change": min(changes.values(), default=None),
-        "unseen": [f"{key} dim {dim}" for (key, dim), change in changes.items() if change <= proof.tolerance],
+        "unseen": {
+            f"{key} dim {dim}": _reason(proof, key)
+            for (key, dim), change in changes.items()
+            if change <= proof.tolerance
+        },
     }
 
 
@@ -83,6 +88,18 @@ def _change(proof: Proof, name: str, dim: int) -> float:
     return proof.change_to({**proof.state, name: tensor.index_select(dim, order)})
 
 
+def _reason(proof: Proof, name: str) -> str:
+    """Why a swap may be unseen: nothing reads the tensor, so that a NaN in its place reaches no output."""
+    poisoned = {**proof.state, name: torch.full_like(proof.state[name], torch.nan)}
+    if any(bool(output.isnan().any()) for output in proof.run(poisoned)):
+        return "none: the check is blind here"
+    if name in proof.spec.buffers:
+        return (
+            "running statistics of a head that only training mode runs, where those of the batch are used: never read"
+        )
+    return "never read"
+
+
 def main() -> None:
     """Run all models that the file does not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,7 +113,7 @@ def main() -> None:
         if name not in {row["model"] for row in rows}:
             before = time.perf_counter()
             rows.append({**unseen_swaps(name), "seconds": round(time.perf_counter() - before, 1)})
-            print(rows[-1], flush=True)
+            print(json.dumps(rows[-1]), flush=True)
             facts = provenance("python -m fedrebasin.simulations.bench.swaps --output FILE", [0], started)
             facts["versions"]["torchvision"] = metadata.version("torchvision")
             facts["seconds"] = round(sum(row["seconds"] for row in rows), 1)  # of all rows, whichever run had them
