@@ -55,6 +55,12 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     perms = cycles(spec, proof.generator)
     change = proof.change(perms)
     if change > proof.tolerance and change > proof.widen_tolerance():
+        unstable = proof.change_to(proof.state)
+        if unstable > proof.tolerance:
+            raise InvalidSpecError(
+                f"model: expected equal outputs of two runs on equal weights and inputs; they differ by {unstable:.1g} "
+                "of their size, so no spec can be proved; let evaluation mode draw no numbers and keep no state"
+            )
         raise InvalidSpecError(_culprit(model, spec, example_inputs, proof, perms))
     return replace(spec, checked=True)
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedrebasin.batches import evaluation_mode, split_inputs, tensors
+from fedrebasin.batches import mode_of, split_inputs, tensors, unwrapped
 from fedrebasin.errors import InvalidSpecError
 from fedrebasin.perms import Perms, random_perms
 from fedrebasin.permute import permute
@@ -41,6 +40,12 @@ class Proof:
         self.spec = spec
         self.generator = torch.Generator().manual_seed(seed)
         args, kwargs = split_inputs(example_inputs)
+        model = unwrapped(model)
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            raise InvalidSpecError(
+                "model: expected weights on a device with memory; got the meta device, where nothing can be computed; "
+                "build the model on the CPU for the proof"
+            )
         for dtype in (torch.float64, torch.float32):
             self.model = _copy(model).cpu()
             self.model = self.model.double() if dtype is torch.float64 else self.model.float()
@@ -58,23 +63,27 @@ class Proof:
         if not self.outputs or not all(bool(output.isfinite().all()) for output in self.outputs):
             raise InvalidSpecError(
                 "model: expected finite floating outputs on random weights; got "
-                f"{'none' if not self.outputs else 'a NaN or an infinity'}, so the spec cannot be proved"
+                f"{'none' if not self.outputs else 'a NaN or an infinity'}, so the spec cannot be proved; let forward "
+                "return what comes before (logits, say)"
             )
 
     @torch.no_grad()
     def run(self, state: dict[str, Tensor], *, write: bool = False) -> list[Tensor]:
-        """The outputs in evaluation mode; where training uses more tensors, in training mode without dropout, too.
+        """The outputs in evaluation mode; where training uses more tensors, in training, too; dropout drops nothing.
 
         Running statistics that training writes go to copies, or with ``write`` into ``state``.
         """
-        with evaluation_mode(self.model):  # functional_call writes into the dict that it is given
-            outputs = tensors(functional_call(self.model, dict(state), self.args, self.kwargs, tie_weights=False))
+        with _NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]
+            outputs = self._call(dict(state), training=False)  # functional_call writes into the dict that it is given
             if self.spec.training:
-                for module in self.model.modules():
-                    module.training = not isinstance(module, _DropoutNd)
                 own = {name: tensor if write else tensor.clone() for name, tensor in state.items()}
-                outputs += tensors(functional_call(self.model, own, self.args, self.kwargs, tie_weights=False))
+                outputs += self._call(own, training=True)
         return outputs
+
+    def _call(self, state: dict[str, Tensor], *, training: bool) -> list[Tensor]:
+        torch.manual_seed(0)  # a model that draws numbers draws the same ones each time
+        with mode_of(self.model, training=training):
+            return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output under these permutations."""
@@ -113,9 +122,21 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
 
 
+class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes dropout and stochastic depth keep everything: their noise is what it is on average."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bernoulli_.float:
+            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
+        return func(*args, **(kwargs or {}))
+
+
 class _NarrowSteps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether any op returns floating numbers narrower than float64."""
 
+    supports_higher_order_operators = True
     found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

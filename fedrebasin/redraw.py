@@ -11,6 +11,7 @@ The idea is that of Mishkin and Matas (2016), "All you need is a good init".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
         elif name not in parameters or tensor.ndim <= 1:
             drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
         else:
-            fan_in = max(1, tensor[0].numel())
+            fan_in = max(1, math.prod(tensor.shape[1:]))
             drawn[name] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * (2 / fan_in) ** 0.5
     return drawn
 
@@ -84,6 +85,8 @@ class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
     True
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = {tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.is_floating_point()}
@@ -91,6 +94,8 @@ class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not hasattr(func, "_schema"):  # torch.cond and its like
+            return func(*args, **kwargs)
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         if self._ours(named.get("running_var")) and not named.get("training", False):
             _follow(named["running_mean"], named["running_var"], named["input"])

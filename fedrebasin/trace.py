@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
-from fedrebasin.batches import mode_of, split_inputs
+from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.errors import TraceError
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk, identity
@@ -90,8 +90,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     if not isinstance(model, nn.Module):
         raise TraceError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     args, kwargs = split_inputs(example_inputs)
-    if hasattr(model, "_orig_mod"):
-        model = _Uncompiled(model)
+    model = unwrapped(model)
     try:
         program = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -116,17 +115,6 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         mutated=_mutated_buffers(model, args, kwargs),
         inputs=len(args),
     )
-
-
-class _Uncompiled(nn.Module):
-    """The model inside ``torch.compile``, under the same names."""
-
-    def __init__(self, compiled: Any) -> None:
-        super().__init__()
-        self._orig_mod = compiled._orig_mod
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
 
 
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
@@ -187,14 +175,24 @@ def _collection_paused() -> Iterator[None]:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back attributes that a forward pass sets: some releases of torch leave tensors without data in them."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Put back attributes, and what is in them, that a forward pass sets: tensors without data may be left in them."""
+    before = [
+        (
+            attributes,
+            dict(attributes),
+            [(held, held.copy()) for held in attributes.values() if isinstance(held, dict | list)],
+        )
+        for attributes in map(vars, model.modules())
+    ]
     try:
         yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for attributes, kept, containers in before:
+            attributes.clear()
+            attributes.update(kept)
+            for held, content in containers:
+                held.clear()
+                held.update(content) if isinstance(held, dict) else held.extend(content)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:

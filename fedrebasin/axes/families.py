@@ -25,15 +25,13 @@ def settle(tensors: Iterable[Sequence[Node]]) -> None:
         _spread_sums(axis)
     changed = True
     while changed:
-        seen: set[tuple[Node, ...]] = set()
+        clean: set[tuple[Node, ...]] = set()
         changed = False
         for axes in tensors:
-            key = tuple(axis.root for axis in axes)
-            if key not in seen and any(map(_has_family, key)):
-                while (dangling := _dangling([axis.root for axis in axes])) is not None:
-                    collapse(dangling)
-                    changed = True
-            seen.add(key)
+            while (dangling := _dangling(axes, clean)) is not None:
+                collapse(dangling)
+                clean.clear()
+                changed = True
         changed = changed or _fix_outer_axes({axis.root for axes in tensors for axis in axes})
 
 
@@ -46,32 +44,39 @@ def _spread_sums(node: Node) -> None:
         _spread_sums(child)
 
 
-def _dangling(axes: Sequence[Node]) -> Node | None:
-    """A family whose outer axis this tensor lacks, or has twice, so that it cannot tell which index chooses."""
-    for dim, axis in enumerate(axes):
+def _dangling(axes: Sequence[Node], clean: set[tuple[Node, ...]]) -> Node | None:
+    """A family whose outer axis this tensor lacks, or has twice, so that it cannot tell which index chooses.
+
+    Tensors that have none are added to ``clean``, and passed over there.
+    """
+    key = tuple(axis.root for axis in axes)
+    if key in clean:
+        return None
+    for dim, axis in enumerate(key):
         if _has_family(axis):
-            others = [top for other in (*axes[:dim], *axes[dim + 1 :]) for top in flatten(other, Kind.PRODUCT)]
-            found = _search(axis.root, {top for top, count in Counter(others).items() if count == 1}, axes)
+            others = [top for other in (*key[:dim], *key[dim + 1 :]) for top in flatten(other, Kind.PRODUCT)]
+            found = _search(axis, {top for top, count in Counter(others).items() if count == 1}, key, clean)
             if found is not None:
                 return found
+    clean.add(key)
     return None
 
 
-def _search(node: Node, visible: set[Node], axes: Sequence[Node]) -> Node | None:
+def _search(node: Node, visible: set[Node], axes: Sequence[Node], clean: set[tuple[Node, ...]]) -> Node | None:
     if node.kind is Kind.FAMILY and node.over is not None:
         outer = node.over.root
         if outer not in visible:
             return node
         if any(map(_has_family, node.children)):
             for index in range(outer.size):
-                found = _dangling([at_index(axis, outer, index) for axis in axes])
+                found = _dangling([at_index(axis, outer, index) for axis in axes], clean)
                 if found is not None:
                     return found
         return None
     children = flatten(node, node.kind) if node.children else []
     for child in children:
         beside = {other for other in children if other is not child} if node.kind is Kind.PRODUCT else set()
-        found = _search(child, visible | beside, axes)
+        found = _search(child, visible | beside, axes, clean)
         if found is not None:
             return found
     return None
