@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrebasin.batches import mode_of, split_inputs, tensors, unwrapped
-from fedrebasin.errors import InvalidSpecError
+from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.perms import Perms, random_perms
 from fedrebasin.permute import permute
 from fedrebasin.redraw import Calibration, redraw, redraw_inputs
@@ -57,9 +57,12 @@ class Proof:
                     self.run(self.state, write=True)
                 self.outputs = self.run(self.state)
                 break
-            except RuntimeError:  # a forward with hard-coded float32 tensors does not run in float64
+            except Exception as error:  # a forward with hard-coded float32 tensors does not run in float64
                 if dtype is torch.float32:
-                    raise
+                    raise InvalidSpecError(
+                        "model: expected to run on random weights and on inputs like example_inputs; got "
+                        f"{first_line(error)}, so the spec cannot be proved; check that model(*example_inputs) runs"
+                    ) from error
         if not self.outputs or not all(bool(output.isfinite().all()) for output in self.outputs):
             raise InvalidSpecError(
                 "model: expected finite floating outputs on random weights; got "

@@ -25,7 +25,7 @@ from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
 from fedrebasin.batches import mode_of, split_inputs, unwrapped
-from fedrebasin.errors import TraceError
+from fedrebasin.errors import TraceError, first_line
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk, identity
 
@@ -96,7 +96,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
         raise TraceError(
             f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
-            f"({_first_line(error)}); check that model(*example_inputs) runs and that no branch "
+            f"({first_line(error)}); check that model(*example_inputs) runs and that no branch "
             "depends on the data, or hand over a spec written for this model"
         ) from error
     state = model.state_dict(keep_vars=True)
@@ -105,7 +105,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         try:
             training = _export(model, args, kwargs, training=True)
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
-            failure = _first_line(error)
+            failure = first_line(error)
     return Exported(
         program=program,
         training=training,
@@ -204,10 +204,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
             return torch.export.export(model, args, kwargs, strict=False)
     finally:
         logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> bool:

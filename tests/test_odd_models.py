@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fedrebasin import InvalidSpecError, TraceError, check_spec, trace
 from fedrebasin.layout import Fixed
+from fedrebasin.proof import Proof
 
 
 class Net(nn.Module):
@@ -127,3 +128,19 @@ def test_what_a_first_call_keeps_in_the_model_is_put_back() -> None:
     net = Keeps()
     trace(net, X)
     assert (net.cache, net.seen, net.ready, len(net.first._forward_hooks)) == ({}, [], False, 0)
+
+
+def test_a_proof_with_inputs_that_the_model_does_not_take_is_refused_with_what_came() -> None:
+    net = Net()
+    with pytest.raises(InvalidSpecError, match=r"got RuntimeError: mat1 and mat2 .*check that model"):
+        check_spec(net, trace(net, X), (torch.zeros(3, 5),))
+
+
+def test_what_was_drawn_before_does_not_matter() -> None:
+    net = Net(lambda h: h + torch.randn_like(h))
+    spec = trace(net, X)
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs += Proof(net, spec, X, seed=0).outputs
+    assert torch.equal(*outputs)
