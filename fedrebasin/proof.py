@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -93,13 +94,13 @@ class Proof:
         return self.change_to(permute(self.spec, perms, self.state))
 
     def change_to(self, state: dict[str, Tensor]) -> float:
-        """The largest relative change of any output on the weights ``state``."""
+        """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
             for new, old in zip(self.run(state), self.outputs, strict=True)
             if old.numel()
         ]
-        return max(changes, default=0.0)
+        return max((math.inf if math.isnan(change) else change for change in changes), default=0.0)
 
     def widen_tolerance(self) -> float:
         """Allow for float32 steps in a float64 run (norms that cast), and for deep networks that magnify rounding."""

@@ -86,6 +86,13 @@ def test_a_perm_too_many_is_refused_by_name() -> None:
         check_spec(net, replace(spec, axes={**spec.axes, "7.weight": layouts}), inputs)
 
 
+def test_an_output_that_becomes_nan_counts_as_changed_without_bound() -> None:
+    net, inputs = networks.mlp()
+    proof = Proof(net, trace(net, inputs), inputs, seed=0)
+    broken = {name: tensor * torch.nan if name == "3.bias" else tensor for name, tensor in proof.state.items()}
+    assert proof.change_to(broken) == float("inf")
+
+
 def test_a_spec_of_another_architecture_is_refused() -> None:
     net, inputs = networks.mlp()
     other, other_inputs = networks.NETWORKS["conv"]()
