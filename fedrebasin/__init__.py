@@ -25,7 +25,8 @@ from fedrebasin.matching import (
 from fedrebasin.merge import align, interpolate, merge, merge_modules
 from fedrebasin.perms import compose, identity_perms, invert, moved_fraction, random_perms
 from fedrebasin.permute import permute
-from fedrebasin.spec import Axis, PermutationSpec
+from fedrebasin.spec import PermutationSpec
+from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -129,7 +130,7 @@ def count_inputs(model: nn.Module) -> int:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """All floating tensors in a model's output, in order: the output may be a tensor, a tuple or a dict.
+    """All floating tensors in a model's output, in order: a tensor, or a tuple, dict or dataclass of outputs.
 
     >>> import torch
     >>> len(tensors({"logits": torch.zeros(2), "hidden": (torch.zeros(3), None)}))
@@ -141,4 +142,32 @@ def tensors(output: Any) -> list[Tensor]:
         return [tensor for value in output.values() for tensor in tensors(value)]
     if isinstance(output, tuple | list):
         return [tensor for value in output for tensor in tensors(value)]
+    if dataclasses.is_dataclass(output):
+        return [tensor for part in dataclasses.fields(output) for tensor in tensors(getattr(output, part.name))]
     return []
+
+
+class _Inside(nn.Module):
+    """The model inside a wrapper, under the same names."""
+
+    def __init__(self, wrapper: nn.Module, name: str) -> None:
+        super().__init__()
+        self.inner_name = name
+        self.add_module(name, getattr(wrapper, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.inner_name)(*args, **kwargs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model that computes what ``torch.compile`` or a data-parallel wrapper around it computes, without the wrapper.
+
+    >>> wrapped = nn.DataParallel(nn.Linear(2, 2))
+    >>> list(unwrapped(wrapped).state_dict()) == list(wrapped.state_dict())
+    True
+    """
+    if hasattr(model, "_orig_mod"):
+        return _Inside(model, "_orig_mod")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _Inside(model, "module")
+    return model

@@ -29,3 +29,12 @@ class CalibrationError(RebasinError):
 
 class UsageError(RebasinError):
     """A command or option that the user can mend; the command line prints it and exits with status 2."""
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, to be quoted in another one.
+
+    >>> first_line(KeyError("a"))
+    "KeyError: 'a'"
+    """
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from fedrebasin.errors import RebasinError, SpecMismatchError
-from fedrebasin.layout import Fixed, Free, Layout, fix_leaf, has_leaf, leaves, map_leaves, outer_names, rename_leaf
+from fedrebasin.layout import Fixed, Free, Layout
+from fedrebasin.layout_edit import fix_leaf, map_leaves, rename_leaf
 from fedrebasin.layout_text import from_json, to_json
 from fedrebasin.spec_text import as_text
+from fedrebasin.ties import Axis, all_leaves, check_axes, log10_order, perm_shapes, tied_axes
 
 _FORMAT = "fedrebasin-spec-1"
-
-
-class Axis(NamedTuple):
-    """One axis of one tensor of the state dict."""
-
-    name: str
-    dim: int
 
 
 @dataclass(frozen=True)
@@ -80,35 +74,22 @@ class PermutationSpec:
     @cached_property
     def perm_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every permutation: ``(n,)``, or ``(outer, n)`` for a family."""
-        sizes = {leaf.perm if isinstance(leaf, Free) else leaf.name: leaf.size for leaf in self._leaves()}
-        return {
-            leaf.perm: (sizes[leaf.over], leaf.size) if leaf.over else (leaf.size,)
-            for leaf in self._leaves()
-            if isinstance(leaf, Free)
-        }
+        return perm_shapes(self.axes)
 
     @cached_property
     def over(self) -> dict[str, str]:
         """For every family, the leaf whose index chooses its permutation."""
-        return {leaf.perm: leaf.over for leaf in self._leaves() if isinstance(leaf, Free) and leaf.over}
+        return {leaf.perm: leaf.over for leaf in all_leaves(self.axes) if isinstance(leaf, Free) and leaf.over}
 
     @cached_property
     def tied(self) -> dict[str, tuple[Axis, ...]]:
         """For every permutation, the axes that it moves."""
-        found: dict[str, list[Axis]] = {name: [] for name in self.perm_shapes}
-        for name, layouts in self.axes.items():
-            for dim, layout in enumerate(layouts):
-                for perm in dict.fromkeys(leaf.perm for leaf in leaves(layout) if isinstance(leaf, Free)):
-                    found[perm].append(Axis(name, dim))
-        return {perm: tuple(axes) for perm, axes in found.items()}
+        return tied_axes(self.axes)
 
     @cached_property
     def log10_order(self) -> float:
         """log10 of the number of permutations that keep the network's function."""
-        return sum(
-            (shape[0] if len(shape) == 2 else 1) * math.lgamma(shape[-1] + 1) / math.log(10)
-            for shape in self.perm_shapes.values()
-        )
+        return log10_order(self.axes)
 
     @cached_property
     def derived(self) -> dict[str, object]:
@@ -232,7 +213,7 @@ class PermutationSpec:
             inputs=int(data.get("inputs", 1)),
             training=bool(data.get("training", False)),
         )
-        spec._check_families()
+        check_axes(spec.axes)
         return replace(spec, checked=data.get("checked") == spec._digest())
 
     def _digest(self) -> str:
@@ -240,19 +221,5 @@ class PermutationSpec:
         text = json.dumps([axes, list(self.buffers)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _check_families(self) -> None:
-        sizes: dict[str, int] = {}
-        for leaf in self._leaves():
-            name = leaf.perm if isinstance(leaf, Free) else leaf.name
-            if name and sizes.setdefault(name, leaf.size) != leaf.size:
-                raise RebasinError(f"spec: {name!r} has {sizes[name]} units on one axis and {leaf.size} on another")
-        for name, layouts in self.axes.items():
-            for over in set[str]().union(*(outer_names(layout) for layout in layouts)):
-                if not any(has_leaf(layout, over) for layout in layouts):
-                    raise RebasinError(f"spec: {name!r} depends on {over!r}, which no axis of that tensor has")
-
-    def _leaves(self) -> list[Free | Fixed]:
-        return [leaf for layouts in self.axes.values() for layout in layouts for leaf in leaves(layout)]
-
     def __str__(self) -> str:
-        return as_text(self)
+        return as_text(self.axes, notes=self.notes, checked=self.checked)

@@ -9,6 +9,7 @@ network's function. Parameters that only training uses (auxiliary heads) are tie
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from torch.export import ExportedProgram
 from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
-from fedrebasin.batches import mode_of, split_inputs
-from fedrebasin.errors import TraceError
+from fedrebasin.batches import mode_of, split_inputs, unwrapped
+from fedrebasin.errors import TraceError, first_line
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk, identity
 
@@ -89,14 +90,13 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     if not isinstance(model, nn.Module):
         raise TraceError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     args, kwargs = split_inputs(example_inputs)
-    if hasattr(model, "_orig_mod"):
-        model = _Uncompiled(model)
+    model = unwrapped(model)
     try:
         program = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
         raise TraceError(
             f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
-            f"({_first_line(error)}); check that model(*example_inputs) runs and that no branch "
+            f"({first_line(error)}); check that model(*example_inputs) runs and that no branch "
             "depends on the data, or hand over a spec written for this model"
         ) from error
     state = model.state_dict(keep_vars=True)
@@ -105,7 +105,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         try:
             training = _export(model, args, kwargs, training=True)
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
-            failure = _first_line(error)
+            failure = first_line(error)
     return Exported(
         program=program,
         training=training,
@@ -117,19 +117,13 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     )
 
 
-class _Uncompiled(nn.Module):
-    """The model inside ``torch.compile``, under the same names."""
-
-    def __init__(self, compiled: Any) -> None:
-        super().__init__()
-        self._orig_mod = compiled._orig_mod
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
-
-
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     """Walk the graphs and turn the tied axes into a spec; parameters and raised errors as for :func:`trace`."""
+    with _collection_paused():
+        return _spec_of(exported, strict=strict)
+
+
+def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     walk = Walk(exported.state, strict=strict)
     walk.program(exported.program)
     if exported.training is not None:
@@ -168,15 +162,37 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back attributes that a forward pass sets: some releases of torch leave tensors without data in them."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+def _collection_paused() -> Iterator[None]:
+    """Without garbage collection: one pass over all that torch and an export hold takes longer than the whole walk."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back attributes, and what is in them, that a forward pass sets: tensors without data may be left in them."""
+    before = [
+        (
+            attributes,
+            dict(attributes),
+            [(held, held.copy()) for held in attributes.values() if isinstance(held, dict | list)],
+        )
+        for attributes in map(vars, model.modules())
+    ]
+    try:
+        yield
+    finally:
+        for attributes, kept, containers in before:
+            attributes.clear()
+            attributes.update(kept)
+            for held, content in containers:
+                held.clear()
+                held.update(content) if isinstance(held, dict) else held.extend(content)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:
@@ -188,10 +204,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
             return torch.export.export(model, args, kwargs, strict=False)
     finally:
         logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> bool:

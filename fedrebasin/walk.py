@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf
 from fedrebasin.decompose import decompose
-from fedrebasin.errors import UnsupportedOpError
+from fedrebasin.errors import TraceError, UnsupportedOpError
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
 
@@ -100,7 +101,13 @@ class Walk:
         if name in _WRAPPERS:
             index = next(i for i, item in enumerate(args) if isinstance(item, torch.fx.GraphModule))
             return self._graph(args[index].graph, _bound(args[index].graph, args[index + 1 :]), op, where)
-        shapes = [tuple(int(size) for size in tensor.shape) for tensor in _tensors(node.meta.get("val"))]
+        try:
+            shapes = [tuple(int(size) for size in tensor.shape) for tensor in _tensors(node.meta.get("val"))]
+        except GuardOnDataDependentSymNode as error:
+            raise TraceError(
+                f"model: {op or name} in {where or 'the model'} returns a tensor whose size depends on the data; let "
+                "forward keep sizes (multiply by the mask, say), or hand over a spec written for this model"
+            ) from error
         if not shapes:
             return None  # an assertion, or a number
         self.traced.output_shapes = shapes
@@ -149,10 +156,10 @@ def values_in(argument: Any) -> list[Value]:
     """All tensors of an argument, however nested, in order."""
     if isinstance(argument, Value):
         return [argument]
-    if isinstance(argument, Mapping):
-        return values_in(list(argument.values()))
     if isinstance(argument, tuple | list):
         return [value for item in argument for value in values_in(item)]
+    if isinstance(argument, Mapping):
+        return values_in(list(argument.values()))
     return []
 
 

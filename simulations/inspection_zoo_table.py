@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from fedrebasin.simulations.inspection_tables import print_table
-from fedrebasin.simulations.inspection_zoo import Row, unusual
+from fedrebasin.simulations.inspection_zoo import unusual
+from fedrebasin.simulations.inspection_zoo_row import Row
 from fedrebasin.simulations.report import Table
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedrebasin import InvalidSpecError, PermutationSpec, SpecMismatchError, check_spec, trace
-from fedrebasin.check import _Proof
 from fedrebasin.layout import Fixed, Free, Layout, leaves
+from fedrebasin.proof import Proof
 
 
 @pytest.fixture(scope="module", params=list(networks.NETWORKS))
@@ -39,7 +39,7 @@ def test_swapping_two_units_of_any_axis_of_any_tensor_is_detected(
     case: tuple[nn.Module, PermutationSpec, Any],
 ) -> None:
     net, spec, inputs = case
-    proof = _Proof(net, spec, inputs, seed=0)
+    proof = Proof(net, spec, inputs, seed=0)
     for name, tensor in proof.state.items():
         used = name in spec.uses or any(proof.state[other] is tensor for other in spec.uses)
         for dim, size in enumerate(tensor.shape):
@@ -84,6 +84,13 @@ def test_a_perm_too_many_is_refused_by_name() -> None:
     layouts: tuple[Layout, ...] = (Free("extra", 3), spec.axes["7.weight"][1])
     with pytest.raises(InvalidSpecError, match=r"'extra' alone changes .* wrongly ties '7.weight' dim 0"):
         check_spec(net, replace(spec, axes={**spec.axes, "7.weight": layouts}), inputs)
+
+
+def test_an_output_that_becomes_nan_counts_as_changed_without_bound() -> None:
+    net, inputs = networks.mlp()
+    proof = Proof(net, trace(net, inputs), inputs, seed=0)
+    broken = {name: tensor * torch.nan if name == "3.bias" else tensor for name, tensor in proof.state.items()}
+    assert proof.change_to(broken) == float("inf")
 
 
 def test_a_spec_of_another_architecture_is_refused() -> None:

@@ -1,115 +1,27 @@
-"""fedrebasin inspect: the table, the page, the saved spec, and the zoo."""
+"""fedrebasin inspect: what it understands, what it shows, and the saved spec."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import networks
 import pytest
 import torch
+from inspected import run
 from torch import nn
 
 from fedrebasin import PermutationSpec, trace
-from fedrebasin.errors import UsageError
 from fedrebasin.layout import Fixed
-from fedrebasin.simulations import cli, inspection, inspection_zoo
+from fedrebasin.simulations import inspection
 from fedrebasin.simulations.inspection_inputs import build, example_inputs, load_factory, parse_input, parse_inputs
-from fedrebasin.simulations.inspection_picture import layers, lines
-from fedrebasin.simulations.results import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
-
-USER_CODE = '''
-import torch
-from torch import nn
-
-
-class Mlp(nn.Module):
-    def __init__(self, width=6):
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 2)
-
-    def forward(self, x):
-        return self.last(torch.relu(self.norm(self.first(x))))
-
-
-class Tokens(nn.Module):
-    """An embedding, a mask by keyword, a dict of outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.place = nn.Embedding(11, 8), nn.Parameter(torch.randn(5, 8))
-        self.hidden, self.out = nn.Linear(8, 16), nn.Linear(16, 3)
-
-    def forward(self, tokens, mask=None):
-        found = self.table(tokens) + self.place
-        found = found if mask is None else found * mask.unsqueeze(-1)
-        return {"logits": self.out(torch.relu(self.hidden(found)))}
-
-
-class Fourier(Mlp):
-    """An op that no rule covers."""
-
-    def forward(self, x):
-        return self.last(self.norm(torch.fft.fft(self.first(x)).real))
-
-
-class Branching(Mlp):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
-
-
-class Plain(Mlp):
-    """A tensor that is no buffer keeps the model off the meta device."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.ones(4, device="cpu")
-
-    def forward(self, x):
-        return super().forward(x * self.scale)
-
-
-def pretrained(weights="DEFAULT", pretrained=True):
-    assert weights is None and pretrained is False, "a download"
-    return Mlp()
-
-
-def broken():
-    raise RuntimeError("no such width")
-
-
-def text():
-    return "a text"
-
-
-built, number = Mlp(), 3
-'''
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "inspected_nets.py").write_text(USER_CODE)
-    (folder / "inspected_broken.py").write_text("import inspected_lost")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home)
-
-
-def run(line: str) -> int:
-    return cli.run(["inspect", *line.split()])
+pytestmark = pytest.mark.usefixtures("at_home")
 
 
 def test_the_terminal_shows_perms_what_is_fixed_and_the_proof(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,83 +155,6 @@ def test_without_a_check_the_meta_device_gives_the_same_spec_unproved(
         assert proved.axes == unproved.axes
 
 
-class Page(HTMLParser):
-    """Text and links of a page whose tags must be closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.texts: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.links += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def test_the_page_is_whole_names_every_perm_and_loads_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
-    line = f"inspected_nets:Tokens --input 2x5:int64 --html {path} --save {tmp_path}/spec.json"
-    assert run(line) == 0
-    spec = PermutationSpec.load(tmp_path / "spec.json")
-    text = path.read_text(encoding="utf-8")
-    page = Page()
-    page.feed(text.replace("<wbr>", ""))  # where a name may break
-    assert page.open == [] and "script" not in page.tags
-    assert all(link.startswith(("data:", "#")) for link in page.links)
-    assert not re.search(r"https?://|url\(|@import", text)
-    assert set(spec.perm_shapes) <= set(page.texts) and len(spec.perm_shapes) > 1
-    for perm in spec.perm_shapes:  # in the picture too
-        assert any(title.startswith(f"{perm}: ") for title in page.texts)
-    for reason in ("table", "output"):
-        assert reason in page.texts
-    assert text.count('<g class="line c') == len(spec.perm_shapes)
-    assert "passed on random weights" in text and "2x5:int64" in text
-
-
-def test_names_are_escaped_in_the_page(tmp_path: Path) -> None:
-    strange = nn.ModuleDict({"a<b>&": nn.Linear(4, 3), "c": nn.Linear(3, 2)})
-    strange.forward = lambda x: strange["c"](strange["a<b>&"](x))  # type: ignore[assignment]
-    sys.modules["inspected_strange"] = strange_module = type(sys)("inspected_strange")
-    strange_module.net = strange  # type: ignore[attr-defined]
-    assert run(f"inspected_strange:net --input 3x4 --html {tmp_path}/page.html") == 0
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "a&lt;b&gt;&amp;" in text and "a<b>&" not in text
-
-
-def test_lines_that_meet_in_a_row_never_share_a_lane() -> None:
-    net = networks.DenseBlock()
-    spec = trace(net, networks.IMAGE)
-    rows = layers(spec)
-    drawn = lines(spec, rows)
-    assert {line.perm for line in drawn} == set(spec.perm_shapes)
-    for line in drawn:
-        touched = {rows[row].name for row in line.dots}
-        assert touched == {axis.name.rpartition(".")[0] for axis in spec.tied[line.perm]}
-        others = [other for other in drawn if other is not line and other.lane == line.lane]
-        assert all(other.last < line.first or line.last < other.first for other in others)
-
-
-def test_a_long_chain_needs_few_lanes() -> None:
-    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(120)))
-    spec = trace(net, (torch.zeros(2, 3),))
-    drawn = lines(spec, layers(spec))
-    assert len(drawn) == 119 and {line.lane for line in drawn} == {0, 1}
-    assert [line.dots for line in drawn[:2]] == [{0: "first", 1: "later"}, {1: "first", 2: "later"}]
-
-
 def test_integers_stay_below_the_smallest_table_and_floats_follow_the_seed() -> None:
     model = nn.ModuleList([nn.Embedding(3, 2), nn.Embedding(7, 2)])
     (tokens,) = example_inputs(model, parse_inputs(["50x4:int64"]))
@@ -356,108 +191,3 @@ def test_inspect_needs_nothing_but_the_plain_installation(home: Path, tmp_path: 
     )
     assert done.returncode == 2
     assert done.stderr == 'fedrebasin: missing: torchvision; pip install "fedrebasin[simulation]"\n'
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run over two small models."""
-    folder = tmp_path_factory.mktemp("zoo")
-    assert run(f"--zoo --only shufflenet_v2_x0_5,squeezenet1_1 --output {folder}") == 0
-    return folder
-
-
-def test_the_zoo_holds_a_row_for_each_model(zoo: Path) -> None:
-    results = load_results(zoo / "results.json")
-    assert [row["model"] for row in results["rows"]] == ["squeezenet1_1", "shufflenet_v2_x0_5"]
-    for row, parameters in zip(results["rows"], (1235496, 1366792), strict=True):
-        assert row["parameters"] == parameters and row["free-share"] > 0.99
-        assert row["perms"] > 20 and row["log10-order"] > 4000
-        assert row["change"] < 1e-9 and row["proof"] == "passed" and row["error"] is None
-        assert row["export-seconds"] > row["trace-seconds"] > 0
-        assert {"input", "output"} <= set(row["fixed"]) and row["notes"] == []
-    assert {"python", "torch", "torchvision"} <= set(results["provenance"]["versions"])
-    assert results["provenance"]["seeds"] == [0] and results["provenance"]["seconds"] > 0
-    assert list(zoo.iterdir()) == [zoo / "results.json"]
-
-
-def test_a_second_run_goes_on_where_the_first_ended(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "results.json").write_bytes((zoo / "results.json").read_bytes())
-    code = load_results(zoo / "results.json")["rows"][0]["code"]
-    monkeypatch.setattr(inspection_zoo, "_code", lambda: code)
-    measured = []
-
-    def fake(name: str, seed: int) -> dict[str, Any]:
-        measured.append(name)
-        rows = load_results(tmp_path / "results.json")["rows"]
-        if name == "mnasnet0_5":  # whatever was finished is in the file by now
-            assert [row["model"] for row in rows][:2] == ["squeezenet1_1", "shufflenet_v2_x0_5"]
-            return {**dict.fromkeys(rows[0]), "model": name, "seconds": 1.0, "error": "exit status -9: no memory"}
-        return {**rows[0], "model": name}
-
-    monkeypatch.setattr(inspection_zoo, "_in_a_process", fake)
-    line = f"--zoo --only squeezenet1_1,mnasnet0_5,shufflenet_v2_x0_5,mnasnet0_75 --output {tmp_path}"
-    assert run(line) == 1  # a model that fails is a row, not an end
-    assert measured == ["mnasnet0_5", "mnasnet0_75"]
-    said = capsys.readouterr()
-    assert "squeezenet1_1: measured earlier, used again" in said.err
-    assert "mnasnet0_5: exit status -9: no memory" in said.out
-    assert "4 models, 3 traced, 3 proved" in said.out
-    measured.clear()
-    assert run(line) == 1
-    assert measured == ["mnasnet0_5"]  # what failed is tried again
-    assert run(f"--zoo --only squeezenet1_1 --output {tmp_path}") == 1
-    assert measured == ["mnasnet0_5"]  # and what was not asked for stays as it is
-    assert len(load_results(tmp_path / "results.json")["rows"]) == 4
-
-
-def test_rows_of_other_code_are_measured_again_and_never_lost(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "results.json"
-    old = load_results(zoo / "results.json")
-    for row in old["rows"]:
-        row["code"] = "older"
-    path.write_text(json.dumps(old))
-    before = path.read_bytes()
-    assert run(f"--zoo --only squeezenet1_1 --output {tmp_path}") == 2
-    assert "holds rows of other code" in capsys.readouterr().err
-    assert path.read_bytes() == before
-    measured = []
-    monkeypatch.setattr(
-        inspection_zoo, "_in_a_process", lambda name, seed: measured.append(name) or {**old["rows"][0], "model": name}
-    )
-    assert run(f"--zoo --only squeezenet1_1,shufflenet_v2_x0_5 --output {tmp_path}") == 0
-    assert measured == ["squeezenet1_1", "shufflenet_v2_x0_5"]
-
-
-def test_a_process_that_dies_is_a_row_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection_zoo.sys, "executable", "/bin/false")
-    row = inspection_zoo._in_a_process("resnet18", 0)
-    assert row["error"] == "exit status 1: nothing on stderr"
-    assert row["model"] == "resnet18" and row["perms"] is None
-
-
-def test_a_model_on_the_meta_device_says_that_it_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection_zoo, "ON_META", ("squeezenet1_1",))
-    row = inspection_zoo.measure("squeezenet1_1", 0)
-    assert row["device"] == "meta" and row["input"] == "1x3x64x64"
-    assert row["proof"] == "skipped: no weights are held" and "change" not in row
-    assert row["log10-order"] > 5000
-
-
-def test_a_failed_proof_keeps_the_numbers_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **words: Any) -> None:
-        raise UsageError("no proof today")
-
-    monkeypatch.setattr(inspection_zoo, "proved", fail)
-    row = inspection_zoo.measure("squeezenet1_1", 0)
-    assert row["error"] == "UsageError: no proof today" and row["perms"] == 25
-
-
-def test_the_zoo_is_every_classifier_up_to_60_million_parameters_and_four_more() -> None:
-    names = inspection_zoo.zoo_models()
-    assert len(names) == len(set(names)) == 55
-    assert names[0] == "squeezenet1_1" and names[-4:] == ["vit_b_16", "vit_b_32", "vgg11", "vit_h_14"]
-    assert {"regnet_x_16gf", "swin_v2_s", "maxvit_t", "inception_v3"} <= set(names)

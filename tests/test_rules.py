@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin import Axis, PermutationSpec, check_spec, trace
-from fedrebasin.check import _Proof
 from fedrebasin.layout import Fixed
+from fedrebasin.proof import Proof
 
 Traced = tuple[nn.Module, PermutationSpec, Any, list[tuple[int, ...]]]
 
@@ -35,7 +35,7 @@ def test_permuting_hidden_units_leaves_outputs_unchanged(case: Traced) -> None:
 
 def test_swapping_two_units_of_any_permuted_axis_alone_changes_an_output(case: Traced) -> None:
     net, spec, inputs, _ = case
-    proof = _Proof(net, spec, inputs, seed=0)
+    proof = Proof(net, spec, inputs, seed=0)
     for axis in sorted({axis for axes in spec.tied.values() for axis in axes}):
         tensor = proof.state[axis.name]
         order = torch.arange(tensor.shape[axis.dim])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, spread
 from fedrebasin.axes.unify import collapse
@@ -24,15 +25,13 @@ def settle(tensors: Iterable[Sequence[Node]]) -> None:
         _spread_sums(axis)
     changed = True
     while changed:
-        seen: set[tuple[Node, ...]] = set()
+        clean: set[tuple[Node, ...]] = set()
         changed = False
         for axes in tensors:
-            key = tuple(axis.root for axis in axes)
-            if key not in seen and any(map(_has_family, key)):
-                while (dangling := _dangling([axis.root for axis in axes])) is not None:
-                    collapse(dangling)
-                    changed = True
-            seen.add(key)
+            while (dangling := _dangling(axes, clean)) is not None:
+                collapse(dangling)
+                clean.clear()
+                changed = True
         changed = changed or _fix_outer_axes({axis.root for axes in tensors for axis in axes})
 
 
@@ -45,32 +44,39 @@ def _spread_sums(node: Node) -> None:
         _spread_sums(child)
 
 
-def _dangling(axes: Sequence[Node]) -> Node | None:
-    """A family whose outer axis this tensor lacks, or has twice, so that it cannot tell which index chooses."""
-    tops = [flatten(axis, Kind.PRODUCT) for axis in axes]
-    for dim, axis in enumerate(axes):
-        others = Counter(top for other, top_ in enumerate(tops) if other != dim for top in top_)
-        found = _search(axis.root, {top for top, count in others.items() if count == 1}, axes)
-        if found is not None:
-            return found
+def _dangling(axes: Sequence[Node], clean: set[tuple[Node, ...]]) -> Node | None:
+    """A family whose outer axis this tensor lacks, or has twice, so that it cannot tell which index chooses.
+
+    Tensors that have none are added to ``clean``, and passed over there.
+    """
+    key = tuple(axis.root for axis in axes)
+    if key in clean:
+        return None
+    for dim, axis in enumerate(key):
+        if _has_family(axis):
+            others = [top for other in (*key[:dim], *key[dim + 1 :]) for top in flatten(other, Kind.PRODUCT)]
+            found = _search(axis, {top for top, count in Counter(others).items() if count == 1}, key, clean)
+            if found is not None:
+                return found
+    clean.add(key)
     return None
 
 
-def _search(node: Node, visible: set[Node], axes: Sequence[Node]) -> Node | None:
+def _search(node: Node, visible: set[Node], axes: Sequence[Node], clean: set[tuple[Node, ...]]) -> Node | None:
     if node.kind is Kind.FAMILY and node.over is not None:
         outer = node.over.root
         if outer not in visible:
             return node
         if any(map(_has_family, node.children)):
             for index in range(outer.size):
-                found = _dangling([at_index(axis, outer, index) for axis in axes])
+                found = _dangling([at_index(axis, outer, index) for axis in axes], clean)
                 if found is not None:
                     return found
         return None
     children = flatten(node, node.kind) if node.children else []
     for child in children:
         beside = {other for other in children if other is not child} if node.kind is Kind.PRODUCT else set()
-        found = _search(child, visible | beside, axes)
+        found = _search(child, visible | beside, axes, clean)
         if found is not None:
             return found
     return None
@@ -85,12 +91,14 @@ def _fix_outer_axes(axes: set[Node]) -> bool:
     """Fix the outer axes of families that cannot move with them; whether there were any."""
     uses: dict[Node, set[Context]] = {}
     doubtful: set[Node] = set()
+    fixed = cache(is_fixed)
+    seen: set[tuple[Node, Context]] = set()
     for axis in axes:
-        for node, context in _walk(axis, ()):
-            free = tuple((outer, index) for outer, index in context if not is_fixed(outer))
+        for node, context in _walk(axis, (), seen):
+            free = tuple((outer, index) for outer, index in context if not fixed(outer))
             if node.kind is Kind.LEAF:
                 uses.setdefault(node, set()).add(free)
-            elif node.over is not None and not is_fixed(node.over) and not is_fixed(node):
+            elif node.over is not None and not fixed(node.over.root) and not fixed(node):
                 outer, children = node.over.root, [child.root for child in node.children]
                 alike = len({(child.kind, bool(child.reason)) for child in children}) == 1
                 if outer.kind is not Kind.LEAF or children[0].kind is not Kind.LEAF or not alike:
@@ -104,25 +112,28 @@ def _fix_outer_axes(axes: set[Node]) -> bool:
     return bool(doubtful)
 
 
-def _walk(node: Node, context: Context) -> Iterator[tuple[Node, Context]]:
-    """Families and free leaves, with the indices of outer axes at which they hold."""
+def _walk(node: Node, context: Context, seen: set[tuple[Node, Context]]) -> Iterator[tuple[Node, Context]]:
+    """Families and free leaves, with the indices of outer axes at which they hold; what was seen is passed over."""
     node = node.root
+    if (node, context) in seen:
+        return
+    seen.add((node, context))
     if node.free_leaf or node.kind is Kind.FAMILY:
         yield node, context
     for index, child in enumerate(node.children):
         inside = (*context, (node.over.root, index)) if node.over is not None else context
-        yield from _walk(child, inside)
+        yield from _walk(child, inside, seen)
 
 
 def _fix_repeated_factors(axes: Iterable[Node]) -> None:
     """Fix what is in more than one factor of an axis: a permutation would act twice, an outer index is two indices."""
-    nodes = {below for axis in axes for below in _all_below(axis.root)}
+    nodes = _all_below(axes)
     repeated: set[Node] = set()
     for node in nodes:
         if node.kind is Kind.PRODUCT:
             seen: set[Node] = set()
             for factor in node.children:
-                inside = set(_all_below(factor.root))
+                inside = _all_below([factor])
                 repeated |= seen & inside
                 seen |= inside
     for node in nodes:
@@ -132,7 +143,13 @@ def _fix_repeated_factors(axes: Iterable[Node]) -> None:
             fix(node, "over an axis that is twice in one axis")
 
 
-def _all_below(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _all_below(child.root)
+def _all_below(axes: Iterable[Node]) -> set[Node]:
+    """The axes and all that is below them."""
+    found: set[Node] = set()
+    waiting = [axis.root for axis in axes]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [child.root for child in node.children]
+    return found

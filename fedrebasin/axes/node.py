@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from typing import ClassVar
 
 
 class Kind(Enum):
@@ -33,7 +34,10 @@ class Kind(Enum):
 class Node:
     """One axis, or a part, factor or child of one. Use the functions below; fields change as axes are tied."""
 
-    __slots__ = ("children", "kind", "over", "parent", "reason", "size")
+    __slots__ = ("children", "kind", "normal_at", "over", "parent", "reason", "size")
+
+    #: Another object after every change of any node: a family in normal form stays so for as long as this lasts.
+    moment: ClassVar[object] = object()
 
     def __init__(
         self,
@@ -50,6 +54,17 @@ class Node:
         self.children = list(children)
         self.over = over  # of a family
         self.parent: Node | None = None
+        self.normal_at: object = None
+
+    def become(self, kind: Kind, children: Sequence[Node], over: Node | None = None) -> None:
+        """Be another tree from now on."""
+        self.kind, self.children, self.over = kind, list(children), over
+        Node.moment = object()
+
+    def join(self, other: Node) -> None:
+        """Let ``other`` stand for this node from now on."""
+        self.parent = other
+        Node.moment = object()
 
     @property
     def root(self) -> Node:
@@ -59,7 +74,7 @@ class Node:
             if node.parent.parent is not None:
                 node.parent = node.parent.parent
             node = node.parent
-        return _normal_form(node) if node.kind is Kind.FAMILY else node
+        return _normal_form(node) if node.kind is Kind.FAMILY and node.normal_at is not Node.moment else node
 
     @property
     def free_leaf(self) -> bool:
@@ -105,8 +120,7 @@ def depend(node: Node, outer: Sequence[Node]) -> None:
     """Give a free leaf a permutation of its own for each index of the axes ``outer``."""
     node, over = node.root, product(outer)
     if node.free_leaf and over.size > 1 and not mentions(over, node):
-        node.kind, node.over = Kind.FAMILY, over
-        node.children = [leaf(node.size) for _ in range(over.size)]
+        node.become(Kind.FAMILY, [leaf(node.size) for _ in range(over.size)], over)
 
 
 def mentions(node: Node, sought: Node) -> bool:
@@ -199,29 +213,28 @@ def spread(node: Node, kind: Kind) -> bool:
     if any([piece.size for piece in other] != sizes for other in pieces):
         return False
     over = node.over
-    node.kind, node.over = kind, None
-    node.children = [family(over, [other[i] for other in pieces]) for i in range(len(sizes))]
+    node.become(kind, [family(over, [other[i] for other in pieces]) for i in range(len(sizes))])
     return True
 
 
 def _normal_form(node: Node) -> Node:
     """A family over a leaf or a sum, whose children are not all products of the same sizes."""
     assert node.over is not None
-    over = node.over.root
+    moment, over = Node.moment, node.over.root
     if over.size == 1:
-        node.parent = node.children[0].root
-        return node.parent.root
-    if over.kind is Kind.PRODUCT:
+        node.join(node.children[0].root)
+    elif over.kind is Kind.PRODUCT:
         first, others = over.children[0].root, over.children[1:]
         step = over.size // first.size
         inner = [product([at_index(other, first, index) for other in others]) for index in range(first.size)]
-        node.over = first
-        node.children = [family(each, node.children[i * step : (i + 1) * step]) for i, each in enumerate(inner)]
+        rows = [family(each, node.children[i * step : (i + 1) * step]) for i, each in enumerate(inner)]
+        node.become(Kind.FAMILY, rows, first)
     elif over.kind is Kind.FAMILY and over.over is not None:
-        node.over = over.over
-        node.children = [family(each, node.children) for each in over.children]
+        node.become(Kind.FAMILY, [family(each, node.children) for each in over.children], over.over)
     elif all(child.root is node.children[0].root for child in node.children):
-        node.parent = node.children[0].root
+        node.join(node.children[0].root)
     elif not spread(node, Kind.PRODUCT):
+        if moment is Node.moment:  # else the children were still changing
+            node.normal_at = moment
         return node
     return node.root

@@ -55,7 +55,7 @@ def split_in_two(node: Node, outer_size: int) -> tuple[Node, Node] | None:
     if node.kind is Kind.LEAF:
         outer = leaf(outer_size)
         inner = family(outer, [leaf(inner_size) for _ in range(outer_size)])
-        node.kind, node.children = Kind.PRODUCT, [outer, inner]
+        node.become(Kind.PRODUCT, [outer, inner])
         return outer, inner
     if node.kind is Kind.SUM:
         parts = cut(node, [inner_size] * outer_size)
@@ -96,7 +96,7 @@ def _cut_in_two(node: Node, size: int) -> list[Node] | None:
     if node.kind is Kind.LEAF:
         halves = [leaf(size, node.reason), leaf(rest, node.reason)]
         if not node.reason:
-            node.kind, node.children = Kind.SUM, halves
+            node.become(Kind.SUM, halves)
         return halves
     if node.kind is Kind.FAMILY and node.over is not None:
         found = _all_or_none([cut(child, [size, rest]) for child in node.children])

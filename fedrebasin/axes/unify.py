@@ -28,7 +28,7 @@ def unify(a: Node, b: Node) -> None:
         fix(b, "two layouts that do not fit")
     a, b = a.root, b.root
     if a is not b and not (mentions(a, b) or mentions(b, a)):
-        a.parent = b
+        a.join(b)
 
 
 def collapse(node: Node) -> None:
@@ -39,7 +39,7 @@ def collapse(node: Node) -> None:
         for other in others:
             unify(first, other)
         if node.root is not first.root:
-            node.root.parent = first.root
+            node.root.join(first.root)
 
 
 def _bind(end: Node, other: Node) -> None:
@@ -50,7 +50,7 @@ def _bind(end: Node, other: Node) -> None:
         fix(other, "an axis that depends on itself")
         fix(end, "an axis that depends on itself")
         return
-    end.parent = other
+    end.join(other)
 
 
 def _unify_families(a: Node, b: Node) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -89,7 +90,9 @@ def rule(*names: str) -> Callable[[_R], _R]:
 
 
 def op_name(node: torch.fx.Node) -> str:
-    """``aten.relu_.default`` is ``relu``; ops of other libraries keep their namespace."""
+    """``aten.relu_.default`` is ``relu``; ops of other libraries, and plain functions, keep their namespace."""
+    if isinstance(node.target, FunctionType | BuiltinFunctionType):
+        return f"{node.target.__module__}.{node.target.__name__}"
     name = re.sub(r"\.[A-Za-z0-9_]+$", "", str(node.target)) if "." in str(node.target) else str(node.target)
     base = name.removeprefix("aten.")
     return base.rstrip("_") if name.startswith("aten.") and not base.startswith("__") else name

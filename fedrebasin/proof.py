@@ -1,0 +1,160 @@
+"""A copy of a model on random weights, and what permutations change in its outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedrebasin.batches import mode_of, split_inputs, tensors, unwrapped
+from fedrebasin.errors import InvalidSpecError, first_line
+from fedrebasin.perms import Perms, random_perms
+from fedrebasin.permute import permute
+from fedrebasin.redraw import Calibration, redraw, redraw_inputs
+from fedrebasin.spec import PermutationSpec
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class Proof:
+    """A copy of the model with random weights and inputs on which its units are alive, and its outputs.
+
+    In float64; in float32 where the forward pass has tensors of that type in its code.
+
+    Examples
+    --------
+    >>> from fedrebasin import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> proof = Proof(net, trace(net, (torch.zeros(3, 4),)), (torch.zeros(3, 4),), seed=0)
+    >>> proof.change({"0": torch.arange(8).roll(1)}) < proof.tolerance
+    True
+    >>> proof.change_to({**proof.state, "0.bias": proof.state["0.bias"].flip(0)}) < proof.tolerance
+    False
+    """
+
+    def __init__(self, model: nn.Module, spec: PermutationSpec, example_inputs: Any, seed: int) -> None:
+        self.spec = spec
+        self.generator = torch.Generator().manual_seed(seed)
+        args, kwargs = split_inputs(example_inputs)
+        model = unwrapped(model)
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            raise InvalidSpecError(
+                "model: expected weights on a device with memory; got the meta device, where nothing can be computed; "
+                "build the model on the CPU for the proof"
+            )
+        for dtype in (torch.float64, torch.float32):
+            self.model = _copy(model).cpu()
+            self.model = self.model.double() if dtype is torch.float64 else self.model.float()
+            self.state = redraw(self.model.state_dict(), spec.parameters, self.generator)
+            self.args, self.kwargs = redraw_inputs((args, kwargs), dtype, self.generator)
+            self.tolerance = _TOLERANCE[dtype]
+            try:
+                with Calibration(self.state):
+                    self.run(self.state, write=True)
+                self.outputs = self.run(self.state)
+                break
+            except Exception as error:  # a forward with hard-coded float32 tensors does not run in float64
+                if dtype is torch.float32:
+                    raise InvalidSpecError(
+                        "model: expected to run on random weights and on inputs like example_inputs; got "
+                        f"{first_line(error)}, so the spec cannot be proved; check that model(*example_inputs) runs"
+                    ) from error
+        if not self.outputs or not all(bool(output.isfinite().all()) for output in self.outputs):
+            raise InvalidSpecError(
+                "model: expected finite floating outputs on random weights; got "
+                f"{'none' if not self.outputs else 'a NaN or an infinity'}, so the spec cannot be proved; let forward "
+                "return what comes before (logits, say)"
+            )
+
+    @torch.no_grad()
+    def run(self, state: dict[str, Tensor], *, write: bool = False) -> list[Tensor]:
+        """The outputs in evaluation mode; where training uses more tensors, in training, too; dropout drops nothing.
+
+        Running statistics that training writes go to copies, or with ``write`` into ``state``.
+        """
+        with _NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]
+            outputs = self._call(dict(state), training=False)  # functional_call writes into the dict that it is given
+            if self.spec.training:
+                own = {name: tensor if write else tensor.clone() for name, tensor in state.items()}
+                outputs += self._call(own, training=True)
+        return outputs
+
+    def _call(self, state: dict[str, Tensor], *, training: bool) -> list[Tensor]:
+        torch.manual_seed(0)  # a model that draws numbers draws the same ones each time
+        with mode_of(self.model, training=training):
+            return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
+
+    def change(self, perms: Perms) -> float:
+        """The largest relative change of any output under these permutations."""
+        return self.change_to(permute(self.spec, perms, self.state))
+
+    def change_to(self, state: dict[str, Tensor]) -> float:
+        """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
+        changes = [
+            float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
+            for new, old in zip(self.run(state), self.outputs, strict=True)
+            if old.numel()
+        ]
+        return max((math.inf if math.isnan(change) else change for change in changes), default=0.0)
+
+    def widen_tolerance(self) -> float:
+        """Allow for float32 steps in a float64 run (norms that cast), and for deep networks that magnify rounding."""
+        with _NarrowSteps() as steps:  # type: ignore[no-untyped-call]
+            self.run(self.state)
+        widest = _TOLERANCE[torch.float32]
+        self.tolerance = widest if steps.found else max(self.tolerance, min(10 * self.rounding(), widest))
+        return self.tolerance
+
+    def rounding(self) -> float:
+        """The largest relative change of any output if every weight is nudged by a few units of its last place."""
+        nudged = {name: self._nudged(tensor) for name, tensor in self.state.items() if tensor.is_floating_point()}
+        return self.change_to({**self.state, **nudged})
+
+    def _nudged(self, tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
+        return tensor * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also where a module holds a computed tensor, which deepcopy refuses."""
+    held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
+
+
+class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes dropout and stochastic depth keep everything: their noise is what it is on average."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bernoulli_.float:
+            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
+        return func(*args, **(kwargs or {}))
+
+
+class _NarrowSteps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether any op returns floating numbers narrower than float64."""
+
+    supports_higher_order_operators = True
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found = self.found or any(tensor.dtype != torch.float64 for tensor in tensors(result))
+        return result
+
+
+def cycles(spec: PermutationSpec, generator: torch.Generator) -> Perms:
+    """Random permutations that move every unit: a uniform draw of two units is the identity half of the time.
+
+    >>> from fedrebasin.layout import Free
+    >>> cycles(PermutationSpec({"w": (Free("a", 2),)}), torch.Generator())
+    {'a': tensor([1, 0])}
+    """
+    orders = random_perms(spec, generator)
+    return {perm: torch.empty_like(order).scatter_(-1, order, order.roll(1, -1)) for perm, order in orders.items()}

@@ -1,0 +1,146 @@
+"""What users' models do that layers in a row do not: each is proved, or refused in one sentence that helps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedrebasin import InvalidSpecError, TraceError, check_spec, trace
+from fedrebasin.layout import Fixed
+from fedrebasin.proof import Proof
+
+
+class Net(nn.Module):
+    """Two layers with ``between`` applied to the hidden units."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.relu, after: Callable[[Tensor], Any] | None = None):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.between, self.after = between, after
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.last(self.between(self.first(x)))
+        return out if self.after is None else self.after(out)
+
+
+X = (torch.zeros(3, 4),)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+torch.export.register_dataclass(Output, serialized_type_name="Output")
+
+
+def test_a_dataclass_of_outputs_is_proved() -> None:
+    net = Net(after=lambda out: Output(out, (out.exp(),)))
+    assert check_spec(net, trace(net, X), X).perm_shapes == {"first": (6,)}
+
+
+def test_units_that_random_numbers_are_added_to_stay_fixed_and_are_proved() -> None:
+    net = Net(lambda h: h + torch.randn_like(h))
+    spec = check_spec(net, trace(net, X), X)
+    assert spec.axes["first.weight"][0] == Fixed(6, "random numbers")
+
+
+def test_dropout_that_is_never_switched_off_is_proved() -> None:
+    net = Net(lambda h: F.dropout(h, 0.5))
+    assert check_spec(net, trace(net, X), X).perm_shapes == {"first": (6,)}
+
+
+def test_a_network_that_answers_differently_each_time_is_refused() -> None:
+    count = itertools.count(1)
+    net = Net(lambda h: h * next(count))
+    with pytest.raises(InvalidSpecError, match=r"equal outputs of two runs .* they differ by"):
+        check_spec(net, trace(net, X), X)
+
+
+def test_a_branch_of_torch_cond_is_fixed_by_name_and_proved() -> None:
+    net = Net(lambda h: torch.cond(h.sum() > 0, torch.relu, torch.tanh, (h,)))
+    spec = check_spec(net, trace(net, X), X)
+    assert spec.notes == ("no rule for cond (first in the model): its axes stay fixed",)
+
+
+def test_an_op_that_is_a_plain_function_is_named_without_its_address() -> None:
+    net = Net(torch.vmap(torch.relu))
+    assert [note for note in trace(net, X).notes if "_add_batch_dim (first" in note and " at 0x" not in note]
+
+
+def test_sizes_that_depend_on_the_data_are_refused_with_what_to_do() -> None:
+    net = Net(lambda h: h[h[:, 0] > 0])
+    with pytest.raises(TraceError, match="index in the model returns a tensor whose size depends on the data; let"):
+        trace(net, X)
+
+
+def test_a_data_parallel_model_is_traced_and_proved_under_its_names() -> None:
+    net = nn.DataParallel(Net())
+    assert check_spec(net, trace(net, X), X).perm_shapes == {"module.first": (6,)}
+
+
+def test_a_compiled_model_is_proved_without_compiling() -> None:
+    def never(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    net = torch.compile(Net(), backend=never)
+    assert check_spec(net, trace(net, X), X).perm_shapes == {"_orig_mod.first": (6,)}
+
+
+def test_a_proof_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        net = Net()
+    spec = trace(net, (torch.zeros(3, 4, device="meta"),))
+    with pytest.raises(InvalidSpecError, match=r"got the meta device, .*; build the model on the CPU for the proof"):
+        check_spec(net, spec, X)
+
+
+def test_a_tensor_without_entries_is_no_obstacle() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.AdaptiveLogSoftmaxWithLoss(8, 12, [4, 8]))
+    net.forward = lambda x: net[2].log_prob(net[1](net[0](x)))  # type: ignore[assignment, operator, union-attr]
+    assert net[2].tail[1][0].weight.shape == (0, 8)
+    assert check_spec(net, trace(net, X), X).perm_shapes["0"] == (8,)
+
+
+def test_what_a_first_call_keeps_in_the_model_is_put_back() -> None:
+    class Keeps(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: dict[str, Tensor] = {}
+            self.seen: list[Tensor] = []
+            self.ready = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.ready:  # as transformers installs the hooks that collect hidden states
+                self.first.register_forward_hook(lambda module, args, out: 2 * out)
+                self.ready = True
+            self.seen.append(x)
+            return super().forward(x) * self.cache.setdefault("scale", torch.ones(2).to(x) + x.mean())
+
+    net = Keeps()
+    trace(net, X)
+    assert (net.cache, net.seen, net.ready, len(net.first._forward_hooks)) == ({}, [], False, 0)
+
+
+def test_a_proof_with_inputs_that_the_model_does_not_take_is_refused_with_what_came() -> None:
+    net = Net()
+    with pytest.raises(InvalidSpecError, match=r"got RuntimeError: mat1 and mat2 .*check that model"):
+        check_spec(net, trace(net, X), (torch.zeros(3, 5),))
+
+
+def test_what_was_drawn_before_does_not_matter() -> None:
+    net = Net(lambda h: h + torch.randn_like(h))
+    spec = trace(net, X)
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs += Proof(net, spec, X, seed=0).outputs
+    assert torch.equal(*outputs)
