@@ -63,7 +63,6 @@ def _resnet20(width: int) -> nn.Module:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp 3x32": (lambda: _mlp(32), torch.zeros(2, 784)),
     "mlp 3x512": (lambda: _mlp(512), torch.zeros(2, 784)),
-    "mlp 2x4096": (lambda: _mlp(4096, 2), torch.zeros(2, 784)),
     "conv x32": (lambda: build_model("conv", (3, 32, 32), 10, width=32), torch.zeros(2, 3, 32, 32)),
     "resnet20 x1": (lambda: _resnet20(1), torch.zeros(2, 3, 32, 32)),
     "resnet20 x4": (lambda: _resnet20(4), torch.zeros(2, 3, 32, 32)),
