@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.baselines import client_baselines, correct_prior
 from fedrebasin.simulations.compare import APP, Options, compare
 from fedrebasin.simulations.competitors import FLOWER, label_of, make_strategy
 from fedrebasin.simulations.console import Lines
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.events import Follower, emit
-from fedrebasin.simulations.handover import TENSORS, hand_over, take_over
-from fedrebasin.simulations.processes import Family
 from fedrebasin.simulations.results import load_results
 from fedrebasin.simulations.runtime import RunError
 from fedrebasin.simulations.settings import Settings, from_run_config, resolve, to_run_config
-from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+from fedrebasin.simulations.silo import initial_model
 from fedrebasin.simulations.site import Site
 from fedrebasin.simulations.summary import answer_of, round_table
 
@@ -96,54 +87,6 @@ def strategy_named(name: str) -> object:
         seed=0,
         device="cpu",
     )
-
-
-def test_a_data_set_that_is_handed_over_is_the_same(tmp_path: Path) -> None:
-    data = load_dataset("digits")
-    hand_over(data, tmp_path / "data.safetensors")
-    copy = take_over("digits", str(tmp_path / "data.safetensors"))
-    for key in TENSORS:
-        assert torch.equal(getattr(copy, key), getattr(data, key))
-    assert (copy.mean, copy.std, copy.classes, copy.name) == (data.mean, data.std, data.classes, data.name)
-
-
-def test_a_silo_depends_on_seed_and_owner_alone(tmp_path: Path) -> None:
-    data, settings = load_dataset("digits"), Settings(model="mlp", width=8)
-
-    def end(seed: int, owner: int) -> torch.Tensor:
-        model = initial_model(settings, data, seed=seed, owner=owner)
-        loss = train_round(
-            model, settings, data, torch.arange(100), seed=seed, owner=owner, server_round=1, epochs=1, prox=0.0
-        )
-        save_end(str(tmp_path), seed, owner, model.state_dict(), loss)
-        return next(model.parameters()).detach()
-
-    assert torch.equal(end(0, 0), end(0, 0))
-    assert not torch.equal(end(0, 0), end(0, 1))
-    assert not torch.equal(end(0, 0), end(1, 0))
-    kept = load_end(str(tmp_path), 0, 1)
-    assert kept is not None
-    assert torch.equal(kept[0]["1.weight"], end(0, 1))
-    assert load_end(str(tmp_path), 0, 2) is None
-    assert load_end("", 0, 1) is None
-
-
-def test_correcting_the_label_prior_recovers_the_balanced_classifier() -> None:
-    balanced = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
-    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
-    skewed = balanced + torch.tensor([0.7, 0.2, 0.1]).double().log()
-    torch.testing.assert_close(correct_prior(skewed, labels, 3).softmax(1), balanced.softmax(1))
-    assert correct_prior(skewed, torch.tensor([0, 0]), 3).isfinite().all()
-
-
-def test_two_clients_that_err_apart_make_a_better_ensemble() -> None:
-    target = torch.tensor([0, 1, 2])
-    sure, unsure = 5.0, 1.0
-    first = torch.tensor([[sure, 0, 0], [0, sure, 0], [unsure, 0, 0]])
-    second = torch.tensor([[0, unsure, 0], [0, sure, 0], [0, 0, sure]])
-    scores: Any = client_baselines([first, second], [target, target], target, 3)
-    assert [round(client["accuracy"], 3) for client in scores["clients"]] == [0.667, 0.667]
-    assert scores["ensemble"]["accuracy"] == 1.0
 
 
 def test_a_follower_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
@@ -259,51 +202,3 @@ def test_results_are_not_written_over(no_flower: dict[str, Any], tmp_path: Path)
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         compare(Options(Settings(rounds=1), output=tmp_path))
     assert no_flower["sites"] == []
-
-
-STUBBORN = """
-import os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-sleeper = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"]
-child = subprocess.Popen(sleeper, start_new_session=True)      # leaves group and session
-start = f"import subprocess; subprocess.Popen({sleeper!r}, start_new_session=True)"
-subprocess.run([sys.executable, "-c", start])                   # its child has lost its parent as well
-print("ready", flush=True)
-time.sleep(600)
-"""
-
-
-def runs(pid: int) -> bool:
-    """Whether there is such a process; one that only waits for its parent to notice its end is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="orphans are found in Linux's process table only")
-def test_a_stubborn_family_is_ended_whole_even_where_it_left_group_and_parent() -> None:
-    environment = {**os.environ, "FAMILY_OF_THE_TEST": str(os.getpid())}
-    leader = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    try:
-        assert leader.stdout is not None
-        assert leader.stdout.readline() == "ready\n"
-        family = Family(leader.pid, f"FAMILY_OF_THE_TEST={os.getpid()}")
-        deadline = time.monotonic() + 10
-        while len(family.look()) < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        members = family.look()
-        assert len(members) == 3
-        assert stranger.pid not in members
-        assert family.end(patience=0.5) == []
-        for pid in set(members) - {leader.pid}:
-            assert not runs(pid)
-        assert leader.wait(10) == -signal.SIGKILL
-        assert stranger.poll() is None
-    finally:
-        for process in (leader, stranger):
-            process.kill()
-            process.wait()

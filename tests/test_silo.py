@@ -1,0 +1,62 @@
+"""What a node does by itself, and what is measured of the nodes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedrebasin.simulations.baselines import client_baselines, correct_prior
+from fedrebasin.simulations.data import load_dataset
+from fedrebasin.simulations.handover import TENSORS, hand_over, take_over
+from fedrebasin.simulations.settings import Settings
+from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+
+
+def test_a_data_set_that_is_handed_over_is_the_same(tmp_path: Path) -> None:
+    data = load_dataset("digits")
+    hand_over(data, tmp_path / "data.safetensors")
+    copy = take_over("digits", str(tmp_path / "data.safetensors"))
+    for key in TENSORS:
+        assert torch.equal(getattr(copy, key), getattr(data, key))
+    assert (copy.mean, copy.std, copy.classes, copy.name) == (data.mean, data.std, data.classes, data.name)
+
+
+def test_a_silo_depends_on_seed_and_owner_alone(tmp_path: Path) -> None:
+    data, settings = load_dataset("digits"), Settings(model="mlp", width=8)
+
+    def end(seed: int, owner: int) -> torch.Tensor:
+        model = initial_model(settings, data, seed=seed, owner=owner)
+        loss = train_round(
+            model, settings, data, torch.arange(100), seed=seed, owner=owner, server_round=1, epochs=1, prox=0.0
+        )
+        save_end(str(tmp_path), seed, owner, model.state_dict(), loss)
+        return next(model.parameters()).detach()
+
+    assert torch.equal(end(0, 0), end(0, 0))
+    assert not torch.equal(end(0, 0), end(0, 1))
+    assert not torch.equal(end(0, 0), end(1, 0))
+    kept = load_end(str(tmp_path), 0, 1)
+    assert kept is not None
+    assert torch.equal(kept[0]["1.weight"], end(0, 1))
+    assert load_end(str(tmp_path), 0, 2) is None
+    assert load_end("", 0, 1) is None
+
+
+def test_correcting_the_label_prior_recovers_the_balanced_classifier() -> None:
+    balanced = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
+    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
+    skewed = balanced + torch.tensor([0.7, 0.2, 0.1]).double().log()
+    torch.testing.assert_close(correct_prior(skewed, labels, 3).softmax(1), balanced.softmax(1))
+    assert correct_prior(skewed, torch.tensor([0, 0]), 3).isfinite().all()
+
+
+def test_two_clients_that_err_apart_make_a_better_ensemble() -> None:
+    target = torch.tensor([0, 1, 2])
+    sure, unsure = 5.0, 1.0
+    first = torch.tensor([[sure, 0, 0], [0, sure, 0], [unsure, 0, 0]])
+    second = torch.tensor([[0, unsure, 0], [0, sure, 0], [0, 0, sure]])
+    scores: Any = client_baselines([first, second], [target, target], target, 3)
+    assert [round(client["accuracy"], 3) for client in scores["clients"]] == [0.667, 0.667]
+    assert scores["ensemble"]["accuracy"] == 1.0
