@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swaps, "zoo_model", lambda name: {"auxiliary": Net, "idle": Idle}[name]())
+    monkeypatch.setattr(swaps, "zoo_model", lambda name: {"auxiliary": Net, "idle": Idle, "windows": Windows}[name]())
 
 
 class Idle(nn.Module):
@@ -53,3 +53,22 @@ def test_an_axis_that_the_check_is_blind_to_is_not_explained_away() -> None:
     row = swaps.unseen_swaps("idle")
     assert "first.weight dim 0" in row["unseen"] and "seen.weight dim 1" not in row["unseen"]
     assert set(row["unseen"].values()) == {"none: the check is blind here"}
+
+
+class Windows(nn.Module):
+    """What lies beyond the first 32 pixels is read from larger images only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.far = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = nn.functional.pad(x, (0, 64, 0, 64))[..., 32:96, 32:96].mean((2, 3))
+        return self.seen(x.mean((2, 3))) + self.far(far)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_only_a_larger_input_shows_is_said_with_its_size() -> None:
+    row = swaps.unseen_swaps("windows")
+    reason = "too few pixels: seen with an input of 2x3x64x64"
+    assert row["unseen"] == {"far.weight dim 0": reason, "far.weight dim 1": reason}

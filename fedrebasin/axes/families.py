@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
-from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, spread
+from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, mentions, spread
 from fedrebasin.axes.unify import collapse
 
 Context = tuple[tuple[Node, int], ...]
@@ -68,8 +68,12 @@ def _search(node: Node, visible: set[Node], axes: Sequence[Node], clean: set[tup
         if outer not in visible:
             return node
         if any(map(_has_family, node.children)):
+            cut = [mentions(axis, outer) for axis in axes]
             for index in range(outer.size):
-                found = _dangling([at_index(axis, outer, index) for axis in axes], clean)
+                inside = [
+                    at_index(axis, outer, index) if touched else axis for axis, touched in zip(axes, cut, strict=True)
+                ]
+                found = _dangling(inside, clean)
                 if found is not None:
                     return found
         return None

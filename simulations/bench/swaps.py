@@ -12,11 +12,13 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedrebasin.errors import RebasinError
 from fedrebasin.proof import Proof
@@ -26,45 +28,62 @@ from fedrebasin.trace import trace
 
 #: the smallest inputs, tried in this order; the last stage sees one pixel of two images, or 49 of one
 _INPUTS = ((2, 3, 32, 32), (2, 3, 64, 64), (2, 3, 96, 96), (1, 3, 224, 224))
+_BLIND = "none: the check is blind here"
 
 
 def unseen_swaps(name: str, seed: int = 0) -> dict[str, Any]:
-    """Swap two units of each axis of a model's tensors, and list the axes that change no output."""
+    """Swap two units of each axis of a model's tensors, and list the axes that change no output, with reasons."""
     torch.manual_seed(seed)
     model = zoo_model(name)
-    for shape in _INPUTS:
-        inputs = (torch.zeros(shape),)
-        try:
-            spec = trace(model, inputs)
-            break
-        except RebasinError:
-            continue
-    else:
-        raise RebasinError(f"{name}: runs with none of the inputs {_INPUTS}")
-    proof = Proof(model, spec, inputs, seed)
-    proof.widen_tolerance()
+    proofs = _proofs(model, seed)
+    proof = next(proofs)
     quick = _in_float32(proof)
     visible = 10 * quick.rounding()
     tested = [
         (key, dim)
         for key, tensor in proof.state.items()
-        if key in spec.uses and tensor.is_floating_point()
+        if key in proof.spec.uses and tensor.is_floating_point()
         for dim, size in enumerate(tensor.shape)
         if size > 1
     ]
     small = [axis for axis in tested if _change(quick, *axis) <= visible]
     changes = {axis: _change(proof, *axis) for axis in small}
-    unseen = [axis for axis in small if changes[axis] <= proof.tolerance]
+    unseen = {axis: _never_read(proof, axis[0]) for axis in small if changes[axis] <= proof.tolerance}
+    for larger in proofs if not all(unseen.values()) else ():
+        for axis in (axis for axis, reason in unseen.items() if not reason):
+            if _change(larger, *axis) > larger.tolerance:
+                unseen[axis] = f"too few pixels: seen with an input of {_text(larger)}"
     return {
         "model": name,
-        "input": "x".join(map(str, shape)),
+        "input": _text(proof),
         "axes": len(tested),
         "seen-in-float32": len(tested) - len(small),
         "float32-tolerance": visible,
         "tolerance": proof.tolerance,
         "smallest-change": min(changes.values(), default=None),
-        "unseen": {f"{key} dim {dim}": _reason(proof, key) for key, dim in unseen},
+        "unseen": {f"{key} dim {dim}": reason or _BLIND for (key, dim), reason in unseen.items()},
     }
+
+
+def _proofs(model: nn.Module, seed: int) -> Iterator[Proof]:
+    """One for each of the inputs that the model takes, the smallest first."""
+    found = False
+    for shape in _INPUTS:
+        inputs = (torch.zeros(shape),)
+        try:
+            spec = trace(model, inputs)
+        except RebasinError:
+            continue
+        proof = Proof(model, spec, inputs, seed)
+        proof.widen_tolerance()
+        found = True
+        yield proof
+    if not found:
+        raise RebasinError(f"{type(model).__name__}: runs with none of the inputs {_INPUTS}")
+
+
+def _text(proof: Proof) -> str:
+    return "x".join(map(str, proof.args[0].shape))
 
 
 def _in_float32(proof: Proof) -> Proof:
@@ -85,11 +104,11 @@ def _change(proof: Proof, name: str, dim: int) -> float:
     return proof.change_to({**proof.state, name: tensor.index_select(dim, order)})
 
 
-def _reason(proof: Proof, name: str) -> str:
-    """Why a swap may be unseen: nothing reads the tensor, so that a NaN in its place reaches no output."""
+def _never_read(proof: Proof, name: str) -> str:
+    """Why a swap can't be seen if nothing reads the tensor, so that a NaN in its place reaches no output."""
     poisoned = {**proof.state, name: torch.full_like(proof.state[name], torch.nan)}
     if any(bool(output.isnan().any()) for output in proof.run(poisoned)):
-        return "none: the check is blind here"
+        return ""
     if name in proof.spec.buffers:
         return "statistics of a head that only training mode runs, where those of the batch are used: never read"
     return "never read"
@@ -107,9 +126,11 @@ def main() -> None:
     for name in names:
         if name not in {row["model"] for row in rows}:
             before = time.perf_counter()
-            rows.append({**unseen_swaps(name), "seconds": round(time.perf_counter() - before, 1)})
-            print(json.dumps(rows[-1]), flush=True)
+            row = unseen_swaps(name)
             facts = provenance("python -m fedrebasin.simulations.bench.swaps --output FILE", [0], started)
+            seconds = round(time.perf_counter() - before, 1)
+            rows.append({**row, "seconds": seconds, "commit": facts["commit"]})  # another run may go on with the file
+            print(json.dumps(rows[-1]), flush=True)
             facts["versions"]["torchvision"] = metadata.version("torchvision")
             facts["seconds"] = round(sum(row["seconds"] for row in rows), 1)  # of all rows, whichever run had them
             save_results(options.output, {"experiment": "bench-swaps", "provenance": facts, "rows": rows})
