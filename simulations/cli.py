@@ -11,6 +11,8 @@ from typing import Annotated
 import click
 import typer
 
+from fedrebasin.simulations.cli_options import DataPath, Device, Matching, Model, Norm, Output, Seeds, Width
+
 app = typer.Typer(
     name="fedrebasin",
     help="Merge models that were trained apart.",
@@ -20,20 +22,6 @@ app = typer.Typer(
 )
 reproduce = typer.Typer(help="Repeat a published experiment.", no_args_is_help=True)
 app.add_typer(reproduce, name="reproduce")
-
-DataPath = Annotated[
-    str | None, typer.Option("--data", help="Folder with train-*.parquet and test-*.parquet; default: download.")
-]
-Model = Annotated[str, typer.Option(help="mlp, conv, vgg or resnet20; default: the data set's usual one.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Units or channels; default: the network's usual width.")]
-Norm = Annotated[str, typer.Option(help="batch or layer.")]
-Matching = Annotated[
-    str,
-    typer.Option(help="weight, frank-wolfe or sinkhorn; on data: activation, activation+weight or straight-through."),
-]
-Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
 
 
 @app.command()

@@ -33,6 +33,21 @@ def has_running_statistics(model: nn.Module | None) -> bool:
     return any(norm.track_running_stats for norm in norms)
 
 
+def default_correction(model: nn.Module | None, calibration: Any, *, guarded: bool) -> str | None:
+    """REPAIR where there is data; inside privacy and selection only what looks at the merged model alone.
+
+    Examples
+    --------
+    >>> default_correction(nn.Linear(3, 3), None, guarded=False), default_correction(nn.Linear(3, 3), [], guarded=False)
+    (None, 'repair')
+    """
+    if calibration is None:
+        return None
+    if guarded:
+        return "reset-batchnorm" if has_running_statistics(model) else None
+    return "repair"
+
+
 def check_calibration(
     correction: str | None,
     model: nn.Module | None,

@@ -20,7 +20,7 @@ from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
 from fedrebasin.strategies.buffers import State, merge_buffers
-from fedrebasin.strategies.correction import check_calibration, correct, has_running_statistics
+from fedrebasin.strategies.correction import check_calibration, correct, default_correction
 from fedrebasin.strategies.matcher import build_matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
@@ -57,14 +57,12 @@ class Rebasin(Strategy):
         ``"auto"`` is the model that was sent, unless most replies were not trained from it
         (``common_start.py``): then each other. Inside differential privacy, Krum, MultiKrum and Bulyan it is the
         model that was sent.
-    matching : {"weight", "frank-wolfe", "sinkhorn", "activation", "activation+weight", "straight-through"}
-        From ``"activation"`` on they need ``model`` and ``calibration``, as ``"sinkhorn"`` does if a loss is given;
-        without one it looks at the weights alone. All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
+    matching : str
+        A name of ``METHODS``. Those on data need ``model`` and ``calibration``, ``"sinkhorn"`` too if a loss is given.
+        All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
     correction : str or None
-        ``"repair"``, ``"reset-batchnorm"``, ``"rescale"``, ``"reshift"``, ``"closed-form"``, ``"least-squares"``,
-        ``"regmean"``, ``"distill"``, which need ``calibration``, or ``"bias-normalisation"``, which does not. The
-        default, ``"default"``, is ``"repair"`` with calibration data (``"reset-batchnorm"`` inside
-        differential privacy and selection), otherwise ``None``.
+        A name of ``CORRECTIONS``; all but ``"bias-normalisation"`` need ``calibration``. ``"default"`` is ``"repair"``
+        with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
     select, checkpoint_dir : None
@@ -76,13 +74,13 @@ class Rebasin(Strategy):
     Raises
     ------
     RebasinError
-        At construction: an option that is not built or does not fit the strategy, a spec that fails its
-        check. In a round nothing is raised for a bad reply; it is left out, and the log says why.
+        At construction: an option that is not built or does not fit the strategy, a spec that fails its check.
+        In a round nothing is raised for a bad reply; it is left out, and the log says why.
 
     Notes
     -----
-    A round apart (see ``alignment.py``) is a weighted average outside the inner strategy, which starts
-    from its result in the next round. Buffers never enter the inner strategy. Metrics of every round:
+    A round apart (``alignment.py``) is a weighted average outside the inner strategy, which starts from its result in
+    the next round. Buffers never enter the inner strategy. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
     ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies).
@@ -129,9 +127,7 @@ class Rebasin(Strategy):
             log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)
         self.model, self.spec = build_network(model, example_inputs, spec, seed)
         if correction == "default":
-            correction = None if calibration is None else "repair"
-            if self.guard and calibration is not None:
-                correction = "reset-batchnorm" if has_running_statistics(self.model) else None
+            correction = default_correction(self.model, calibration, guarded=bool(self.guard))
         check_calibration(
             *(correction, self.model, calibration),
             inputs=self.spec.inputs,
