@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--wide", default=",".join(WIDE))
-    parser.add_argument("--clients", default="mlp 3x512,resnet20 x4,vgg16")
+    parser.add_argument("--clients", default="mlp 3x512,resnet20 x4")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     if options.one:
