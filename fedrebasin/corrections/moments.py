@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.sites import Site
@@ -62,28 +63,53 @@ class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
 
 def output_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
     """Moments of every site's output, in one pass."""
-    return _measure(model, batches, sites, of_input=False, stop=False)
+    return _measure(model, batches, sites, of_input=frozenset(), stop=False)
+
+
+def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
+    """Moments of every BatchNorm's input and every other site's output, in one pass.
+
+    In that pass BatchNorms go by the batch's statistics, so that what lies behind one does not see those of another
+    network's activations.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    counters = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # its own statistics stay
+        norm.train()
+    names = frozenset(site.name for site in sites if isinstance(model.get_submodule(site.name), _BatchNorm))
+    try:
+        return _measure(model, batches, sites, of_input=names, stop=False)
+    except ValueError as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(f"calibration: BatchNorm needs batches of more than one example ({error})") from error
+    finally:
+        for norm, momentum, counter in zip(norms, momenta, counters, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
+            norm.eval()
 
 
 def input_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
     """Moments of one site's input along its channels; the pass stops there."""
-    return _measure(model, batches, [site], of_input=True, stop=True)[site.name]
+    return _measure(model, batches, [site], of_input=frozenset({site.name}), stop=True)[site.name]
 
 
 def site_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
     """Moments of one site's output; the pass stops there."""
-    return _measure(model, batches, [site], of_input=False, stop=True)[site.name]
+    return _measure(model, batches, [site], of_input=frozenset(), stop=True)[site.name]
 
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, batches: Batches, sites: Sequence[Site], *, of_input: bool, stop: bool
+    model: nn.Module, batches: Batches, sites: Sequence[Site], *, of_input: frozenset[str], stop: bool
 ) -> dict[str, Moments]:
     found = {site.name: Moments() for site in sites}
 
     def record(site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            found[site.name].add(args[0] if of_input else output, site.dim)
+            found[site.name].add(args[0] if site.name in of_input else output, site.dim)
             if stop:
                 raise _Stop
 

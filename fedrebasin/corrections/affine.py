@@ -1,0 +1,164 @@
+"""An affine map per channel behind a layer or norm: the machinery of REPAIR and its kin."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.corrections.moments import Moments, all_moments, input_moments, output_moments, site_moments
+from fedrebasin.corrections.sites import Site, find_sites
+from fedrebasin.corrections.working import extract, load, working_copy
+from fedrebasin.errors import RebasinError
+
+#: Below this many observations per channel the statistics are mostly noise.
+_FEW = 100
+#: A channel whose standard deviation is below this share of its layer's largest is dead.
+_DEAD = 1e-6
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Which of mean and standard deviation are set to the goals, and how far a gain may go."""
+
+    scale: bool = True
+    shift: bool = True
+    max_gain: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.max_gain >= 1:
+            raise RebasinError(f"max_gain: expected 1 or more; got {self.max_gain}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a correction works on: a private network, its sites in order, the data, the ends' coefficients."""
+
+    model: nn.Module
+    sites: list[Site]
+    batches: Batches
+    weights: list[float]
+
+
+def begin(
+    net: nn.Module,
+    merged: State,
+    ends: Sequence[State],
+    calibration: Iterable[Any],
+    coefficients: Sequence[float] | None,
+    device: torch.device | str | None,
+) -> Work:
+    """Check what a caller gave and find the sites; ``model`` holds ``merged``."""
+    weights = check_coefficients(coefficients, len(ends))
+    model = working_copy(net, merged, device)
+    where = device if device is not None else next(iter(merged.values())).device
+    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    sites = find_sites(model, batches)
+    if not sites:
+        raise RebasinError(
+            "net: expected a norm, or a hidden linear or convolution layer with a bias, to repair; found none"
+        )
+    return Work(model, sites, batches, weights)
+
+
+def correct_sites(
+    net: nn.Module,
+    merged: State,
+    ends: Sequence[State],
+    calibration: Iterable[Any],
+    *,
+    affine: Affine,
+    sequential: bool,
+    coefficients: Sequence[float] | None,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    """Measure the ends, then correct every site of the merged network towards them; see :func:`repair`."""
+    work = begin(net, merged, ends, calibration, coefficients, device)
+    model, batches = work.model, work.batches
+    goals = goals_of(model, ends, work.weights, batches, work.sites)
+    load(model, merged)
+    measured = {} if sequential else all_moments(model, batches, work.sites)
+    for site in work.sites:
+        if not sequential:
+            moments = measured[site.name]
+        elif isinstance(model.get_submodule(site.name), _BatchNorm):
+            moments = input_moments(model, batches, site)
+        else:
+            moments = site_moments(model, batches, site)
+        apply_affine(model, site, moments, goals[site.name], affine)
+    return extract(model, merged)
+
+
+def apply_affine(model: nn.Module, site: Site, moments: Moments, goal: tuple[Tensor, Tensor], affine: Affine) -> None:
+    """Correct one site by the moments of its output; of its input, if it is a BatchNorm."""
+    module = model.get_submodule(site.name)
+    if isinstance(module, _BatchNorm):
+        moments = refresh(module, moments)
+    if module.weight is not None:
+        goal_mean, goal_std = goal
+        fuse(
+            module,
+            site,
+            moments,
+            goal_mean if affine.shift else moments.mean,
+            goal_std if affine.scale else moments.std,
+            affine.max_gain,
+        )
+
+
+def goals_of(
+    model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: list[float], batches: Batches, sites: list[Site]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    means: dict[str, Tensor] = {}
+    stds: dict[str, Tensor] = {}
+    for end, weight in zip(ends, weights, strict=True):
+        load(model, end)
+        found = output_moments(model, batches, sites)
+        few = min((moments.count for moments in found.values()), default=_FEW)
+        if few < _FEW:
+            warnings.warn(
+                f"calibration: {few} observations per channel make noisy statistics; {_FEW} and more would do",
+                stacklevel=5,
+            )
+        for name, moments in found.items():
+            means[name] = means.get(name, 0.0) + weight * moments.mean
+            stds[name] = stds.get(name, 0.0) + weight * moments.std
+    return {site.name: (means[site.name], stds[site.name]) for site in sites}
+
+
+def refresh(module: nn.Module, into: Moments) -> Moments:
+    """Give a BatchNorm the statistics of its input; the moments of its output follow."""
+    assert isinstance(module, _BatchNorm)
+    variance = into.std.square()
+    output = Moments()
+    output.count = into.count
+    output.mean = torch.zeros_like(into.mean) if module.bias is None else module.bias.detach().double()
+    scale = torch.ones_like(variance) if module.weight is None else module.weight.detach().double().abs()
+    if module.running_mean is not None and module.running_var is not None:
+        module.running_mean.copy_(into.mean)
+        module.running_var.copy_(variance * into.count / max(1, into.count - 1))
+    output._squares = scale.square() * variance / (variance + module.eps) * into.count
+    return output
+
+
+def fuse(module: nn.Module, site: Site, moments: Moments, goal_mean: Tensor, goal_std: Tensor, max_gain: float) -> None:
+    std = moments.std
+    alive = (std > _DEAD * std.max()) & (goal_std > _DEAD * goal_std.max())
+    gain = torch.where(alive, goal_std / std, 1.0).clamp(1 / max_gain, max_gain)
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        shape = [-1 if dim == site.weight_dim else 1 for dim in range(weight.ndim)]
+        weight.mul_(gain.view(shape).to(weight.dtype))
+        if isinstance(bias, Tensor):
+            repaired = (bias.double() - moments.mean) * gain + goal_mean
+            bias.copy_(torch.where(alive, repaired, bias.double()))

@@ -1,0 +1,90 @@
+"""closed_form: REPAIR without a pass through the merged network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedrebasin.batches import Batches
+from fedrebasin.corrections.affine import Affine, apply_affine, begin, goals_of
+from fedrebasin.corrections.moments import Moments
+from fedrebasin.corrections.sites import Site
+from fedrebasin.corrections.working import extract, working_copy
+
+
+def closed_form(
+    net: nn.Module,
+    merged: Mapping[str, Tensor],
+    ends: Sequence[Mapping[str, Tensor]],
+    calibration: Iterable[Any],
+    *,
+    coefficients: Sequence[float] | None = None,
+    max_gain: float = 10.0,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """REPAIR with the merged network's statistics worked out from the ends'.
+
+    A merged unit is taken for the average ``sum_k c_k x_k`` of the ends' units, so that its mean is
+    ``sum_k c_k mean_k`` and its variance ``sum_ij c_i c_j std_i std_j corr_ij``; the gain is ``goal_std`` over the root
+    of that. True in the first layer; an approximation behind it, where the merged network's inputs are not the ends'.
+
+    Parameters, result, errors and warnings as for :func:`fedrebasin.repair`; the data is read once for each end and
+    once for all ends together.
+
+    References
+    ----------
+    Jordan et al. (2023), "REPAIR", arXiv 2211.08403, Section 3.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> ends = [net.state_dict(), net.state_dict()]
+    >>> list(closed_form(net, net.state_dict(), ends, [torch.randn(200, 4)]))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    affine = Affine(max_gain=max_gain)
+    work = begin(net, merged, ends, calibration, coefficients, device)
+    models = [working_copy(net, end, device) for end in ends]
+    expected = average_moments(models, work.weights, work.batches, work.sites)
+    goals = goals_of(working_copy(net, merged, device), ends, work.weights, work.batches, work.sites)
+    for site in work.sites:
+        apply_affine(work.model, site, expected[site.name], goals[site.name], affine)
+    return extract(work.model, merged)
+
+
+@torch.no_grad()
+def average_moments(
+    models: Sequence[nn.Module], weights: Sequence[float], batches: Batches, sites: Sequence[Site]
+) -> dict[str, Moments]:
+    """Moments of ``sum_k c_k x_k`` at each site: of a BatchNorm's input, of another site's output."""
+    found = {site.name: Moments() for site in sites}
+    dims = {site.name: site.dim for site in sites}
+    total: dict[str, Tensor] = {}
+
+    def hook(name: str, weight: float) -> Any:
+        def add(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen = args[0] if isinstance(module, _BatchNorm) else output
+            total[name] = total[name] + weight * seen if name in total else weight * seen
+
+        return add
+
+    handles = [
+        model.get_submodule(site.name).register_forward_hook(hook(site.name, weight))
+        for model, weight in zip(models, weights, strict=True)
+        for site in sites
+    ]
+    for args, kwargs, _ in batches:
+        total.clear()
+        for model in models:
+            model(*args, **kwargs)
+        for name, average in total.items():
+            found[name].add(average, dims[name])
+    for handle in handles:
+        handle.remove()
+    for name, moments in found.items():
+        moments.check(name)
+    return found

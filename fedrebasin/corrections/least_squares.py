@@ -1,0 +1,216 @@
+"""least_squares: solve every layer of the merged network for the ends' mean pre-activations."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
+from fedrebasin.corrections.linear_maps import LinearMap, behind, chunks, columns, outputs, read_map, write_map
+from fedrebasin.corrections.moments import Moments
+from fedrebasin.corrections.normal_equations import NormalEquations
+from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
+from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.errors import CalibrationError, RebasinError
+
+LOGGER = logging.getLogger("fedrebasin")
+
+#: Ridges, as shares of the mean variance of a layer's inputs, of which the held-out examples choose one.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+#: One example in so many is held out.
+_HELD = 5
+#: Fewer examples than this make a poor choice.
+_FEW = 100
+
+
+def least_squares(
+    net: nn.Module,
+    merged: Mapping[str, Tensor],
+    ends: Sequence[Mapping[str, Tensor]],
+    calibration: Iterable[Any],
+    *,
+    coefficients: Sequence[float] | None = None,
+    ridge: float | None = None,
+    memory: int = 2**30,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Make each layer's pre-activations, on the merged network's own inputs, those of the ends on theirs.
+
+    Layer after layer in forward order: with ``x`` the input that the merged network, corrected so far, gives the
+    layer, and ``z = sum_k c_k z_k`` the average of the ends' pre-activations for the same calibration input, the
+    layer becomes ``(W + D, b + d)`` with the smallest ``mean |z - (W + D) x - (b + d)|^2 + ridge * s * |D|^2``, ``s``
+    the mean variance of ``x``. Closed form, no labels, no steps. The last layer is solved, too.
+
+    Every linear and convolution layer that runs once is solved, however it is called; a BatchNorm right behind one is
+    folded in (the pre-activation is what it gives) and gets the statistics of its input and an affine map that give
+    the same; a BatchNorm elsewhere gets the statistics of its input. Other norms stay. Grouped and transposed
+    convolutions, layers that run twice, tied weights, recurrent layers and the projections inside
+    ``nn.MultiheadAttention`` stay averaged: the log names them.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Of the architecture; its own weights are not used.
+    merged : dict of str to Tensor
+        The average of ``ends``, where every solution starts; it is not changed.
+    ends : sequence of dict of str to Tensor
+        The aligned state dicts.
+    calibration : iterable of batches
+        Inputs, no labels. Along the first axis lie examples.
+    coefficients : sequence of float, optional
+        The merge's; equal by default.
+    ridge : float, optional
+        By default every layer takes that of ``RIDGES`` which is best on every fifth example after a fit on the
+        others, and is then fitted on all.
+    memory : int
+        Bytes that may be kept between passes, besides ``len(ends) + 1`` networks, a layer's normal equations and a
+        batch: calibration inputs, and outputs of the layers that later ones read. With enough of it a layer costs one
+        layer's computation, without it a pass up to that layer.
+    device : str, optional
+        Where the networks run; by default where ``merged`` is.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Keys, order, dtypes and devices of ``merged``.
+
+    Raises
+    ------
+    CalibrationError
+        If the data is empty, can be read only once, or activations are not finite.
+    RebasinError
+        If coefficients do not fit, ``ridge`` or ``memory`` is negative, or no layer can be solved.
+
+    Warns
+    -----
+    UserWarning
+        If there are fewer than 100 examples.
+
+    References
+    ----------
+    Nasery, Hayase, Koh, Oh (2024), "PLeaS: Merging models with permutations and least squares", arXiv 2407.02447.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> ends = [net.state_dict(), net.state_dict()]
+    >>> list(least_squares(net, net.state_dict(), ends, [torch.randn(200, 4)]))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
+    if memory < 0:
+        raise RebasinError(f"memory: expected a number of bytes from 0; got {memory}")
+    weights = check_coefficients(coefficients, len(ends))
+    model = working_copy(net, merged, device)
+    where = device if device is not None else next(iter(merged.values())).device
+    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    steps = steps_of(model, batches, "least squares")
+    budget = Memory(memory)
+    held = hold(batches, budget)
+    ours = Runner(model, steps, budget, keep=held is not None)
+    theirs = [
+        Runner(working_copy(net, end, device), steps, budget, keep=held is not None)
+        for end, weight in zip(ends, weights, strict=True)
+        if weight
+    ]
+    shares = [weight for weight in weights if weight]
+    for index, step in enumerate(steps):
+        source: Iterable[Batch] = held if held is not None else ((args, kwargs) for args, kwargs, _ in batches)
+        if isinstance(step, Norm):
+            _refresh(ours, index, step, source)
+            continue
+        start = read_map(model, step)
+        fit, check = _equations(ours, theirs, shares, index, step, start, source, split=ridge is None)
+        total = fit + check if check.count else fit
+        if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
+            raise CalibrationError(
+                f"calibration: the activations at {step.weight!r} hold a NaN or an infinity; check the models and the "
+                "inputs"
+            )
+        shifts = step.bias is not None or step.norm is not None
+        chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
+        D, d = total.solve(chosen, intercept=shifts)
+        LOGGER.debug("least squares: %r, ridge %g", step.weight, chosen)
+        found = LinearMap(start.matrix + D, start.shift + d)
+        write_map(model, step, found, total.mean, total.covariance)
+    return extract(model, merged)
+
+
+def steps_of(model: nn.Module, batches: Batches, method: str) -> list[Step]:
+    """Layers and norms in order; the log names the weights that stay averaged."""
+    args, kwargs, _ = next(iter(batches))
+    steps, left = find_steps(model, args, kwargs)
+    for name, reason in left.items():
+        LOGGER.info("%s: %r stays averaged: %s", method, name, reason)
+    if not any(isinstance(step, Layer) for step in steps):
+        raise RebasinError(
+            "net: expected a linear or convolution layer, not grouped and with a weight of its own; found none"
+        )
+    return steps
+
+
+def _equations(
+    ours: Runner,
+    theirs: Sequence[Runner],
+    shares: Sequence[float],
+    index: int,
+    layer: Layer,
+    start: LinearMap,
+    source: Iterable[Batch],
+    *,
+    split: bool,
+) -> tuple[NormalEquations, NormalEquations]:
+    """Normal equations of what the layer lacks, on the examples to fit and on those held out."""
+    weight = ours.model.state_dict()[layer.weight]
+    kernel = tuple(weight.shape[2:])
+    matrix, shift = start.matrix.to(weight.dtype), start.shift.to(weight.dtype).unsqueeze(1)
+    affines = [behind(runner.model, layer) for runner in theirs]
+    fit, check = NormalEquations(), NormalEquations()
+    seen = 0
+    for number, batch in enumerate(source):
+        x = ours.input(index, number, batch)
+        goal: Tensor | None = None
+        for runner, share, (scale, offset) in zip(theirs, shares, affines, strict=True):
+            z = outputs(layer, runner.output(index, number, batch))
+            z = z * (share * scale.to(z.dtype).unsqueeze(1)) + share * offset.to(z.dtype).unsqueeze(1)
+            goal = z if goal is None else goal.add_(z)
+        assert goal is not None
+        goal = goal.reshape(len(goal), len(x), -1)
+        held = torch.arange(seen, seen + len(x), device=x.device) % _HELD == _HELD - 1
+        seen += len(x)
+        for sums, mask in ((fit, ~held), (check, held)) if split else ((fit, held | True),):
+            inputs, goals = x[mask], goal[:, mask]
+            for part in chunks(layer, inputs, kernel):
+                X = columns(layer, inputs[part], kernel)
+                sums.add(X, goals[:, part].flatten(1) - (matrix @ X + shift))
+    if seen < _FEW and index == 0:
+        warnings.warn(f"calibration: {seen} examples are few for least squares; {_FEW} and more would do", stacklevel=3)
+    return fit, check
+
+
+def choose_ridge(fit: NormalEquations, check: NormalEquations, *, intercept: bool) -> float:
+    """The ridge whose solution on one part has the smallest error on the other."""
+    if not check.count or not fit.count:
+        return RIDGES[-2]
+    return min(RIDGES, key=lambda ridge: check.excess(*fit.solve(ridge, intercept=intercept)))
+
+
+def _refresh(ours: Runner, index: int, norm: Norm, source: Iterable[Batch]) -> None:
+    """Give a BatchNorm that stands alone the statistics of its input."""
+    module = ours.model.get_submodule(norm.norm)
+    assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    moments = Moments()
+    for number, batch in enumerate(source):
+        moments.add(ours.input(index, number, batch), dim=1)
+    moments.check(norm.norm)
+    module.running_mean.copy_(moments.mean)
+    module.running_var.copy_(moments.std.square() * moments.count / max(1, moments.count - 1))

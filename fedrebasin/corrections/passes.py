@@ -1,0 +1,153 @@
+"""Passes that stop at one layer, and within a memory limit go on from the layers before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fedrebasin.batches import Batches
+from fedrebasin.corrections.layers import Layer, Step, arguments_of, leaves, names_of_tensors
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Memory:
+    """How many bytes may still be kept."""
+
+    def __init__(self, limit: int) -> None:
+        self.free = limit
+
+    def take(self, tensor: Tensor) -> bool:
+        """Take a tensor's bytes if they are there."""
+        size = tensor.numel() * tensor.element_size()
+        fits = size <= self.free
+        self.free -= size if fits else 0
+        return fits
+
+    def give(self, tensor: Tensor) -> None:
+        """Give a tensor's bytes back."""
+        self.free += tensor.numel() * tensor.element_size()
+
+
+def hold(batches: Batches, memory: Memory) -> Sequence[Batch] | None:
+    """Calibration batches as a list if they fit: only then is a batch the same in every pass, whoever shuffles."""
+    held: list[Batch] = []
+    for args, kwargs, _ in batches:
+        for tensor in leaves((args, kwargs)):
+            if not memory.take(tensor):
+                return None
+        held.append((args, kwargs))
+    return held
+
+
+class Runner:
+    """One network that is run again and again, each time up to a later step.
+
+    Outputs of layers are kept while a later step reads them; a layer that is kept is not computed again, and one
+    whose output reaches the step only through kept ones gives zeros of its shape. So one pass costs one layer and what
+    stands between layers, where memory allows, and a whole pass up to that step where not.
+    """
+
+    def __init__(self, model: nn.Module, steps: Sequence[Step], memory: Memory, *, keep: bool) -> None:
+        self.model, self._steps, self._memory, self._keep = model, steps, memory, keep
+        place = {step.key: index for index, step in enumerate(steps)}
+        self._place = {tensor: place[name] for tensor, name in names_of_tensors(model).items() if name in place}
+        self._device = torch.device("cpu")
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._like: dict[tuple[int, int], Tensor] = {}
+
+    def input(self, index: int, number: int, batch: Batch) -> Tensor:
+        """Input of a step on a batch; ``number`` is the batch's place."""
+        return self._run(index, number, batch, output=False)
+
+    def output(self, index: int, number: int, batch: Batch) -> Tensor:
+        """Output of a layer on a batch."""
+        return self._run(index, number, batch, output=True)
+
+    def _run(self, index: int, number: int, batch: Batch, *, output: bool) -> Tensor:
+        mode = _Pass(self, index, number, output=output)
+        args, kwargs = batch
+        with torch.no_grad(), suppress(_Stop), mode:
+            self.model(*args, **kwargs)
+        if mode.seen is None:
+            raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
+        done = index + 1 if output else index
+        for key in [key for key in self._kept if key[1] == number and not self._read_from(done, key[0])]:
+            self._memory.give(self._kept.pop(key))
+        return mode.seen
+
+    def _read_from(self, index: int, layer: int) -> bool:
+        return any(layer in step.after for step in self._steps[index:])
+
+    def needed(self, index: int, number: int) -> set[int]:
+        """Layers that must give their real output so that the step's input is right."""
+        found: set[int] = set()
+        stack = list(self._steps[index].after)
+        while stack:
+            layer = stack.pop()
+            if layer not in found:
+                found.add(layer)
+                if (layer, number) not in self._kept:
+                    stack += self._steps[layer].after
+        return found
+
+    def place_of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
+        """Which step a call is."""
+        given = arguments_of(func, args, kwargs)
+        if given is None:
+            return None
+        return self._place.get(id(given.get("running_mean" if func is F.batch_norm else "weight")))
+
+    def result(self, index: int, number: int, needed: set[int], call: Any) -> Any:
+        """A step's output on the way to a later one: kept, computed, or a stand-in."""
+        kept = self._kept.get((index, number))
+        if kept is not None:
+            return kept.clone()  # what follows may write into it
+        like = self._like.get((index, number))  # layers alone have one: a BatchNorm runs
+        if index not in needed and like is not None:
+            return torch.zeros(like.shape, dtype=like.dtype, device=self._device)
+        return self.keep(index, number, call())
+
+    def keep(self, index: int, number: int, output: Any) -> Any:
+        """Note an output's shape, and keep the output if a later step reads it and memory is left."""
+        if not isinstance(self._steps[index], Layer):
+            return output
+        self._like[index, number] = torch.empty_like(output, device="meta")
+        self._device = output.device
+        if self._keep and self._read_from(index + 1, index) and self._memory.take(output):
+            self._kept[index, number] = output.clone()
+        return output
+
+
+class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
+    """The forward pass has run as far as it is needed."""
+
+
+class _Pass(TorchFunctionMode):
+    """One forward pass up to a step."""
+
+    def __init__(self, runner: Runner, index: int, number: int, *, output: bool) -> None:
+        super().__init__()
+        self._runner, self._index, self._number, self._output = runner, index, number, output
+        self._needed = runner.needed(index, number)
+        self.seen: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``, or what stands in for it; stop at the step."""
+        kwargs = kwargs or {}
+        place = self._runner.place_of(func, args, kwargs)
+        if place == self._index:
+            given = arguments_of(func, args, kwargs) or {}
+            self.seen = given["input"]
+            if self._output:
+                self.seen = self._runner.keep(place, self._number, func(*args, **kwargs))
+            raise _Stop
+        if place is None:
+            return func(*args, **kwargs)
+        return self._runner.result(place, self._number, self._needed, lambda: func(*args, **kwargs))
