@@ -2,7 +2,18 @@
 
 from fedrebasin.check import check_spec
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_along_path, loss_barrier
-from fedrebasin.corrections import repair, reset_batchnorm
+from fedrebasin.corrections import (
+    bias_normalisation,
+    closed_form,
+    distill,
+    input_grams,
+    least_squares,
+    regmean,
+    repair,
+    rescale,
+    reset_batchnorm,
+    reshift,
+)
 from fedrebasin.errors import (
     CalibrationError,
     InvalidSpecError,
@@ -43,12 +54,17 @@ __all__ = [
     "activation_matching",
     "align",
     "barrier_above_chord",
+    "bias_normalisation",
     "check_spec",
+    "closed_form",
     "compose",
+    "distill",
     "frank_wolfe_matching",
     "identity_perms",
+    "input_grams",
     "interpolate",
     "invert",
+    "least_squares",
     "loss_along_path",
     "loss_barrier",
     "match_each",
@@ -58,8 +74,11 @@ __all__ = [
     "moved_fraction",
     "permute",
     "random_perms",
+    "regmean",
     "repair",
+    "rescale",
     "reset_batchnorm",
+    "reshift",
     "sinkhorn_matching",
     "straight_through_matching",
     "trace",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedrebasin.check import check_spec
 from fedrebasin.coefficients import check_coefficients
-from fedrebasin.corrections import repair
+from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
 from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.matching import match_many, weight_matching
 from fedrebasin.permute import like_state, permute
@@ -130,9 +130,10 @@ def merge_modules(
     *,
     calibration: Iterable[Any] | None = None,
     coefficients: Sequence[float] | None = None,
+    correction: str | None = "repair",
     seed: int = 0,
 ) -> nn.Module:
-    """Trace, prove, match, average and, with calibration data, repair: one new module out of several.
+    """Trace, prove, match, average and, with calibration data, correct: one new module out of several.
 
     Parameters
     ----------
@@ -141,14 +142,22 @@ def merge_modules(
     example_inputs : Tensor, tuple or dict
         As for :func:`fedrebasin.trace`.
     calibration : iterable of batches, optional
-        Inputs for :func:`fedrebasin.repair`; without it the average is not repaired.
+        Inputs for the correction; without them none that needs any follows.
     coefficients : sequence of float, optional
         As for :func:`merge`.
+    correction : str, optional
+        What follows the average: a name in :data:`fedrebasin.corrections.methods.CORRECTIONS`, such as
+        ``"least-squares"``, or ``None``.
 
     Returns
     -------
     nn.Module
         A copy of the first module with the merged weights, in evaluation mode.
+
+    Raises
+    ------
+    RebasinError
+        If there is no such correction; as the functions that are called raise.
 
     Examples
     --------
@@ -157,13 +166,16 @@ def merge_modules(
     torch.Size([1, 2])
     """
     weights = check_coefficients(coefficients, len(modules))
+    if correction is not None and correction not in CORRECTIONS:
+        raise RebasinError(f"correction: expected None or one of {', '.join(CORRECTIONS)}; got {correction!r}")
     spec = check_spec(modules[0], trace(modules[0], example_inputs), example_inputs, seed=seed)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)
     aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, states, strict=True)]
     merged: Mapping[str, Tensor] = merge(aligned, coefficients=weights)
-    if calibration is not None:
-        merged = repair(modules[0], merged, aligned, calibration, coefficients=weights)
+    if correction is not None and (calibration is not None or not CORRECTIONS[correction].inputs):
+        setting = Setting(modules[0], calibration, weights, example_inputs, seed)
+        merged = correct(correction, setting, merged, aligned)
     result = copy.deepcopy(modules[0])
     result.load_state_dict(merged)
     return result.eval()

@@ -43,7 +43,7 @@ def compare(
         str,
         typer.Option(
             help="With commas between: fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad, fedmedian, fedrebasin, "
-            "rebasin:NAME; the last two also with +repair or +reset-batchnorm."
+            "rebasin:NAME; the last two also with +CORRECTION."
         ),
     ] = "fedavg,fedrebasin",
     nodes: Annotated[int, typer.Option(min=2, help="Number of clients.")] = 2,
@@ -59,7 +59,13 @@ def compare(
     data_path: DataPath = None,
     reference: Annotated[str, typer.Option(help="auto, global, largest or merge-many.")] = "auto",
     matching: Matching = "weight",
-    correction: Annotated[str, typer.Option(help="none, repair or reset-batchnorm; a strategy's +NAME wins.")] = "none",
+    correction: Annotated[
+        str,
+        typer.Option(
+            help="none, repair, reset-batchnorm, rescale, reshift, closed-form, bias-normalisation, least-squares, "
+            "regmean or distill; a strategy's +NAME wins."
+        ),
+    ] = "none",
     calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 1000,
     server_lr: Annotated[float, typer.Option(help="FedAdam's, FedYogi's and FedAdagrad's eta.")] = 0.01,
     proximal_mu: Annotated[float, typer.Option(help="FedProx's mu.")] = 0.01,

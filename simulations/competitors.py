@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedrebasin.corrections import methods as correction_methods
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS, check_joint
 
@@ -29,7 +30,7 @@ FLOWER = {
 COMMON_START = "fedavg@common"
 REFERENCES = ("auto", "global", "largest", "merge-many")
 MATCHINGS = tuple(METHODS)
-CORRECTIONS = ("none", "repair", "reset-batchnorm")
+CORRECTIONS = ("none", *correction_methods.CORRECTIONS)
 _NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
 
 
@@ -55,7 +56,7 @@ def parse_strategies(text: str) -> list[str]:
         if match is None or (inner and inner not in FLOWER) or (correction and correction not in CORRECTIONS):
             raise UsageError(
                 f"--strategies: expected {', '.join(FLOWER)}, fedrebasin or rebasin:NAME, these two also with "
-                f"+repair or +reset-batchnorm; got {name!r}"
+                f"+CORRECTION, one of {', '.join(CORRECTIONS[1:])}; got {name!r}"
             )
     if len(set(names)) < len(names):
         raise UsageError(f"--strategies: expected each name once; got {text!r}")

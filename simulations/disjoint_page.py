@@ -152,9 +152,9 @@ def _table(results: Results) -> Table:
         rows.append([label, *cells])
     config = results["config"]
     calibration = min(config["calibration_images"], config["images"]["train"])
-    corrections = "BatchNorm reset and REPAIR see" if "plain+reset" in results["seeds"][0]["rows"] else "REPAIR sees"
     note = (
-        f"Averages are taken in the middle (lam = 0.5). {corrections} {calibration:,} training images without labels; "
+        "Averages are taken in the middle (lam = 0.5). "
+        f"Corrections see {calibration:,} training images without labels; "
         f"the temperature is fitted on the labels of the same images. Training numbers are measured on "
         f"{min(5000, config['images']['train']):,} fixed images of both halves. A prior-corrected model has the "
         f"logarithm of its training labels' shares taken off its logits. Calibration error: expected, 15 bins."

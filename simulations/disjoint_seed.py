@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedrebasin import Matching, check_spec, interpolate, permute, repair, reset_batchnorm, trace
+from fedrebasin import Matching, check_spec, interpolate, permute, trace
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_barrier
+from fedrebasin.corrections import methods as corrections
 from fedrebasin.matching.methods import METHODS, Setting, find_matching
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.ends import EndConfig, make_model
@@ -30,6 +31,14 @@ from fedrebasin.simulations.training import predict
 State = dict[str, Tensor]
 Logits = dict[str, Tensor]
 
+#: correction in the names of rows and curves -> name of the method
+CORRECTIONS = {
+    name: name
+    for name, method in corrections.CORRECTIONS.items()
+    if method.inputs and name != "reset-batchnorm"  # what is computed on data
+} | {"reset": "reset-batchnorm"}
+#: those that are cheap enough to be followed along the path
+ON_PATH = ("", "reset", "repair")
 TRAIN_IMAGES = 5000
 #: one draw for all seeds decides which training images calibrate and on which the training loss is measured
 ROWS_SEED = 7
@@ -92,7 +101,7 @@ def measure_seed(
     started = time.perf_counter()
     curves = {}
     for path, other in others.items():
-        for correction in bench.corrections:
+        for correction in (one for one in ON_PATH if one in bench.corrections):
             name = _name(path, correction)
             progress(f"{label}: along the path, {name}")
             curves[name] = bench.curve(a, other, correction)
@@ -140,7 +149,7 @@ class Bench:
             "calibration": data.train_labels[calibration],
         }
         normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
-        self.corrections = ("", "reset", "repair") if normalised else ("", "repair")
+        self.corrections = ["", *(name for name in CORRECTIONS if normalised or name != "reset")]
 
     def place(self, state: State) -> State:
         """The state dict on the device, where interpolation is fast."""
@@ -182,9 +191,8 @@ class Bench:
             return state
         chosen = self.images["calibration"][:images]
         calibration = [self.data.normalise(chunk) for chunk in torch.split(chosen, self.batch)]
-        if correction == "reset":
-            return reset_batchnorm(self.net, state, calibration, device=self.device)
-        return repair(self.net, state, [a, b], calibration, coefficients=[1 - lam, lam], device=self.device)
+        setting = corrections.Setting(self.net, calibration, [1 - lam, lam], device=self.device)
+        return corrections.correct(CORRECTIONS[correction], setting, state, [a, b])
 
     def curve(self, a: State, b: State, correction: str) -> dict[str, Any]:
         """Measures along the path from ``a`` to ``b``."""

@@ -1,4 +1,4 @@
-"""What follows the aggregation: REPAIR, or new BatchNorm statistics, on the server's calibration data."""
+"""What follows the aggregation: a correction by its name, most of them on the server's calibration data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin import repair, reset_batchnorm
 from fedrebasin.batches import Batches
+from fedrebasin.corrections import methods
+from fedrebasin.corrections.methods import CORRECTIONS, Setting
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 
 State = dict[str, Tensor]
@@ -33,7 +34,13 @@ def has_running_statistics(model: nn.Module | None) -> bool:
 
 
 def check_calibration(
-    correction: str | None, model: nn.Module | None, calibration: Any, *, inputs: int = 1, device: Device = None
+    correction: str | None,
+    model: nn.Module | None,
+    calibration: Any,
+    *,
+    inputs: int = 1,
+    example_inputs: Any = None,
+    device: Device = None,
 ) -> None:
     """Refuse a correction that lacks its model or data, and data that the model cannot read in every round.
 
@@ -46,14 +53,12 @@ def check_calibration(
     ...
     fedrebasin.errors.CalibrationError: correction='repair' needs calibration, a collection of input batches; ...
     """
-    if correction is not None and calibration is None:
+    if correction is not None and calibration is None and CORRECTIONS[correction].inputs:
         raise CalibrationError(
             f"correction={correction!r} needs calibration, a collection of input batches; give calibration=batches"
         )
-    if calibration is None:
-        return
-    batches = Batches(calibration, inputs=inputs)
-    next(iter(batches))
+    if calibration is not None:
+        next(iter(Batches(calibration, inputs=inputs)))
     if correction is None:
         return
     if model is None:
@@ -61,37 +66,30 @@ def check_calibration(
             f"correction={correction!r} runs the model on calibration data, and a spec alone cannot; give model= too, "
             "or correction=None"
         )
-    first, state = [next(iter(calibration))], model.state_dict()
+    state, first = model.state_dict(), None if calibration is None else [next(iter(calibration))]
+    setting = Setting(model, first, [1.0], example_inputs, device=device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of few observations: the first batch is not all
-            _run(correction, model, state, [state], first, coefficients=[1.0], device=device)
+            methods.correct(correction, setting, state, [state])
     except RebasinError:
         raise
     except Exception as error:
         raise CalibrationError(f"calibration: the model cannot run on its first batch: {error}") from error
 
 
-def correct(
-    correction: str,
-    model: nn.Module,
-    merged: State,
-    ends: Sequence[State],
-    calibration: Any,
-    *,
-    coefficients: Sequence[float],
-    device: Device,
-) -> State | None:
+def correct(correction: str, setting: Setting, merged: State, ends: Sequence[State]) -> State | None:
     """Correct the merged model, or log why not and return ``None``.
 
     Parameters
     ----------
-    correction : {"repair", "reset-batchnorm"}
+    correction : str
+        One of :data:`fedrebasin.corrections.methods.CORRECTIONS`.
     ends : sequence of state dict
-        The aligned replies, whose statistics are REPAIR's goals; not used by ``"reset-batchnorm"``.
+        The aligned replies; empty for a correction that does not look at them.
     """
     try:
-        corrected = _run(correction, model, merged, ends, calibration, coefficients=coefficients, device=device)
+        corrected = methods.correct(correction, setting, merged, ends)
     except Exception as error:  # noqa: BLE001 - the user's model and data may raise anything, and the run must go on
         log(
             WARNING, "rebasin: %s failed (%s: %s); this round is not corrected", correction, type(error).__name__, error
@@ -102,18 +100,3 @@ def correct(
         log(WARNING, "rebasin: %s made %r infinite or NaN; this round is not corrected", correction, bad)
         return None
     return dict(corrected)
-
-
-def _run(
-    correction: str,
-    model: nn.Module,
-    merged: State,
-    ends: Sequence[State],
-    calibration: Any,
-    *,
-    coefficients: Sequence[float],
-    device: Device,
-) -> State:
-    if correction == "repair":
-        return repair(model, merged, list(ends), calibration, coefficients=list(coefficients), device=device)
-    return reset_batchnorm(model, merged, calibration, device=device)

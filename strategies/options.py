@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.serverapp.strategy.bulyan import Bulyan
 
+from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS, check_joint
 
@@ -25,16 +26,13 @@ JOINT_REFERENCES = ("merge-many",)
 BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
-    "correction": (None, "repair", "reset-batchnorm"),
+    "correction": (None, *CORRECTIONS),
     "select": (None,),
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": ("medoid", "cycle-consistent", "straight-through-many"),
     "matching": ("learned",),
-    "correction": (
-        *("rescale", "reshift", "closed-form", "bias-normalisation", "least-squares", "regmean", "distill"),
-        *("federated-repair", "federated-least-squares", "federated-regmean"),
-    ),
+    "correction": ("federated-repair", "federated-least-squares", "federated-regmean"),
     "select": ("calibration",),
 }
 PRIVACY = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
@@ -144,10 +142,10 @@ def check_guarded(guard: str, reference: str, correction: str | None) -> None:
             "models, before clipping or selection, so that nothing bounds one client's influence; use "
             "reference='global', or leave it 'auto'"
         )
-    if guard and correction == "repair":
+    if guard and correction in CORRECTIONS and CORRECTIONS[correction].ends:
         raise UsageError(
-            f"correction='repair': under {guard} its goals would be statistics of the clients' raw models, past "
-            "clipping or selection; use correction='reset-batchnorm', which needs the calibration data alone"
+            f"correction={correction!r}: under {guard} it would bring in the clients' raw models, past clipping or "
+            "selection; use correction='reset-batchnorm', which needs the calibration data alone"
         )
 
 

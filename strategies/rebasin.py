@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedrebasin import PermutationSpec
+from fedrebasin.corrections.methods import CORRECTIONS, Setting
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
@@ -59,8 +60,10 @@ class Rebasin(Strategy):
     matching : {"weight", "frank-wolfe", "sinkhorn", "activation", "activation+weight", "straight-through"}
         From ``"activation"`` on they need ``model`` and ``calibration``, as ``"sinkhorn"`` does if a loss is given;
         without one it looks at the weights alone. All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
-    correction : {"repair", "reset-batchnorm"} or None
-        The default, ``"default"``, is ``"repair"`` with calibration data (``"reset-batchnorm"`` inside
+    correction : str or None
+        ``"repair"``, ``"reset-batchnorm"``, ``"rescale"``, ``"reshift"``, ``"closed-form"``, ``"least-squares"``,
+        ``"regmean"``, ``"distill"``, which need ``calibration``, or ``"bias-normalisation"``, which does not. The
+        default, ``"default"``, is ``"repair"`` with calibration data (``"reset-batchnorm"`` inside
         differential privacy and selection), otherwise ``None``.
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
@@ -129,12 +132,18 @@ class Rebasin(Strategy):
             correction = None if calibration is None else "repair"
             if self.guard and calibration is not None:
                 correction = "reset-batchnorm" if has_running_statistics(self.model) else None
-        check_calibration(correction, self.model, calibration, inputs=self.spec.inputs, device=self.device)
+        check_calibration(
+            *(correction, self.model, calibration),
+            inputs=self.spec.inputs,
+            example_inputs=example_inputs,
+            device=self.device,
+        )
         self._matcher = build_matcher(
             matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
         )
         self.strategy = strategy
         self.calibration = calibration
+        self.example_inputs = example_inputs
         self.reference = reference
         self.matching = matching
         self.correction = correction
@@ -205,7 +214,7 @@ class Rebasin(Strategy):
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
-        keep_ends = outside or self.correction == "repair"
+        keep_ends = outside or (self.correction is not None and CORRECTIONS[self.correction].ends)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         seconds = time.perf_counter() - started
@@ -244,8 +253,6 @@ class Rebasin(Strategy):
     def _correct(self, model: ArrayRecord, ends: list[State], coefficients: list[float]) -> ArrayRecord | None:
         if self.correction is None or self.model is None:
             return None
-        state, device = record_to_state(model), self.device
-        corrected = correct(
-            self.correction, self.model, state, ends, self.calibration, coefficients=coefficients, device=device
-        )
+        setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
+        corrected = correct(self.correction, setting, record_to_state(model), ends)
         return None if corrected is None else cast_arrays(state_to_record(corrected), model)

@@ -32,7 +32,8 @@ BAD = {
     "compare --matching learned": "--matching: expected one of weight, activation, activation+weight, straight-through",
     "compare --matching activation --reference merge-many": "reference='merge-many' is built for matching='weight'",
     "reproduce disjoint digits --matching magic": "got 'magic'",
-    "compare --correction distill": "--correction: expected one of none, repair, reset-batchnorm; got 'distill'",
+    "compare --correction magic": "--correction: expected one of none, repair, reset-batchnorm, rescale, reshift, "
+    "closed-form, bias-normalisation, least-squares, regmean, distill; got 'magic'",
     "compare --server-lr 0": "--server-lr: expected a positive number",
     "compare --device tpu0": "--device: expected auto, cpu or cuda; got 'tpu0'",
     "compare --data somewhere": "--data: digits come with scikit-learn",

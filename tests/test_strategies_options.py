@@ -72,7 +72,11 @@ def dp_clients(inner: Strategy) -> Strategy:
             {"matching": "activation", "calibration": BATCHES, "reference": "merge-many"},
             "reference='merge-many' is built for matching='weight' alone; with matching='activation' use",
         ),
-        ({"correction": "rescale"}, "'rescale' is not built yet; values built now: None, 'repair', 'reset-batchnorm'$"),
+        (
+            {"correction": "federated-repair"},
+            "'federated-repair' is not built yet; values built now: None, 'repair', 'reset-batchnorm', 'rescale', ",
+        ),
+        ({"correction": "least-squares"}, "correction='least-squares' needs calibration"),
         ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),
         ({"checkpoint_dir": "runs"}, "checkpoint_dir='runs' is not built yet; values built now: None$"),
         (

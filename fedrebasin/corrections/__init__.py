@@ -1,6 +1,24 @@
-"""What follows the average: one file a method."""
+"""What follows the average: one file a method, and all of them by name in ``methods``."""
 
+from fedrebasin.corrections.bias_normalisation import bias_normalisation
+from fedrebasin.corrections.closed_form import closed_form
+from fedrebasin.corrections.distill import distill
+from fedrebasin.corrections.least_squares import least_squares
+from fedrebasin.corrections.regmean import input_grams, regmean
 from fedrebasin.corrections.repair import repair
+from fedrebasin.corrections.rescale import rescale
 from fedrebasin.corrections.reset import reset_batchnorm
+from fedrebasin.corrections.reshift import reshift
 
-__all__ = ["repair", "reset_batchnorm"]
+__all__ = [
+    "bias_normalisation",
+    "closed_form",
+    "distill",
+    "input_grams",
+    "least_squares",
+    "regmean",
+    "repair",
+    "rescale",
+    "reset_batchnorm",
+    "reshift",
+]

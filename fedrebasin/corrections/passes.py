@@ -59,6 +59,7 @@ class Runner:
         place = {step.key: index for index, step in enumerate(steps)}
         self._place = {tensor: place[name] for tensor, name in names_of_tensors(model).items() if name in place}
         self._device = torch.device("cpu")
+        self.last_input = torch.zeros(())
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._like: dict[tuple[int, int], Tensor] = {}
 
@@ -77,6 +78,7 @@ class Runner:
             self.model(*args, **kwargs)
         if mode.seen is None:
             raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
+        self.last_input = mode.seen_input
         done = index + 1 if output else index
         for key in [key for key in self._kept if key[1] == number and not self._read_from(done, key[0])]:
             self._memory.give(self._kept.pop(key))
@@ -137,6 +139,7 @@ class _Pass(TorchFunctionMode):
         self._runner, self._index, self._number, self._output = runner, index, number, output
         self._needed = runner.needed(index, number)
         self.seen: Tensor | None = None
+        self.seen_input = torch.zeros(())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, or what stands in for it; stop at the step."""
@@ -144,7 +147,7 @@ class _Pass(TorchFunctionMode):
         place = self._runner.place_of(func, args, kwargs)
         if place == self._index:
             given = arguments_of(func, args, kwargs) or {}
-            self.seen = given["input"]
+            self.seen = self.seen_input = given["input"]
             if self._output:
                 self.seen = self._runner.keep(place, self._number, func(*args, **kwargs))
             raise _Stop

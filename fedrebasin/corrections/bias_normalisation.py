@@ -1,0 +1,97 @@
+"""bias_normalisation: scale biases as averaging has scaled what reaches them. It needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fedrebasin.batches import split_inputs
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.corrections.layers import Layer, find_steps
+from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.errors import RebasinError
+
+_NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.rms_norm, F.normalize}
+
+
+def bias_normalisation(
+    net: nn.Module,
+    merged: Mapping[str, Tensor],
+    ends: Sequence[Mapping[str, Tensor]],
+    example_inputs: Any,
+    *,
+    coefficients: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Give the layer at depth ``h`` the bias ``sum_k c_k^h b_k`` instead of ``sum_k c_k b_k``.
+
+    Where units of the ends do not agree, averaged weights carry end k's share of an activation scaled by ``c_k`` in
+    each layer; averaged biases would be scaled once alone and drown it. Outputs shrink with depth: the largest
+    output may be right where the loss is not. For networks without norms.
+
+    Parameters
+    ----------
+    net, merged, ends, coefficients, device
+        As for :func:`fedrebasin.repair`.
+    example_inputs : Tensor, tuple or dict
+        A batch, whose values do not matter: the depths are seen in one pass. A layer is one deeper than the deepest
+        before it.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``merged`` with other biases.
+
+    Raises
+    ------
+    RebasinError
+        If coefficients do not fit, or if the network has a norm, which undoes any scale.
+
+    References
+    ----------
+    Qu, Horvath (2024), arXiv 2402.05966; there for two models.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+    >>> ones = {name: torch.ones_like(tensor) for name, tensor in net.state_dict().items()}
+    >>> found = bias_normalisation(net, ones, [ones, ones], torch.zeros(1, 1))
+    >>> found["0.bias"], found["2.bias"]
+    (tensor([1.]), tensor([0.5000]))
+    """
+    weights = check_coefficients(coefficients, len(ends))
+    model = working_copy(net, merged, device)
+    where = next(iter(model.state_dict().values())).device
+    args, kwargs = split_inputs(example_inputs)
+    args = tuple(x.to(where) if isinstance(x, Tensor) else x for x in args)
+    kwargs = {name: x.to(where) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+    with torch.no_grad(), _NoNorm():
+        model(*args, **kwargs)
+    steps, _ = find_steps(model, args, kwargs)
+    result, depths = extract(model, merged), list[int]()
+    for step in steps:
+        depths.append(1 + max((depths[place] for place in step.after), default=0))
+        if isinstance(step, Layer) and step.bias is not None:
+            old = result[step.bias]
+            biases = [end[step.bias].to(old.device, torch.float64) for end in ends]
+            powers = [weight ** depths[-1] for weight in weights]
+            new = sum((power * bias for power, bias in zip(powers, biases, strict=True)), torch.zeros_like(biases[0]))
+            result[step.bias] = new.to(old.dtype)
+    return result
+
+
+class _NoNorm(TorchFunctionMode):
+    """Refuses a network that calls a norm."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` unless it is a norm's."""
+        if func in _NORMS:
+            raise RebasinError(
+                f"net: bias_normalisation is for networks without norms; this one calls {func.__name__}; use repair"
+            )
+        return func(*args, **(kwargs or {}))

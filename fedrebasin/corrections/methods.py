@@ -1,0 +1,123 @@
+"""Every correction by its name, and what each needs besides the merged network and its ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.corrections.bias_normalisation import bias_normalisation
+from fedrebasin.corrections.closed_form import closed_form
+from fedrebasin.corrections.distill import distill
+from fedrebasin.corrections.least_squares import least_squares
+from fedrebasin.corrections.regmean import regmean
+from fedrebasin.corrections.repair import repair
+from fedrebasin.corrections.rescale import rescale
+from fedrebasin.corrections.reset import reset_batchnorm
+from fedrebasin.corrections.reshift import reshift
+from fedrebasin.errors import CalibrationError, RebasinError
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a correction may use; ``calibration`` is for those that need inputs, ``example_inputs`` for the others."""
+
+    net: nn.Module
+    calibration: Iterable[Any] | None = None
+    coefficients: Sequence[float] | None = None
+    example_inputs: Any = None
+    seed: int = 0
+    device: torch.device | str | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How a correction is called, whether it needs calibration inputs, and whether it looks at the ends."""
+
+    run: Callable[[Setting, State, Sequence[State]], dict[str, Tensor]]
+    inputs: bool = True
+    ends: bool = True
+
+
+def correct(name: str, setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    """Correct ``merged``, the average of the aligned ``ends``, by the method that is called ``name``.
+
+    Raises
+    ------
+    RebasinError
+        If there is no such correction, or ``setting`` lacks what it needs; what the method raises itself.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> state = net.state_dict()
+    >>> list(correct("least-squares", Setting(net, [torch.randn(200, 4)]), state, [state, state]))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    if name not in CORRECTIONS:
+        raise RebasinError(f"correction: expected one of {', '.join(CORRECTIONS)}; got {name!r}")
+    method = CORRECTIONS[name]
+    if method.inputs and setting.calibration is None:
+        raise CalibrationError(
+            f"correction={name!r} needs calibration, a collection of input batches; give calibration=batches"
+        )
+    if not method.inputs and setting.calibration is None and setting.example_inputs is None:
+        raise RebasinError(f"correction={name!r} needs example_inputs, a batch of the network's inputs")
+    return method.run(setting, merged, ends)
+
+
+def _with_data(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    def run(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+        return function(
+            *(setting.net, merged, ends, setting.calibration),
+            coefficients=setting.coefficients,
+            device=setting.device,
+        )
+
+    return run
+
+
+def _reset(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    del ends
+    assert setting.calibration is not None
+    return reset_batchnorm(setting.net, merged, setting.calibration, device=setting.device)
+
+
+def _bias_normalisation(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    example = setting.example_inputs
+    if example is None:
+        assert setting.calibration is not None
+        args, kwargs, _ = next(iter(Batches(setting.calibration, inputs=count_inputs(setting.net))))
+        example = kwargs or args
+    return bias_normalisation(
+        setting.net, merged, ends, example, coefficients=setting.coefficients, device=setting.device
+    )
+
+
+def _distill(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    assert setting.calibration is not None
+    return distill(
+        *(setting.net, merged, ends, setting.calibration),
+        coefficients=setting.coefficients,
+        seed=setting.seed,
+        device=setting.device,
+    )
+
+
+CORRECTIONS = {
+    "repair": Correction(_with_data(repair)),
+    "reset-batchnorm": Correction(_reset, ends=False),
+    "rescale": Correction(_with_data(rescale)),
+    "reshift": Correction(_with_data(reshift)),
+    "closed-form": Correction(_with_data(closed_form)),
+    "bias-normalisation": Correction(_bias_normalisation, inputs=False),
+    "least-squares": Correction(_with_data(least_squares)),
+    "regmean": Correction(_with_data(regmean)),
+    "distill": Correction(_distill),
+}

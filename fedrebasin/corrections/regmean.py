@@ -1,0 +1,177 @@
+"""regmean: every layer from the ends' own layers and the Gram matrices of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.corrections.layers import Layer
+from fedrebasin.corrections.least_squares import steps_of
+from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
+from fedrebasin.corrections.normal_equations import gram_product
+from fedrebasin.corrections.passes import Memory, Runner
+from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.errors import CalibrationError, RebasinError
+
+#: weight's key -> Gram matrix of the layer's inputs with a row of ones below them
+Grams = dict[str, Tensor]
+
+
+def regmean(
+    net: nn.Module,
+    merged: Mapping[str, Tensor],
+    ends: Sequence[Mapping[str, Tensor]],
+    calibration: Iterable[Any],
+    *,
+    coefficients: Sequence[float] | None = None,
+    grams: Sequence[Grams] | None = None,
+    off_diagonal: float = 0.9,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Make each layer agree with every end's layer on that end's own inputs to it.
+
+    ``W = (sum_k c_k G_k W_k) (sum_k c_k G_k)^-1`` with ``G_k`` the mean of ``x x^T`` over end k's inputs of it, a
+    1 at the end of each ``x`` for the bias. Layers and BatchNorms as for :func:`least_squares`; what it leaves averaged
+    stays so here. One pass for each end, none through the merged network.
+
+    Parameters
+    ----------
+    net, merged, ends, coefficients, device
+        As for :func:`least_squares`.
+    calibration : iterable of batches
+        Inputs, no labels; of the first batch alone, to find the layers, if ``grams`` are given.
+    grams : sequence of dict, optional
+        What :func:`input_grams` gives for each end on data of its own, in the order of the aligned ends' units.
+        Coefficients in proportion to the numbers of samples make it the paper's sum over samples.
+    off_diagonal : float
+        In [0, 1]: factor of what is off the diagonals.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Keys, order, dtypes and devices of ``merged``.
+
+    Raises
+    ------
+    CalibrationError
+        If the data is empty, can be read only once, or activations are not finite.
+    RebasinError
+        If coefficients, ``grams`` or ``off_diagonal`` do not fit, or no layer can be solved.
+
+    References
+    ----------
+    Jin, Ren, Preotiuc-Pietro, Cheng (ICLR 2023), "Dataless knowledge fusion by merging weights of language models",
+    arXiv 2212.09849.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> ends = [net.state_dict(), net.state_dict()]
+    >>> list(regmean(net, net.state_dict(), ends, [torch.randn(200, 4)]))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    if not 0 <= off_diagonal <= 1:
+        raise RebasinError(f"off_diagonal: expected a number in [0, 1]; got {off_diagonal}")
+    weights = check_coefficients(coefficients, len(ends))
+    if grams is not None and len(grams) != len(ends):
+        raise RebasinError(f"grams: expected {len(ends)}, one for each end; got {len(grams)}")
+    model = working_copy(net, merged, device)
+    where = device if device is not None else next(iter(merged.values())).device
+    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    layers = [step for step in steps_of(model, batches, "regmean") if isinstance(step, Layer)]
+    left: dict[str, Tensor] = {}
+    right: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    for place, (end, weight) in enumerate(zip(ends, weights, strict=True)):
+        if not weight:
+            continue
+        one = working_copy(net, end, device)
+        found = input_grams(net, end, calibration, device=device) if grams is None else grams[place]
+        for layer in layers:
+            map_ = read_map(one, layer)
+            own = torch.cat([map_.matrix, map_.shift.unsqueeze(1)], 1)
+            gram = _gram_of(found, layer, own.shape[1], place).to(own.device)
+            gram = weight * gram / gram[-1, -1]
+            shrunk = off_diagonal * gram + (1 - off_diagonal) * gram.diagonal().diag()
+            key = layer.weight
+            whole[key] = whole.get(key, torch.zeros_like(gram)) + gram
+            left[key] = left.get(key, torch.zeros_like(own)) + own @ shrunk
+            right[key] = right.get(key, torch.zeros_like(gram)) + shrunk
+    for layer in layers:
+        start = read_map(model, layer)
+        W = _divide(left[layer.weight], right[layer.weight], torch.cat([start.matrix, start.shift.unsqueeze(1)], 1))
+        mean, gram = whole[layer.weight][:-1, -1], whole[layer.weight][:-1, :-1]
+        write_map(model, layer, LinearMap(W[:, :-1], W[:, -1]), mean, gram - torch.outer(mean, mean))
+    return extract(model, merged)
+
+
+def input_grams(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    calibration: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+) -> Grams:
+    """Gram matrices of the inputs of every layer that :func:`regmean` solves, as sums over samples.
+
+    Returns
+    -------
+    dict of str to Tensor, float64 (m + 1, m + 1)
+        By the weight's key; ``m`` is in * kernel, the last row and column belong to the 1 of the bias, and the last
+        entry is the number of samples.
+
+    Examples
+    --------
+    >>> net = nn.Linear(2, 1)
+    >>> input_grams(net, net.state_dict(), [torch.tensor([[1.0, 2.0]])])["weight"]
+    tensor([[1., 2., 1.],
+            [2., 4., 2.],
+            [1., 2., 1.]], dtype=torch.float64)
+    """
+    model = working_copy(net, state, device)
+    where = device if device is not None else next(iter(state.values())).device
+    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    steps = steps_of(model, batches, "regmean")
+    found: Grams = {}
+    for args, kwargs, _ in batches:
+        runner = Runner(model, steps, Memory(2**62), keep=True)  # one batch's outputs: a pass costs a layer
+        for index, step in enumerate(steps):
+            if not isinstance(step, Layer):
+                continue
+            runner.output(index, 0, (args, kwargs))
+            x = runner.last_input
+            kernel = tuple(model.state_dict()[step.weight].shape[2:])
+            for part in chunks(step, x, kernel):
+                X = columns(step, x[part], kernel)
+                gram = gram_product(torch.cat([X, X.new_ones(1, X.shape[1])]))
+                found[step.weight] = found[step.weight] + gram if step.weight in found else gram
+    odd = next((name for name, gram in found.items() if not bool(gram.isfinite().all())), None)
+    if odd is not None:
+        raise CalibrationError(
+            f"calibration: the activations at {odd!r} hold a NaN or an infinity; check the models and the inputs"
+        )
+    return found
+
+
+def _gram_of(found: Grams, layer: Layer, size: int, place: int) -> Tensor:
+    gram = found.get(layer.weight)
+    if gram is None or gram.shape != (size, size):
+        came = "none" if gram is None else f"one of {tuple(gram.shape)}"
+        raise RebasinError(
+            f"grams[{place}]: expected a matrix of {(size, size)} for {layer.weight!r}; got {came}; use input_grams"
+        )
+    return gram.double()
+
+
+def _divide(left: Tensor, right: Tensor, start: Tensor) -> Tensor:
+    """``left @ right^-1``; along directions without inputs, ``start``."""
+    values, vectors = torch.linalg.eigh(right)
+    large = values > 1e-10 * values.max()
+    inverse = torch.where(large, 1 / torch.where(large, values, 1.0), 0.0)
+    solved: Tensor = start + ((left - start @ right) @ vectors * inverse) @ vectors.T
+    return solved
