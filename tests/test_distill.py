@@ -1,0 +1,68 @@
+"""distill: nearer to the ensemble, the same under the same seed, without labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from corrections_ends import check_keeps_form, random_ends, run
+from torch import Tensor, nn
+
+from fedrebasin import CalibrationError, RebasinError, distill, merge
+from fedrebasin.simulations.models import build_model
+
+DATA = [torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3))
+
+
+def test_the_probabilities_come_nearer_to_the_weighted_mean_of_the_ends() -> None:
+    shares, model = [0.5, 0.2, 0.3], net()
+    ends = random_ends(model, count=3, noise=1.0)
+    merged = merge(ends, coefficients=shares)
+    found = distill(model, merged, ends, DATA, coefficients=shares, epochs=40, lr=1e-2)
+    x = torch.cat(DATA)
+    goal = sum(share * run(model, end, x).softmax(1) for share, end in zip(shares, ends, strict=True))
+    losses = [float(-(goal * run(model, state, x).log_softmax(1)).sum(1).mean()) for state in (merged, found)]
+    best = float(-(goal * torch.as_tensor(goal).log()).sum(1).mean())
+    assert losses[1] - best < 0.3 * (losses[0] - best)
+
+
+def test_equal_seeds_give_equal_results_and_labels_are_not_used() -> None:
+    model = net()
+    ends = random_ends(model)
+    labelled = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in DATA]
+    first, second, other = (
+        distill(model, merge(ends), ends, data, epochs=2, seed=seed)
+        for data, seed in ((DATA, 0), (labelled, 0), (DATA, 1))
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_an_end_merged_with_itself_has_nothing_to_learn() -> None:
+    model = net()
+    state = model.state_dict()
+    found = distill(model, state, [state, state], DATA, epochs=1, lr=1e-6)
+    for name, tensor in state.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_keys_order_and_dtypes_stay_and_inputs_are_not_edited() -> None:
+    images: list[Tensor] = [torch.randn(30, 3, 8, 8)]
+    model = build_model("conv", (3, 8, 8), 3, width=4)
+    check_keeps_form(
+        lambda merged, ends: distill(model, merged, ends, images, epochs=1), model, random_ends(model, images)
+    )
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = net()
+    state = model.state_dict()
+    with pytest.raises(RebasinError, match="epochs: expected 1 or more; got 0"):
+        distill(model, state, [state], DATA, epochs=0)
+    with pytest.raises(RebasinError, match="lr: expected a positive number; got 0"):
+        distill(model, state, [state], DATA, lr=0)
+    with pytest.raises(CalibrationError, match="distill: the loss became nan"):
+        distill(model, state, [state], [torch.full((5, 4), torch.nan)])
