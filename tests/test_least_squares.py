@@ -83,6 +83,8 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_end_merged_with_itself_keeps_its_function(name: str) -> None:
     net = MAKERS[name]().double()
+    if name == "batchnorm":
+        nn.init.constant_(net.get_parameter("1.weight"), -1.0)
     images = [torch.cat(IMAGES)]  # one batch, so that a BatchNorm's reset has the statistics of all images
     (end,) = random_ends(net, images, count=1, noise=0.1)
     found = least_squares(net, end, [end, end], images, coefficients=[0.3, 0.7])
@@ -128,6 +130,16 @@ def test_the_batchnorms_statistics_are_those_of_its_input() -> None:
     torch.testing.assert_close(found["4.running_var"], rows.var(1), rtol=1e-6, atol=0)
 
 
+def test_a_batchnorm_that_follows_no_layer_directly_gets_the_statistics_of_its_input() -> None:
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
+    calibration = [draw(60, 3), draw(40, 3, seed=1)]
+    ends = random_ends(net, calibration)
+    found = least_squares(net, merge(ends), ends, calibration)
+    x = torch.tanh(F.linear(torch.cat(calibration), found["0.weight"], found["0.bias"]))
+    torch.testing.assert_close(found["2.running_mean"], x.mean(0), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found["2.running_var"], x.var(0), rtol=1e-6, atol=0)
+
+
 def test_a_batchnorm_without_affine_keeps_the_function_exactly() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.ReLU(), nn.Linear(4, 2)).double()
     calibration = [draw(100, 3)]
@@ -146,14 +158,30 @@ class Shuffled:
         return iter(self.x[torch.randperm(len(self.x), generator=self.generator)].split(20))
 
 
-@pytest.mark.parametrize("name", ["norm-free", "residual", "groupnorm"])
+class InPlace(nn.Module):
+    """Writes into layers' outputs, through a view too, and reads one of them in two later layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h[:, :3].mul_(2).add_(1)
+        both = torch.zeros_like(h)
+        both[:, :4] = self.second(torch.tanh(h))[:, :4]
+        return self.third(both.tanh_() + h)
+
+
+@pytest.mark.parametrize("name", ["norm-free", "residual", "groupnorm", "in-place"])
 def test_memory_changes_the_cost_and_not_the_result(name: str) -> None:
-    net = MAKERS[name]().double()
-    ends = random_ends(net, IMAGES)
-    inputs = sum(batch.numel() * 8 for batch in IMAGES)
+    net = InPlace().double() if name == "in-place" else MAKERS[name]().double()
+    batches = [draw(60, 4), draw(50, 4, seed=1)] if name == "in-place" else IMAGES
+    ends = random_ends(net)
+    inputs = sum(batch.numel() * 8 for batch in batches)
     results = [
-        least_squares(net, merge(ends), ends, IMAGES, ridge=1e-3, memory=memory)
-        for memory in (2**30, 0, inputs, inputs + 100_000)
+        least_squares(net, merge(ends), ends, batches, ridge=1e-3, memory=memory)
+        for memory in (2**30, 0, inputs, inputs + 6000, inputs + 100_000)
     ]
     for key in results[0]:
         for other in results[1:]:
@@ -216,6 +244,8 @@ def test_layers_are_found_by_what_they_call_and_the_log_names_what_stays(caplog:
     assert [step.key for step in steps] == ["first", "second", "last.weight"]
     assert [set(step.after) for step in steps] == [set(), {0}, {1}]
     assert not torch.equal(found["second"], merged["second"])
+    steps, _ = find_steps(InPlace().eval(), (torch.zeros(2, 4),), {})
+    assert [set(step.after) for step in steps] == [set(), {0}, {0, 1}]
 
 
 def test_what_has_no_matrix_of_its_own_is_left_with_a_reason() -> None:

@@ -78,13 +78,12 @@ def test_the_goals_are_met_behind_the_corrected_layers(method: str, kind: str) -
             torch.testing.assert_close(std, goal_std, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize(("method", "kept", "site"), [("rescale", 0, "0"), ("reshift", 1, "2")])
-def test_what_is_not_a_goal_stays_in_the_first_layer_that_changes(method: str, kept: int, site: str) -> None:
+@pytest.mark.parametrize(("method", "kept"), [("rescale", 0), ("reshift", 1)])
+def test_what_is_not_a_goal_stays_in_the_first_layer(method: str, kept: int) -> None:
     net = plain()
-    ends = random_ends(net, count=3)
-    merged = merge(ends, coefficients=SHARES)
+    *ends, merged = random_ends(net, count=4)  # no average: in a first layer that has the goal means already
     found = FAMILY[method](net, merged, ends, BATCHES, coefficients=SHARES)
-    before, after = moments(net, merged, site), moments(net, found, site)
+    before, after = moments(net, merged, "0"), moments(net, found, "0")
     torch.testing.assert_close(after[kept], before[kept], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(after[1 - kept], before[1 - kept], rtol=1e-3)
 

@@ -145,10 +145,8 @@ class _Watch(TorchFunctionMode):
         if given is not None and id(key) in self._names and isinstance(result, Tensor):
             self._calls.append(_Call(func, given, result, sources))
             sources = frozenset({len(self._calls) - 1})
-        for tensor in written:
-            address = _address(tensor)
-            in_place = any(_address(x) == address for x in read)  # or a view
-            self._sources[address] = sources | self._sources.get(address, empty) if in_place else sources
+        for tensor in written:  # by storage: what is written in place, or through a view, has been read as well
+            self._sources[_address(tensor)] = sources
         return result
 
     def steps(self, output: Any) -> tuple[list[Step], dict[str, str]]:
