@@ -58,25 +58,22 @@ def check_option(name: str, value: object) -> None:
     raise UsageError(f"{name}: expected one of {built}; got {value!r}")
 
 
-def check_options(
-    reference: str, matching: str, correction: str | None, *, select: object, checkpoint_dir: object
-) -> None:
+def check_options(reference: str, matching: str, correction: str | None, *, select: object) -> None:
     """Refuse what is not built, and a reference that the matching cannot be used with.
 
     Examples
     --------
-    >>> check_options("auto", "weight", "default", select=None, checkpoint_dir="runs")
+    >>> check_options("auto", "weight", "default", select="calibration")
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: checkpoint_dir='runs' is not built yet; values built now: None
+    fedrebasin.errors.UsageError: select='calibration' is not built yet; values built now: None
     """
     check_option("reference", reference)
     check_option("matching", matching)
     if correction != "default":
         check_option("correction", correction)
-    for name, value in (("select", select), ("checkpoint_dir", checkpoint_dir)):
-        if value is not None:
-            raise UsageError(f"{name}={value!r} is not built yet; values built now: None")
+    if select is not None:
+        raise UsageError(f"select={select!r} is not built yet; values built now: None")
     check_joint(matching, reference)
 
 
