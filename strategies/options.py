@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -35,9 +36,19 @@ LATER: dict[str, tuple[str, ...]] = {
     "correction": ("federated-repair", "federated-least-squares", "federated-regmean"),
     "select": ("calibration",),
 }
-PRIVACY = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
-CLIENT_SIDE_PRIVACY = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
-SELECTION = (MultiKrum, Bulyan)  # Krum is a MultiKrum
+PRIVACY = (
+    DifferentialPrivacyServerSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    legacy.DifferentialPrivacyServerSideFixedClipping,
+    legacy.DifferentialPrivacyServerSideAdaptiveClipping,
+)
+CLIENT_SIDE_PRIVACY = (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    legacy.DifferentialPrivacyClientSideFixedClipping,
+    legacy.DifferentialPrivacyClientSideAdaptiveClipping,
+)
+SELECTION = (MultiKrum, Bulyan, legacy.Krum, legacy.Bulyan)  # Krum of the message API is a MultiKrum
 
 
 def check_option(name: str, value: object) -> None:
@@ -77,8 +88,8 @@ def check_options(reference: str, matching: str, correction: str | None, *, sele
     check_joint(matching, reference)
 
 
-def chain(strategy: Strategy) -> Iterator[Strategy]:
-    """Yield the strategy, the one that it wraps, the one that that wraps, and so on.
+def chain(strategy: Strategy | legacy.Strategy) -> Iterator[Any]:
+    """Yield the strategy, the one that it wraps, the one that that wraps, and so on, of either interface.
 
     Examples
     --------
@@ -87,12 +98,12 @@ def chain(strategy: Strategy) -> Iterator[Strategy]:
     ['FedAvg']
     """
     link: object = strategy
-    while isinstance(link, Strategy):
+    while isinstance(link, Strategy | legacy.Strategy):
         yield link
         link = getattr(link, "strategy", None)
 
 
-def read_attribute(strategy: Strategy, name: str, default: Any) -> Any:
+def read_attribute(strategy: Strategy | legacy.Strategy, name: str, default: Any) -> Any:
     """Read an attribute from the first link of the chain that has it."""
     return next((getattr(link, name) for link in chain(strategy) if hasattr(link, name)), default)
 
