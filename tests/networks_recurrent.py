@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 STEPS = (torch.zeros(2, 7, 5),)
+# torch 2.9 exports an LSTM's last states with one axis too many, and one that reads them keeps its units fixed
+LAST_STATES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 LSTM = {"batch_first": True}
 
 
@@ -24,6 +26,8 @@ class Recurrent(nn.Module):
         states = tuple(state.expand(-1, len(x), -1) for state in self.first)
         out, last = self.core(x, states if len(states) > 1 else states[0]) if states else self.core(x)
         last = last if isinstance(last, tuple) else (last,)
+        if isinstance(self.core, nn.LSTM) and not LAST_STATES:
+            return (self.head(out),)
         return self.head(out), *(state.norm(dim=-1) for state in last)
 
 
