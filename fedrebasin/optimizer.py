@@ -68,8 +68,8 @@ def permute_optimizer(
     names = _names_of_parameters(optimizer, model)
     if spec.axes and not any(name in spec.axes for name in names.values()):
         raise SpecMismatchError(
-            f"optimizer: none of its parameters is in the spec, e.g. {next(iter(names.values()), None)!r}; use the spec "
-            "of this model"
+            f"optimizer: none of its parameters is in the spec, e.g. {next(iter(names.values()), None)!r}; use "
+            "the spec of this model"
         )
     saved = optimizer.state_dict()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -97,8 +97,8 @@ def _names_of_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
         for parameter, index in zip(group["params"], saved["params"], strict=True):
             if id(parameter) not in known:
                 raise RebasinError(
-                    f"optimizer: it holds a parameter of shape {tuple(parameter.shape)} that is not one of the model's; "
-                    "give the model that it was made for"
+                    f"optimizer: it holds a parameter of shape {tuple(parameter.shape)} that is not one of the "
+                    "model's; give the model that it was made for"
                 )
             names[index] = known[id(parameter)]
     return names

@@ -1,0 +1,237 @@
+"""rebasin_mod: align the trained model to the received one on the client, before it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from logging import ERROR, INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
+from torch import Tensor
+
+from fedrebasin import PermutationSpec, identity_perms, match_each
+from fedrebasin.errors import RebasinError, UsageError
+from fedrebasin.permute import permute_tensor
+from fedrebasin.strategies.beside import PERMS, Perms, check_beside, check_record, permute_record
+from fedrebasin.strategies.mod_order import PRIVACY, SECURE, flowers_mods_before, mods_behind
+from fedrebasin.strategies.network import Model, build_network, find_device
+from fedrebasin.strategies.part import part_of
+from fedrebasin.strategies.records import state_to_record, tensor_to_array
+from fedrebasin.strategies.wire import EMPTY, decode, find_arrays, keys_of_tensors
+
+BUFFERS = ("auto", "aligned", "received")
+
+
+def rebasin_mod(
+    *,
+    spec: PermutationSpec | str | Path | None = None,
+    model: Model | None = None,
+    example_inputs: Any = None,
+    arrayrecord_key: str = "arrays",
+    names: Sequence[str] | None = None,
+    beside: Sequence[str] = (),
+    buffers: str = "auto",
+    keep_perms: bool = False,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> RebasinMod:
+    """Make a mod that aligns what a client trained to the model that it received.
+
+    It gives what ``Rebasin(..., reference="global")`` gives on the server, bit for bit; the server runs any strategy
+    at its own cost, and under secure aggregation sees no model. It stands **last** in the list of mods, so that
+    clipping and noise see the aligned update. Flower's own privacy and secure aggregation mods behind it are seen
+    and refused; others are not seen, and it is for you to put them before it.
+
+    Parameters
+    ----------
+    spec : PermutationSpec or path, optional
+        A checked spec; shipped with the app, it saves every client process the trace. A relative path is looked up in
+        the process's working directory: ``Path(__file__).with_name("spec.json")`` is beside the app.
+    model, example_inputs : optional
+        The model instead of ``spec``: traced and checked when the mod is made.
+    arrayrecord_key : str
+        The record of the weights, if a message holds several.
+    names : sequence of str, optional
+        For clients of the legacy API, which send lists: what the arrays are, in the order in which they are sent. By
+        default the whole state dict, or the parameters alone, by their number.
+    beside : sequence of str
+        Further ArrayRecords of the reply that are permuted with the weights (control variates, moments, an EMA).
+        Flower's privacy mods refuse a reply with more than one.
+    buffers : {"auto", "aligned", "received"}
+        Running statistics go to the server ``"aligned"``, or as they were ``"received"``. ``"auto"`` is received
+        in front of Flower's clipping and noise mods, whose norm they would swamp (a counter that grew by 100 shrinks
+        a clipped update to nothing), and aligned otherwise. Received ones never learn: the server recomputes them.
+    keep_perms : bool
+        Leave the permutations of this upload in ``context.state["rebasin-perms"]``, for
+        :func:`perms_from_record` in the next round.
+    seed, device
+        As in :class:`Rebasin`.
+
+    Returns
+    -------
+    RebasinMod
+        For ``@app.train(mods=[...])`` or ``ClientApp(mods=[...])``; messages that do not train pass through.
+
+    Raises
+    ------
+    RebasinError
+        When the mod is made: a missing or unchecked spec, an option that does not fit.
+
+    Notes
+    -----
+    In a round the client answers with an error, as Flower's mods do, and the server leaves it out, if the order of
+    mods is wrong, if the model that it received is not the spec's (both before it trains), or if the trained model has
+    other tensors or shapes than the received one, or a NaN: sent as it is, any of these would spoil the
+    average of all. If the matching itself fails (a received model of NaN, a device out of memory), the reply goes as it
+    was trained, with a warning. What is sent is aligned to the received model: to a random one it loses 10 to 20
+    points where clients trained apart, so broadcast a trained one.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from flwr.clientapp import ClientApp
+    >>> from flwr.clientapp.mod import fixedclipping_mod
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> mod = rebasin_mod(model=net, example_inputs=(torch.randn(2, 4),))
+    >>> app = ClientApp(mods=[fixedclipping_mod, mod])
+    """
+    _, checked = build_network(model, example_inputs, spec, seed)
+    if buffers not in BUFFERS:
+        raise UsageError(f"buffers: expected one of {', '.join(map(repr, BUFFERS))}; got {buffers!r}")
+    unknown = next((name for name in names or () if name not in checked.axes), None)
+    if unknown is not None:
+        raise UsageError(f"names: expected names of the spec's tensors; got {unknown!r}")
+    return RebasinMod(
+        checked,
+        arrayrecord_key,
+        names=None if names is None else tuple(names),
+        beside=check_beside(beside, arrayrecord_key),
+        buffers=buffers,
+        keep_perms=keep_perms,
+        seed=seed,
+        device=find_device(device),
+    )
+
+
+class RebasinMod:
+    """The mod that :func:`rebasin_mod` makes."""
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        arrayrecord_key: str,
+        *,
+        names: tuple[str, ...] | None,
+        beside: tuple[str, ...],
+        buffers: str,
+        keep_perms: bool,
+        seed: int,
+        device: torch.device | None,
+    ) -> None:
+        self.spec = spec
+        self.arrayrecord_key = arrayrecord_key
+        self.names = names
+        self.beside = beside
+        self.buffers = buffers
+        self.keep_perms = keep_perms
+        self.seed = seed
+        self.device = device
+        self._part = spec
+
+    def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
+        """Train, and align what comes out of it."""
+        if msg.metadata.message_type.partition(".")[0] != "train":
+            return call_next(msg, ctxt)
+        behind = [name for name in mods_behind(call_next) if name in (*PRIVACY, *SECURE)]
+        if behind:
+            return _refuse(
+                msg,
+                f"{behind[0]} is behind rebasin_mod in the list of mods and would work on the update before it is "
+                f"aligned; put rebasin_mod last: mods=[{', '.join(behind)}, rebasin_mod(...)]",
+            )
+        record = find_arrays(msg.content, self.arrayrecord_key)
+        if record is None:
+            log(WARNING, "rebasin_mod: a message without a model; there is nothing to align to")
+            return call_next(msg, ctxt)
+        received = dict(record)  # the client may empty the record
+        try:
+            keys = keys_of_tensors(self.spec, received, self.names)
+            self._part = part_of(self.spec, keys, self._part)
+            self._part.check_state(decode(received, keys), "the received model")
+        except RebasinError as error:
+            return _refuse(msg, str(error))
+        reply = call_next(msg, ctxt)
+        if reply.has_error() or not reply.has_content():
+            return reply
+        try:
+            return self._align(reply, received, keys, ctxt)
+        except RebasinError as error:
+            return _refuse(msg, f"the trained model does not fit the one that was received: {error}")
+
+    def _align(self, reply: Message, received: Mapping[str, Array], keys: Mapping[str, str], ctxt: Context) -> Message:
+        spec = self._part
+        record = find_arrays(reply.content, self.arrayrecord_key)
+        if not isinstance(record, ArrayRecord) or {*record} - {EMPTY} != set(keys.values()):
+            got = "no ArrayRecord" if record is None else f"{len(record)} arrays"
+            raise UsageError(f"arrays: expected the {len(keys)} that were received; got {got}")
+        trained = decode(record, keys)
+        spec.check_state(trained, "the trained model")
+        bad = next((name for name, tensor in trained.items() if not bool(torch.isfinite(tensor).all())), None)
+        if bad is not None:
+            raise UsageError(f"arrays: {bad!r} holds a NaN or an infinity")
+        perms = self._match(decode(received, keys), trained)
+        if perms is not None:
+            for name in keys:
+                tensor = trained.pop(name)
+                moved = permute_tensor(spec.axes[name], perms, tensor)
+                if not torch.equal(moved, tensor):
+                    record[keys[name]] = tensor_to_array(moved)
+        before = flowers_mods_before()
+        if self.buffers == "received" or (self.buffers == "auto" and set(before) & set(PRIVACY)):
+            for name in set(spec.buffers) & set(keys):
+                record[keys[name]] = received[keys[name]]
+        for name in self.beside:
+            self._align_beside(reply, name, identity_perms(spec) if perms is None else perms)
+        if self.keep_perms:
+            ctxt.state.pop(PERMS, None)
+            if perms is not None:
+                ctxt.state[PERMS] = state_to_record(perms)
+        return reply
+
+    def _match(self, received: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Perms | None:
+        """Match as the server does; a received model of another precision (secure aggregation's) is cast."""
+        reference = {name: tensor.to(trained[name].dtype) for name, tensor in received.items()}
+        try:
+            (found,) = match_each(self._part, reference, [trained], seed=self.seed, device=self.device)
+        except (ValueError, RuntimeError) as error:
+            log(
+                *(WARNING, "rebasin_mod: alignment failed (%s: %s); the reply goes as it was trained"),
+                *(type(error).__name__, error),
+            )
+            return None
+        log(INFO, "rebasin_mod: %.1f%% of the units moved", 100 * found.moved_fraction)
+        return found.perms
+
+    def _align_beside(self, reply: Message, name: str, perms: Perms) -> None:
+        record = reply.content.array_records.get(name)
+        if record is None:
+            log(WARNING, "rebasin_mod: beside: the reply has no ArrayRecord %r", name)
+            return
+        try:
+            check_record(self._part, record)
+        except RebasinError as error:
+            log(WARNING, "rebasin_mod: beside: %r holds %s; it is not sent", name, error)
+            del reply.content[name]
+        else:
+            permute_record(self._part, perms, record)
+
+
+def _refuse(msg: Message, reason: str) -> Message:
+    """Answer with an error, as Flower's mods do: the server leaves the client out, and logs the reason."""
+    log(ERROR, "rebasin_mod: %s", reason)
+    return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=f"rebasin_mod: {reason}"), reply_to=msg)
