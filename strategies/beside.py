@@ -7,6 +7,7 @@ permutations on the wire, with which a client relabels what it keeps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from logging import WARNING
 
@@ -20,7 +21,7 @@ from fedrebasin.errors import SpecMismatchError, UsageError
 from fedrebasin.perms import check_perms
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.buffers import merge_buffers
-from fedrebasin.strategies.records import record_to_state, state_to_record, tensor_to_array
+from fedrebasin.strategies.records import array_to_tensor, record_to_state, state_to_record, tensor_to_array
 from fedrebasin.strategies.replies import Reply
 from fedrebasin.strategies.wire import decode
 
@@ -168,20 +169,32 @@ class Beside:
         if self.send_perms:
             self._perms.update((reply.node, state_to_record(perm)) for perm, reply in zip(perms, replies, strict=True))
         for name in self.names:
-            kept: list[tuple[ArrayRecord, float]] = []
-            for perm, reply, share in zip(perms, replies, shares, strict=True):
-                record = self._taken.get(id(reply.message), {}).get(name, ArrayRecord())
-                try:
-                    if not record or (kept and record.keys() != kept[0][0].keys()):
-                        raise SpecMismatchError(f"{len(record)} tensors, or others than the first node's")
-                    check_record(spec, record)
-                except SpecMismatchError as error:
-                    log(WARNING, "rebasin: node %d sent as %r %s; left out of its average", reply.node, name, error)
+            records = [self._taken.get(id(reply.message), {}).get(name, ArrayRecord()) for reply in replies]
+            wrong = [_explain(spec, record) for record in records]
+            keys = Counter(frozenset(record) for record, reason in zip(records, wrong, strict=True) if not reason)
+            usual = keys.most_common(1)[0][0] if keys else frozenset()
+            states, weights = [], []
+            for place, record in enumerate(records):
+                reason = wrong[place] or ("" if record.keys() == usual else f"{len(record)} tensors, most {len(usual)}")
+                if reason:
+                    node = replies[place].node
+                    log(WARNING, "rebasin: node %d sent as %r %s; left out of its average", node, name, reason)
                     continue
-                permute_record(spec, perm, record)
-                kept.append((record, share))
-            if kept:
-                total = sum(share for _, share in kept)
-                states = [record_to_state(record) for record, _ in kept]
-                self.averages[name] = state_to_record(merge_buffers(states, [share / total for _, share in kept]))
+                permute_record(spec, perms[place], record)
+                states.append({key: array_to_tensor(record[key]) for key in sorted(usual)})
+                weights.append(shares[place])
+            if states:
+                average = merge_buffers(states, [weight / sum(weights) for weight in weights])
+                self.averages[name] = state_to_record({key: average[key] for key in spec.axes if key in average})
         self._taken = {}
+
+
+def _explain(spec: PermutationSpec, record: ArrayRecord) -> str:
+    """Why a record cannot be used; empty if it can."""
+    if not record:
+        return "nothing"
+    try:
+        check_record(spec, record)
+    except SpecMismatchError as error:
+        return str(error)
+    return ""

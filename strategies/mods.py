@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from logging import ERROR, INFO, WARNING
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Error, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -84,7 +83,7 @@ def rebasin_mod(
 
     Notes
     -----
-    In a round the client answers with an error, as Flower's mods do, and the server leaves it out, if the order of
+    In a round the mod raises, so that the client answers with an error and the server leaves it out, if the order of
     mods is wrong, if the model that it received is not the spec's (both before it trains), or if the trained model has
     other tensors or shapes than the received one, or a NaN: sent as it is, any of these would spoil the
     average of all. If the matching itself fails (a received model of NaN, a device out of memory), the reply goes as it
@@ -149,10 +148,9 @@ class RebasinMod:
             return call_next(msg, ctxt)
         behind = [name for name in mods_behind(call_next) if name in (*PRIVACY, *SECURE)]
         if behind:
-            return _refuse(
-                msg,
-                f"{behind[0]} is behind rebasin_mod in the list of mods and would work on the update before it is "
-                f"aligned; put rebasin_mod last: mods=[{', '.join(behind)}, rebasin_mod(...)]",
+            raise UsageError(
+                f"rebasin_mod: {behind[0]} is behind rebasin_mod in the list of mods and would work on the update "
+                f"before it is aligned; put rebasin_mod last: mods=[{', '.join(behind)}, rebasin_mod(...)]",
             )
         record = find_arrays(msg.content, self.arrayrecord_key)
         if record is None:
@@ -164,14 +162,16 @@ class RebasinMod:
             self._part = part_of(self.spec, keys, self._part)
             self._part.check_state(decode(received, keys), "the received model")
         except RebasinError as error:
-            return _refuse(msg, str(error))
+            raise UsageError(f"rebasin_mod: {error}") from error
         reply = call_next(msg, ctxt)
         if reply.has_error() or not reply.has_content():
             return reply
         try:
             return self._align(reply, received, keys, ctxt)
         except RebasinError as error:
-            return _refuse(msg, f"the trained model does not fit the one that was received: {error}")
+            raise UsageError(
+                f"rebasin_mod: the trained model does not fit the one that was received: {error}"
+            ) from error
 
     def _align(self, reply: Message, received: Mapping[str, Array], keys: Mapping[str, str], ctxt: Context) -> Message:
         spec = self._part
@@ -229,9 +229,3 @@ class RebasinMod:
             del reply.content[name]
         else:
             permute_record(self._part, perms, record)
-
-
-def _refuse(msg: Message, reason: str) -> Message:
-    """Answer with an error, as Flower's mods do: the server leaves the client out, and logs the reason."""
-    log(ERROR, "rebasin_mod: %s", reason)
-    return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=f"rebasin_mod: {reason}"), reply_to=msg)
