@@ -204,10 +204,9 @@ class RebasinMod:
         return reply
 
     def _match(self, received: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Perms | None:
-        """Match as the server does; a received model of another precision (secure aggregation's) is cast."""
-        reference = {name: tensor.to(trained[name].dtype) for name, tensor in received.items()}
+        """Match as the server does; the received model may be of another precision (secure aggregation's)."""
         try:
-            (found,) = match_each(self._part, reference, [trained], seed=self.seed, device=self.device)
+            (found,) = match_each(self._part, received, [trained], seed=self.seed, device=self.device)
         except (ValueError, RuntimeError) as error:
             log(
                 *(WARNING, "rebasin_mod: alignment failed (%s: %s); the reply goes as it was trained"),

@@ -60,16 +60,16 @@ def context_of(node: int) -> Context:
     return Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
 
 
-def fit_message(sent: Arrays, node: int = 1) -> Message:
+def fit_message(sent: Arrays, node: int = 1, **config: Any) -> Message:
     """What the server sends outside secure aggregation."""
     outside_a_run()
-    content = fitins_to_recorddict(FitIns(ndarrays_to_parameters(sent), {}), keep_input=True)
+    content = fitins_to_recorddict(FitIns(ndarrays_to_parameters(sent), config), keep_input=True)
     return Message(content, dst_node_id=node, message_type="train")
 
 
-def fit_once(app: ClientApp, sent: Arrays) -> Arrays:
+def fit_once(app: ClientApp, sent: Arrays, **config: Any) -> Arrays:
     """One fit message, and the arrays that come back."""
-    reply = app(fit_message(sent), context_of(1))
+    reply = app(fit_message(sent, **config), context_of(1))
     return parameters_to_ndarrays(recorddict_to_fitres(reply.content, keep_input=True).parameters)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from flower_messages import State, small_net, trained_copy
-from flwr.client.mod import secaggplus_mod
+from flwr.client.mod import LocalDpMod, fixedclipping_mod, secaggplus_mod
 from legacy_clients import Arrays, SecureRound, app_of, fit_message, fit_once, listed
 from test_strategies_exact import spec_of
 
@@ -54,6 +56,17 @@ def test_a_list_in_another_order_needs_the_names() -> None:
         fit_once(app_of(lambda received: turned, [rebasin_mod(spec=spec_of(False))]), turned)
     with pytest.raises(UsageError, match=r"expected 11 or 8, one for each .* got a list of 6 arrays .*give names="):
         fit_once(app_of(lambda received: turned, [rebasin_mod(spec=spec_of())]), turned)
+
+
+@pytest.mark.parametrize("mod", [fixedclipping_mod, LocalDpMod(0.2, 0.0, 1.0, 0.1)], ids=["fixed", "local"])
+def test_in_front_of_the_legacy_clipping_mods_a_permuted_model_is_clipped_as_the_unpermuted(mod: Any) -> None:
+    trained = {**trained_copy(SENT, 1), "1.num_batches_tracked": torch.tensor(100)}
+    mods = [mod, rebasin_mod(spec=spec_of())]
+    expected = fit_once(app_of(lambda received: listed(trained), mods), listed(SENT), clipping_norm=0.2)
+    found = fit_once(app_of(lambda received: listed(shuffled(trained, 1)), mods), listed(SENT), clipping_norm=0.2)
+    assert same(found, expected)
+    updates = [a - b for a, b in zip(found, listed(SENT), strict=True)]
+    assert sum(float(np.square(update).sum()) for update in updates) ** 0.5 == pytest.approx(0.2, rel=1e-4)
 
 
 def secure(trained: list[State], mods: list[object]) -> SecureRound:

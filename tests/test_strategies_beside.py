@@ -68,6 +68,17 @@ def test_the_model_is_the_same_with_and_without_records_beside_it() -> None:
     assert all(torch.equal(with_it[name], without[name]) for name in without)
 
 
+def test_with_records_beside_them_the_weights_may_have_any_name() -> None:
+    strategy = strategy_with(beside=["control"])
+    replies = replies_to(configure(strategy, SENT, 3), [7, 8, 9])
+    for reply in replies:
+        reply.content["mine"] = reply.content.pop("arrays")
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    assert metrics is not None
+    assert metrics["rebasin-left-out"] == 0
+
+
 def test_the_averages_are_sent_with_the_next_model_and_may_be_replaced_before() -> None:
     strategy = strategy_with(beside=["control"])
     play(strategy, [7, 8, 9])
