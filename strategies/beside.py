@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from fedrebasin import PermutationSpec
+from fedrebasin import PermutationSpec, identity_perms
 from fedrebasin.errors import SpecMismatchError, UsageError
 from fedrebasin.perms import check_perms
 from fedrebasin.permute import permute_tensor
@@ -86,7 +86,7 @@ def perms_from_record(spec: PermutationSpec, content: RecordDict) -> Perms | Non
     Parameters
     ----------
     spec : PermutationSpec
-        Of the model; of the part that travels (``spec.only``) where only a part does.
+        Of the whole model.
     content : RecordDict
         ``message.content`` of a strategy with ``send_perms=True``, or ``context.state`` behind a mod with
         ``keep_perms=True``.
@@ -94,8 +94,8 @@ def perms_from_record(spec: PermutationSpec, content: RecordDict) -> Perms | Non
     Returns
     -------
     dict or None
-        ``None`` if there are none: the last upload of this client did not take part, so that nothing is known of the
-        order of what it kept, and its optimizer starts anew.
+        What did not travel, or was fixed, is the identity. ``None`` if there are none: the last upload of this client
+        did not take part, so that nothing is known of the order of what it kept, and its optimizer starts anew.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def perms_from_record(spec: PermutationSpec, content: RecordDict) -> Perms | Non
     record = content.array_records.get(PERMS)
     if record is None:
         return None
-    perms = record_to_state(record)
+    perms = {**identity_perms(spec), **record_to_state(record)}
     check_perms(spec, perms)
     return perms
 

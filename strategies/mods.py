@@ -19,7 +19,7 @@ from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.beside import PERMS, Perms, check_beside, check_record, permute_record
 from fedrebasin.strategies.mod_order import PRIVACY, SECURE, flowers_mods_before, mods_behind
 from fedrebasin.strategies.network import Model, build_network, find_device
-from fedrebasin.strategies.part import part_of
+from fedrebasin.strategies.part import check_home, part_of
 from fedrebasin.strategies.records import state_to_record, tensor_to_array
 from fedrebasin.strategies.wire import EMPTY, decode, find_arrays, keys_of_tensors
 
@@ -36,6 +36,7 @@ def rebasin_mod(
     beside: Sequence[str] = (),
     buffers: str = "auto",
     keep_perms: bool = False,
+    home: str = "fixed",
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> RebasinMod:
@@ -68,6 +69,8 @@ def rebasin_mod(
     keep_perms : bool
         Leave the permutations of this upload in ``context.state["rebasin-perms"]``, for
         :func:`perms_from_record` in the next round.
+    home : {"fixed", "relabelled"}
+        As in :class:`Rebasin`, with ``keep_perms=True``.
     seed, device
         As in :class:`Rebasin`.
 
@@ -112,6 +115,7 @@ def rebasin_mod(
         beside=check_beside(beside, arrayrecord_key),
         buffers=buffers,
         keep_perms=keep_perms,
+        home=check_home(home, perms=keep_perms, how="keep_perms=True"),
         seed=seed,
         device=find_device(device),
     )
@@ -129,6 +133,7 @@ class RebasinMod:
         beside: tuple[str, ...],
         buffers: str,
         keep_perms: bool,
+        home: str,
         seed: int,
         device: torch.device | None,
     ) -> None:
@@ -138,6 +143,7 @@ class RebasinMod:
         self.beside = beside
         self.buffers = buffers
         self.keep_perms = keep_perms
+        self.home = home
         self.seed = seed
         self.device = device
         self._part = spec
@@ -159,7 +165,7 @@ class RebasinMod:
         received = dict(record)  # the client may empty the record
         try:
             keys = keys_of_tensors(self.spec, received, self.names)
-            self._part = part_of(self.spec, keys, self._part)
+            self._part = part_of(self.spec, keys, self._part, self.home)
             self._part.check_state(decode(received, keys), "the received model")
         except RebasinError as error:
             raise UsageError(f"rebasin_mod: {error}") from error

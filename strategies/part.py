@@ -15,9 +15,36 @@ from fedrebasin.errors import UsageError
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.records import record_to_state
 
+HOME = ("fixed", "relabelled")
 
-def part_of(spec: PermutationSpec, names: Iterable[str], last: PermutationSpec | None = None) -> PermutationSpec:
-    """The spec of the tensors that travel; what is tied to one that stays at home is fixed, and the log says how much.
+
+def check_home(home: str, *, perms: bool, how: str) -> str:
+    """Refuse to move units that are tied to tensors at home where nobody would learn of it.
+
+    Parameters
+    ----------
+    home : str
+    perms : bool
+        Whether clients get to know the permutations.
+    how : str
+        The option that lets them know.
+
+    Examples
+    --------
+    >>> check_home("fixed", perms=False, how="send_perms=True")
+    'fixed'
+    """
+    if home not in HOME:
+        raise UsageError(f"home: expected one of {', '.join(map(repr, HOME))}; got {home!r}")
+    if home == "relabelled" and not perms:
+        raise UsageError(f"home='relabelled': clients relabel what they keep by permutations that they get; add {how}")
+    return home
+
+
+def part_of(
+    spec: PermutationSpec, names: Iterable[str], last: PermutationSpec | None = None, home: str = "fixed"
+) -> PermutationSpec:
+    """The spec of the tensors that travel; the log says how many units are left free.
 
     Parameters
     ----------
@@ -27,6 +54,8 @@ def part_of(spec: PermutationSpec, names: Iterable[str], last: PermutationSpec |
         Tensors of the spec.
     last : PermutationSpec, optional
         The result of the last call, returned again if it has these tensors.
+    home : {"fixed", "relabelled"}
+        Whether what is tied to a tensor at home is fixed, or moves since its client relabels that tensor too.
 
     Examples
     --------
@@ -40,7 +69,7 @@ def part_of(spec: PermutationSpec, names: Iterable[str], last: PermutationSpec |
         return spec
     if last is not None and kept == set(last.axes):
         return last
-    part = spec.only(kept)
+    part = spec.only(kept, fix=home == "fixed")
     free, all_free = (sum(math.prod(shape) for shape in one.perm_shapes.values()) for one in (part, spec))
     log(
         *(
@@ -53,7 +82,7 @@ def part_of(spec: PermutationSpec, names: Iterable[str], last: PermutationSpec |
 
 
 def narrow(
-    spec: PermutationSpec, matcher: Matcher, arrays: ArrayRecord, correction: str | None
+    spec: PermutationSpec, matcher: Matcher, arrays: ArrayRecord, correction: str | None, home: str
 ) -> tuple[PermutationSpec, Matcher]:
     """The spec and the matcher of what the server is to send: the whole model, or a part of it.
 
@@ -72,7 +101,7 @@ def narrow(
                 f"{runs} runs the whole model, and initial_arrays hold {len(arrays)} of its {len(spec.axes)} tensors, "
                 f"without {missing!r}; send the whole state dict, or use correction=None and matching='weight'"
             )
-        spec = part_of(spec, arrays)
+        spec = part_of(spec, arrays, home=home)
         matcher = replace(matcher, setting=replace(matcher.setting, spec=spec))
     spec.check_state(record_to_state(arrays), "initial_arrays")
     return spec, matcher

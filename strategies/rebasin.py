@@ -34,7 +34,7 @@ from fedrebasin.strategies.options import (
     guarded_by,
     read_attribute,
 )
-from fedrebasin.strategies.part import narrow
+from fedrebasin.strategies.part import check_home, narrow
 from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
 from fedrebasin.strategies.replies import ReplyScreen
 
@@ -73,6 +73,9 @@ class Rebasin(Strategy):
     send_perms : bool
         Send each node, beside the next model, the permutations of its last reply, which
         :func:`perms_from_record` reads, so that it relabels the optimizer state and layers that it keeps.
+    home : {"fixed", "relabelled"}
+        Where ``initial_arrays`` are a part of the model, units that are tied to the rest are fixed; or they move, which
+        only clients that relabel the rest by those permutations can bear.
     select, checkpoint_dir : None
         Not built yet.
     seed : int
@@ -122,6 +125,7 @@ class Rebasin(Strategy):
         loss: Callable[..., Any] | None = None,
         beside: Sequence[str] = (),
         send_perms: bool = False,
+        home: str = "fixed",
         checkpoint_dir: str | Path | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -162,6 +166,7 @@ class Rebasin(Strategy):
             [] if train_loss_key is None else [train_loss_key],
             self.spec.parameters,
         )
+        self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
@@ -198,7 +203,7 @@ class Rebasin(Strategy):
         """
         if self._sent is None:
             check_not_wrapped_by_privacy()
-            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self.correction)
+            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self.correction, self.home)
         self._sent = arrays
         trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))

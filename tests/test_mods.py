@@ -183,6 +183,18 @@ def test_a_part_of_the_model_is_aligned_with_what_is_tied_to_the_rest_fixed() ->
     assert list(part.perm_shapes) == ["3"]
 
 
+def test_units_tied_to_tensors_at_home_move_where_the_client_relabels_them() -> None:
+    names, ctxt = [name for name in SENT if not name.startswith("1.")], context()
+    mod = rebasin_mod(spec=spec_of(), keep_perms=True, home="relabelled")
+    upload = {name: shuffled(1)[name] for name in names}
+    reply = call(app_that_sends(upload), train_message({name: SENT[name] for name in names}), [mod], ctxt)
+    perms = perms_from_record(spec_of(), ctxt.state)
+    assert perms is not None
+    whole = permute(spec_of(), perms, shuffled(1))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in trained_copy(SENT, 1).items())
+    assert all(torch.equal(arrays_of(reply)[name], whole[name]) for name in names)
+
+
 def test_replies_of_several_rounds_and_clients_do_not_touch_each_other() -> None:
     mod = rebasin_mod(spec=spec_of())
     first = arrays_of(call(app_that_sends(shuffled(1)), train_message(SENT), [mod]))

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
-from fedrebasin import check_spec, permute_optimizer, trace
+from fedrebasin import check_spec, permute, permute_optimizer, trace
 from fedrebasin.simulations import readme
 from fedrebasin.strategies import perms_from_record
 from fedrebasin.strategies.records import state_to_record
@@ -56,8 +56,10 @@ def test_the_optimizer_example_relabels_what_a_client_keeps() -> None:
     content = RecordDict({"rebasin-perms": state_to_record({"0": torch.tensor([2, 0, 1])})})
     names: dict[str, Any] = {"spec": trace(net, inputs), "message": SimpleNamespace(content=content), "net": net}
     names |= {"optimizer": optimizer, "perms_from_record": perms_from_record, "permute_optimizer": permute_optimizer}
+    names["permute"], before = permute, bias.detach().clone()
     exec(compile(next(block for block in BLOCKS if "perms_from_record" in block), "README.md", "exec"), names)
     assert optimizer.state[bias]["momentum_buffer"].tolist() == [2.0, 0.0, 1.0]
+    assert torch.equal(net[0].bias, before[[2, 0, 1]])
 
 
 def test_the_flower_example_makes_a_strategy() -> None:

@@ -13,9 +13,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg
 from test_strategies_exact import same_bytes
 from torch import Tensor, nn
 
-from fedrebasin import PermutationSpec, check_spec, permute, random_perms, trace
+from fedrebasin import PermutationSpec, check_spec, moved_fraction, permute, random_perms, trace
 from fedrebasin.errors import SpecMismatchError, UsageError
-from fedrebasin.strategies import FedRebasin, Rebasin
+from fedrebasin.strategies import FedRebasin, Rebasin, perms_from_record, rebasin_mod
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
@@ -99,6 +99,44 @@ def test_with_what_stays_at_home_the_merged_part_works_for_every_client(kind: st
     expected = model(x)
     model.load_state_dict({**home, **record_to_state(arrays)})
     torch.testing.assert_close(model(x), expected)
+
+
+def test_units_that_are_tied_to_tensors_at_home_may_move_if_each_client_relabels_what_it_keeps() -> None:
+    """FedBN: the norm stays at home, and its units are aligned all the same."""
+    home, sent = net().state_dict(), part_of("FedBN")
+    clients = [trained_copy(home, seed) for seed in range(3)]
+    mixed = [permute(spec(), random_perms(spec(), 20 + seed), state) for seed, state in enumerate(clients)]
+    strategy = Rebasin(FedAvg(), spec=spec(), reference="global", send_perms=True, home="relabelled")
+    arrays, metrics = play_round(strategy, sent, [{name: state[name] for name in sent} for state in mixed])
+    expected, _ = play_round(FedAvg(), sent, [{name: state[name] for name in sent} for state in clients])
+    assert arrays is not None
+    assert expected is not None
+    assert metrics is not None
+    assert set(strategy.spec.perm_shapes) == set(spec().perm_shapes)
+    assert all(arrays[name].data == expected[name].data for name in strategy.spec.parameters)
+    for node, message in enumerate(configure(strategy, record_to_state(arrays), 3, 2)):
+        perms = perms_from_record(spec(), message.content)
+        assert perms is not None
+        kept = permute(spec(), perms, mixed[node])
+        assert all(torch.equal(kept[name], clients[node][name]) for name in home)
+
+
+def test_perms_of_a_part_leave_what_did_not_travel_as_it_was() -> None:
+    sent = part_of("frozen trunk")
+    strategy = FedRebasin(spec=spec(), send_perms=True, reference="global")
+    play_round(strategy, sent, [permute(spec().only(sent), random_perms(spec().only(sent), s), sent) for s in range(2)])
+    perms = perms_from_record(spec(), configure(strategy, sent, 2, 2)[1].content)
+    assert perms is not None
+    assert {name for name, perm in perms.items() if moved_fraction({name: perm})} == {"head"}
+
+
+def test_units_tied_to_tensors_at_home_do_not_move_where_nobody_would_learn_of_it() -> None:
+    with pytest.raises(UsageError, match=r"home='relabelled': clients relabel .* add send_perms=True"):
+        FedRebasin(spec=spec(), home="relabelled")
+    with pytest.raises(UsageError, match=r"home='relabelled': clients relabel .* add keep_perms=True"):
+        rebasin_mod(spec=spec(), home="relabelled")
+    with pytest.raises(UsageError, match="home: expected one of 'fixed', 'relabelled'; got 'free'"):
+        FedRebasin(spec=spec(), home="free")
 
 
 def test_the_log_says_how_many_units_stay_free(warnings: list[str]) -> None:

@@ -117,7 +117,7 @@ def measure_once(method: str, kind: str, replies: int) -> dict[str, float]:
         "cpu-seconds": cpu,
         "seconds": seconds,
         "peak-mb": status("VmHWM") - before,
-        "client": client,
+        "mod-cpu-seconds": client,
         "model-mb": model,
     }
 
