@@ -59,8 +59,8 @@ def check_record(spec: PermutationSpec, record: ArrayRecord) -> None:
         tensor = decode(record, {name: name})[name]
         if tuple(tensor.shape) != spec.shapes[name]:
             raise SpecMismatchError(f"{name!r} as {tuple(tensor.shape)}, the weight has {spec.shapes[name]}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise SpecMismatchError(f"{name!r} with a NaN or an infinity")
+        if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+            raise SpecMismatchError(f"{name!r} with a NaN, an infinity or complex numbers")
 
 
 def permute_record(spec: PermutationSpec, perms: Perms, record: ArrayRecord) -> None:
@@ -124,7 +124,7 @@ class Beside:
     names : collection of str
         The records that are permuted and averaged.
     send_perms : bool
-        Whether nodes get the permutations of their last reply.
+        Whether nodes get the permutations of their last reply; they are held until a node is sampled again.
     """
 
     def __init__(self, names: Collection[str], send_perms: bool) -> None:
@@ -170,18 +170,18 @@ class Beside:
             self._perms.update((reply.node, state_to_record(perm)) for perm, reply in zip(perms, replies, strict=True))
         for name in self.names:
             records = [self._taken.get(id(reply.message), {}).get(name, ArrayRecord()) for reply in replies]
-            wrong = [_explain(spec, record) for record in records]
-            keys = Counter(frozenset(record) for record, reason in zip(records, wrong, strict=True) if not reason)
-            usual = keys.most_common(1)[0][0] if keys else frozenset()
+            forms = [_form(spec, record) for record in records]
+            counts = Counter(form for form in forms if not isinstance(form, str))
+            usual = counts.most_common(1)[0][0] if counts else {}
             states, weights = [], []
-            for place, record in enumerate(records):
-                reason = wrong[place] or ("" if record.keys() == usual else f"{len(record)} tensors, most {len(usual)}")
+            for place, (record, form) in enumerate(zip(records, forms, strict=True)):
+                reason = form if isinstance(form, str) else "" if form == usual else "other tensors than most nodes"
                 if reason:
                     node = replies[place].node
                     log(WARNING, "rebasin: node %d sent as %r %s; left out of its average", node, name, reason)
                     continue
                 permute_record(spec, perms[place], record)
-                states.append({key: array_to_tensor(record[key]) for key in sorted(usual)})
+                states.append({key: array_to_tensor(record[key]) for key in record})
                 weights.append(shares[place])
             if states:
                 average = merge_buffers(states, [weight / sum(weights) for weight in weights])
@@ -189,12 +189,12 @@ class Beside:
         self._taken = {}
 
 
-def _explain(spec: PermutationSpec, record: ArrayRecord) -> str:
-    """Why a record cannot be used; empty if it can."""
+def _form(spec: PermutationSpec, record: ArrayRecord) -> frozenset[tuple[str, torch.dtype]] | str:
+    """The names and dtypes of a record, which must be alike to be averaged; or why it cannot be used."""
     if not record:
         return "nothing"
     try:
         check_record(spec, record)
     except SpecMismatchError as error:
         return str(error)
-    return ""
+    return frozenset((name, array_to_tensor(record[name]).dtype) for name in record)

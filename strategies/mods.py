@@ -90,8 +90,8 @@ def rebasin_mod(
     mods is wrong, if the model that it received is not the spec's (both before it trains), or if the trained model has
     other tensors or shapes than the received one, or a NaN: sent as it is, any of these would spoil the
     average of all. If the matching itself fails (a received model of NaN, a device out of memory), the reply goes as it
-    was trained, with a warning. What is sent is aligned to the received model: to a random one it loses 10 to 20
-    points where clients trained apart, so broadcast a trained one.
+    was trained, with a warning. Clients that trained apart need a trained model to align to: a random one has no
+    order to offer, and costs them many points (the README has figures).
 
     Examples
     --------

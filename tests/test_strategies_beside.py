@@ -100,7 +100,9 @@ def test_a_record_that_does_not_fit_is_left_out_of_its_average_and_the_weights_c
     assert arrays is not None
     assert metrics is not None
     assert metrics["rebasin-left-out"] == 0
-    assert warnings == ["rebasin: node 2 sent as 'control' '0.bias' with a NaN or an infinity; left out of its average"]
+    assert warnings == [
+        "rebasin: node 2 sent as 'control' '0.bias' with a NaN, an infinity or complex numbers; left out of its average"
+    ]
     found = record_to_state(strategy.beside["control"])
     expected = merge([control_of(0), control_of(2)], coefficients=[1 / 3, 2 / 3])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -114,7 +116,9 @@ def test_a_record_that_does_not_fit_is_left_out_of_its_average_and_the_weights_c
         ({"bias": torch.zeros(12)}, "a tensor 'bias' that is none of the weights"),
         ({"0.bias": torch.zeros(3)}, "'0.bias' as (3,), the weight has (12,)"),
         ({}, "node 1 sent as 'control' nothing"),
-        ({"0.bias": torch.zeros(12)}, "1 tensors, most 8"),
+        ({"0.bias": torch.zeros(12)}, "other tensors than most nodes"),
+        ({name: tensor.double() for name, tensor in control_of(0).items()}, "other tensors than most nodes"),
+        ({"0.bias": torch.zeros(12, dtype=torch.complex64)}, "'0.bias' with a NaN, an infinity or complex numbers"),
     ],
 )
 def test_each_misfit_is_named(control: State, reason: str, warnings: list[str]) -> None:
