@@ -18,8 +18,7 @@ from flwr.app import Context
 from flwr.client import NumPyClient
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
-from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.compat.common.recorddict_compat import arrayrecord_to_parameters
+from flwr.common import ndarrays_to_parameters
 from flwr.server import LegacyContext, ServerApp, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
@@ -147,7 +146,7 @@ def secure_rounds(settings: Settings, cases: Sequence[tuple[int, str]], mods: Se
             secure = SecAggPlusWorkflow(num_shares=settings.nodes, reconstruction_threshold=settings.nodes - 1)
             DefaultWorkflow(fit_workflow=secure)(watched, legacy)
             record = legacy.state.array_records[MAIN_PARAMS_RECORD]
-            arrays = parameters_to_ndarrays(arrayrecord_to_parameters(record, keep_input=True))
+            arrays = [array.numpy() for array in record.values()]
             if any(np.array_equal(array, tensor) for array, tensor in zip(arrays, sent.values(), strict=True)):
                 raise RuntimeError(f"the secure round of seed {seed} came to nothing; the log says why")
             results.append({name: torch.from_numpy(array).float() for name, array in zip(sent, arrays, strict=True)})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message
-from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from fedrebasin.strategies.part import check_home, part_of
 from fedrebasin.strategies.records import state_to_record, tensor_to_array
 from fedrebasin.strategies.wire import EMPTY, decode, find_arrays, keys_of_tensors
 
+CallNext = Callable[[Message, Context], Message]
 BUFFERS = ("auto", "aligned", "received")
 
 
@@ -148,7 +148,7 @@ class RebasinMod:
         self.device = device
         self._part = spec
 
-    def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
+    def __call__(self, msg: Message, ctxt: Context, call_next: CallNext) -> Message:
         """Train, and align what comes out of it."""
         if msg.metadata.message_type.partition(".")[0] != "train":
             return call_next(msg, ctxt)
