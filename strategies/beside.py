@@ -149,7 +149,7 @@ class Beside:
 
     def take(self, replies: Iterable[Message]) -> list[Message]:
         """Take the records out of the replies: inner strategies refuse more than one ArrayRecord."""
-        messages = list(replies)
+        messages, self._taken = list(replies), {}
         for message in messages:
             if not message.has_error() and message.has_content():
                 content = message.content
