@@ -34,6 +34,7 @@ from fedrebasin.matching import (
     weight_matching,
 )
 from fedrebasin.merge import align, interpolate, merge, merge_modules
+from fedrebasin.optimizer import permute_optimizer
 from fedrebasin.perms import compose, identity_perms, invert, moved_fraction, random_perms
 from fedrebasin.permute import permute
 from fedrebasin.spec import PermutationSpec
@@ -74,6 +75,7 @@ __all__ = [
     "merge_modules",
     "moved_fraction",
     "permute",
+    "permute_optimizer",
     "random_perms",
     "regmean",
     "repair",

@@ -136,10 +136,11 @@ class PermutationSpec:
             raise RebasinError(f"names: expected a name of its own for each permutation; got {sorted(names.values())}")
         return self._map(lambda end: rename_leaf(end, names))
 
-    def only(self, tensors: Iterable[str]) -> PermutationSpec:
+    def only(self, tensors: Iterable[str], *, fix: bool = True) -> PermutationSpec:
         """The spec of some of the tensors, where the others stay at home and are not permuted.
 
-        What is tied to a tensor that stays at home is fixed: adapters, personal layers, a frozen trunk.
+        What is tied to a tensor that stays at home is fixed: adapters, personal layers, a frozen trunk. With
+        ``fix=False`` it moves, and whoever holds the others must permute them alike.
 
         >>> spec = PermutationSpec({"w": (Free("a", 3),), "b": (Free("a", 3),), "c": (Free("d", 2),)})
         >>> str(spec.only(["w", "c"]).axes["w"][0].reason)
@@ -151,7 +152,7 @@ class PermutationSpec:
             raise RebasinError(f"tensors: expected names of this spec's tensors; got {unknown[0]!r}")
         home = {perm: [axis.name for axis in axes if axis.name not in kept] for perm, axes in self.tied.items()}
         reasons = {perm: f"tied to {names[0]!r}, which does not travel" for perm, names in home.items() if names}
-        spec = self._map(lambda end: fix_leaf(end, reasons))
+        spec = self._map(lambda end: fix_leaf(end, reasons)) if fix else self
         return replace(
             spec,
             axes={name: layouts for name, layouts in spec.axes.items() if name in kept},

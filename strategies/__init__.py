@@ -1,8 +1,10 @@
-"""Flower strategies that align the clients' hidden units before they aggregate."""
+"""Flower strategies that align clients' hidden units before they aggregate, and the mod that does it on a client."""
 
 from __future__ import annotations
 
+from fedrebasin.strategies.beside import perms_from_record
 from fedrebasin.strategies.fed_rebasin import FedRebasin
+from fedrebasin.strategies.mods import rebasin_mod
 from fedrebasin.strategies.rebasin import Rebasin
 
-__all__ = ["FedRebasin", "Rebasin"]
+__all__ = ["FedRebasin", "Rebasin", "perms_from_record", "rebasin_mod"]

@@ -139,7 +139,7 @@ def explain_keys(arrays: Collection[str], sent: Collection[str]) -> str:
     if set(arrays) < set(sent):
         return (
             f"they hold {missing_and_extra(arrays, sent)}: send the whole ArrayRecord(model.state_dict()), "
-            "frozen parameters and running statistics too"
+            "frozen parameters and running statistics too, or make initial_arrays of this part as well"
         )
     return f"they hold {missing_and_extra(arrays, sent)}: send the state dict of the model that the server sends"
 

@@ -15,9 +15,18 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedrebasin.errors import UsageError, first_line
 from fedrebasin.strategies.arrays import missing_and_extra
+from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpoint import Checkpoint, load_checkpoint, prepare_folder, save_checkpoint
 from fedrebasin.strategies.options import chain
-from fedrebasin.strategies.state import random_state, remember, restore_random, restore_strategies, strategy_state
+from fedrebasin.strategies.state import (
+    decode,
+    encode,
+    random_state,
+    remember,
+    restore_random,
+    restore_strategies,
+    strategy_state,
+)
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -32,6 +41,9 @@ class Checkpointed(Strategy):
     Parameters
     ----------
     strategy : Strategy
+        Rebasin around another.
+    beside : Beside
+        What it remembers itself.
     folder : Path
 
     Notes
@@ -41,10 +53,11 @@ class Checkpointed(Strategy):
     :class:`Rebasin`).
     """
 
-    def __init__(self, strategy: Strategy, folder: Path) -> None:
+    def __init__(self, strategy: Strategy, beside: Beside, folder: Path) -> None:
         self.strategy = strategy
+        self.beside = beside
         self.folder = folder
-        self._links = list(chain(strategy))[1:]  # Rebasin itself remembers nothing from round to round
+        self._links = list(chain(strategy))[1:]
         self._before = remember(self._links)
         self._done = 0
         self._metrics: dict[str, dict[int, MetricRecord]] = {name: {} for name in _HISTORIES}
@@ -148,6 +161,7 @@ class Checkpointed(Strategy):
                 name: [[key, dict(record)] for key, record in kept.items()] for name, kept in self._metrics.items()
             },
             "aggregated": self._aggregated,
+            "beside": encode(self.beside.state_dict(), "beside", arrays),
             "strategies": strategy_state(self._links, self._before, arrays),
             "random": random_state(arrays),
         }
@@ -160,6 +174,7 @@ class Checkpointed(Strategy):
         """Take up state, metrics and random numbers."""
         try:
             restore_strategies(self._links, found.facts["strategies"], found.arrays)
+            self.beside.load_state_dict(decode(found.facts["beside"], found.arrays))
             for name in _HISTORIES:
                 kept = found.facts["metrics"][name]
                 self._metrics[name] = {int(number): MetricRecord(record) for number, record in kept}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class FedRebasin(Rebasin):
         correction: str | None = "default",
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
+        beside: Sequence[str] = (),
+        send_perms: bool = False,
+        home: str = "fixed",
         checkpoint_dir: str | Path | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -96,6 +99,9 @@ class FedRebasin(Rebasin):
             correction=correction,
             select=select,
             loss=loss,
+            beside=beside,
+            send_perms=send_perms,
+            home=home,
             checkpoint_dir=checkpoint_dir,
             seed=seed,
             device=device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fedrebasin.corrections.methods import CORRECTIONS, Setting
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
+from fedrebasin.strategies.beside import Beside, check_beside
 from fedrebasin.strategies.buffers import State, merge_buffers
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.correction import check_calibration, correct, default_correction
@@ -34,6 +35,7 @@ from fedrebasin.strategies.options import (
     guarded_by,
     read_attribute,
 )
+from fedrebasin.strategies.part import check_home, narrow
 from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
 from fedrebasin.strategies.replies import ReplyScreen
 
@@ -66,6 +68,15 @@ class Rebasin(Strategy):
         with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
+    beside : sequence of str
+        Further ArrayRecords of the replies, with names and shapes of the weights (control variates, moments, an EMA):
+        permuted with them, averaged by the same shares into ``strategy.beside``, and sent with the next model.
+    send_perms : bool
+        Send each node, beside the next model, the permutations of its last reply, which
+        :func:`perms_from_record` reads, so that it relabels the optimizer state and layers that it keeps.
+    home : {"fixed", "relabelled"}
+        Where ``initial_arrays`` are a part of the model, units that are tied to the rest are fixed; or they move, which
+        only clients that relabel the rest by those permutations can bear.
     select : None
         Not built yet.
     checkpoint_dir : path, optional
@@ -117,6 +128,9 @@ class Rebasin(Strategy):
         correction: str | None = "default",
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
+        beside: Sequence[str] = (),
+        send_perms: bool = False,
+        home: str = "fixed",
         checkpoint_dir: str | Path | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -158,11 +172,18 @@ class Rebasin(Strategy):
             [] if train_loss_key is None else [train_loss_key],
             self.spec.parameters,
         )
+        self.home = check_home(home, perms=send_perms, how="send_perms=True")
+        self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.strategy!r})"
+
+    @property
+    def beside(self) -> dict[str, ArrayRecord]:
+        """The last averages of the records that travel beside the weights; what is put here is what is sent."""
+        return self._beside.averages
 
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
@@ -195,7 +216,7 @@ class Rebasin(Strategy):
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         if self.checkpoint_dir is None:
             return super().start(grid, initial_arrays, num_rounds, *rest)
-        return Checkpointed(self, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
+        return Checkpointed(self, self._beside, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -205,15 +226,17 @@ class Rebasin(Strategy):
         Raises
         ------
         RebasinError
-            In the first round, if ``arrays`` are not the model's, or if a differential privacy wrapper stands around.
+            In the first round, if ``arrays`` are not the model's or a part of it, or if a differential privacy wrapper
+            stands around.
         """
         if self._sent is None:
             check_not_wrapped_by_privacy()
-            self.spec.check_state(record_to_state(arrays), "initial_arrays")
+            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self.correction, self.home)
         self._sent = arrays
         trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
+        self._beside.attach(messages)
         self._messages = messages
         return messages
 
@@ -226,7 +249,8 @@ class Rebasin(Strategy):
         if sent is None:
             raise RebasinError("aggregate_train was called before configure_train, which gives it the sent model")
         nodes = node_of_message(self._messages)
-        screened = self._screen.screen(server_round, list(replies), sent, nodes)
+        replies = self._beside.take(replies)
+        screened = self._screen.screen(server_round, replies, sent, nodes)
         if not screened.replies:
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
@@ -241,6 +265,7 @@ class Rebasin(Strategy):
         keep_ends = outside or (self.correction is not None and CORRECTIONS[self.correction].ends)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
+        self._beside.settle(self.spec, alignment.perms, screened.replies, coefficients)
         seconds = time.perf_counter() - started
         arrays: ArrayRecord | None
         if outside:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from flower_messages import MemoryGrid, answer, small_net, trained_copy
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideAdaptiveClipping,
     FedAdam,
@@ -54,7 +54,12 @@ def run(inner: str, folder: Path | None, *, rounds: int = ROUNDS, kill_at: str =
                 kill()
             sent = record_to_state(message.content["arrays"])
             trained = trained_copy(sent, 100 * server_round + partition)
-            return answer(message, trained, 10 + partition, partition_id=partition, loss=1 / server_round)
+            reply = answer(message, trained, 10 + partition, partition_id=partition, loss=1 / server_round)
+            if inner == "momentum":  # each node adds to the last average of what travels beside the weights
+                last = message.content.array_records.get("control")
+                before = np.zeros(12, np.float32) if last is None else last["0.bias"].numpy()
+                reply.content["control"] = ArrayRecord({"0.bias": Array(before + np.float32(server_round + partition))})
+            return reply
 
         return train
 
@@ -72,7 +77,10 @@ def run(inner: str, folder: Path | None, *, rounds: int = ROUNDS, kill_at: str =
             return super().send_and_receive(messages, timeout=timeout)
 
     net = small_net(width)
-    strategy = Rebasin(INNER[inner](), model=net, example_inputs=(torch.randn(4, 5),), checkpoint_dir=folder)
+    beside = ("control",) if inner == "momentum" else ()
+    strategy = Rebasin(
+        INNER[inner](), model=net, example_inputs=(torch.randn(4, 5),), checkpoint_dir=folder, beside=beside
+    )
     strategy.strategy.__dict__.setdefault("fraction_evaluate", 0.0)
     for link in (strategy.strategy, getattr(strategy.strategy, "strategy", strategy.strategy)):
         link.__dict__.update(fraction_evaluate=0.0, min_available_nodes=NODES, min_train_nodes=NODES)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 from torch import nn
 
+from fedrebasin import check_spec, permute, permute_optimizer, trace
 from fedrebasin.simulations import readme
+from fedrebasin.strategies import perms_from_record
+from fedrebasin.strategies.records import state_to_record
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -30,6 +35,31 @@ def test_the_plain_pytorch_example_runs(capsys: Any) -> None:
     block = next(block for block in BLOCKS if "merge_modules" in block)
     exec(compile(block, "README.md", "exec"), {})
     assert "perms" in capsys.readouterr().out
+
+
+def test_the_client_example_makes_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, inputs = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), (torch.zeros(2, 2),)
+    check_spec(net, trace(net, inputs), inputs).save(tmp_path / "spec.json")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(next(block for block in BLOCKS if "rebasin_mod" in block), "README.md", "exec"), names)
+    assert callable(names["train"])
+
+
+def test_the_optimizer_example_relabels_what_a_client_keeps() -> None:
+    net, inputs = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), (torch.zeros(2, 2),)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    bias = net[0].bias
+    optimizer.state[bias]["momentum_buffer"] = torch.tensor([0.0, 1.0, 2.0])
+    content = RecordDict({"rebasin-perms": state_to_record({"0": torch.tensor([2, 0, 1])})})
+    names: dict[str, Any] = {"spec": trace(net, inputs), "message": SimpleNamespace(content=content), "net": net}
+    names |= {"optimizer": optimizer, "perms_from_record": perms_from_record, "permute_optimizer": permute_optimizer}
+    names["permute"], before = permute, bias.detach().clone()
+    exec(compile(next(block for block in BLOCKS if "perms_from_record" in block), "README.md", "exec"), names)
+    assert optimizer.state[bias]["momentum_buffer"].tolist() == [2.0, 0.0, 1.0]
+    assert torch.equal(net[0].bias, before[[2, 0, 1]])
 
 
 def test_the_flower_example_makes_a_strategy() -> None:

@@ -157,6 +157,10 @@ def test_construction_leaves_the_model_as_it_was() -> None:
             dp_clients(FedAvg()),
             "DifferentialPrivacyClientSideFixedClipping has the clients clip before the server aligns",
         ),
+        (
+            flower.DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 2),
+            r"AdaptiveClipping has the clients clip .* align on the client \(rebasin_mod, last in its list of mods\)",
+        ),
         (flower.FedXgbBagging(), "FedXgbBagging aggregates trees"),
         (FedRebasin(spec=spec_of()), "strategy: it aligns already"),
         (dp(FedRebasin(spec=spec_of())), "strategy: it aligns already"),
@@ -184,7 +188,16 @@ def test_under_privacy_auto_warns_and_repair_is_not_used(warnings: list[str]) ->
     assert plain.correction is None
 
 
-@pytest.mark.parametrize("wrapper", [dp, dp_clients])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        dp,
+        dp_clients,
+        lambda inner: flower.DifferentialPrivacyServerSideAdaptiveClipping(inner, 0.1, 2),
+        lambda inner: flower.DifferentialPrivacyClientSideAdaptiveClipping(inner, 0.1, 2),
+    ],
+    ids=["fixed", "client-side", "adaptive", "client-side adaptive"],
+)
 def test_privacy_around_alignment_is_refused_before_anything_is_sent(wrapper: Any) -> None:
     outer = wrapper(FedRebasin(spec=spec_of()))
     grid = MemoryGrid({1: lambda message: message, 2: lambda message: message})

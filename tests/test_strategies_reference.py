@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from flower_messages import State, play_round, small_net, trained_copy
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, QFedAvg, Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, QFedAvg, Strategy
 from test_strategies_exact import same_bytes, spec_of
 from torch import Tensor, nn
 
@@ -122,7 +122,17 @@ def test_in_a_round_apart_auto_aligns_the_replies_to_each_other() -> None:
 
 
 @pytest.mark.parametrize("reference", ["auto", "merge-many", "largest"])
-@pytest.mark.parametrize("inner", [lambda: FedAdam(eta=0.1), FedMedian, lambda: QFedAvg(client_learning_rate=0.1)])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: FedAdam(eta=0.1),
+        lambda: FedYogi(eta=0.1),
+        lambda: FedAdagrad(eta=0.1),
+        FedMedian,
+        lambda: QFedAvg(client_learning_rate=0.1),
+    ],
+    ids=["FedAdam", "FedYogi", "FedAdagrad", "FedMedian", "QFedAvg"],
+)
 def test_a_round_apart_is_a_weighted_average_outside_the_inner_strategy(
     inner: Callable[[], Strategy], reference: str
 ) -> None:

@@ -1,10 +1,12 @@
-"""The README's tables of the matching benchmarks."""
+"""The README's tables of the benchmarks."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from fedrebasin.simulations.bench.tables_client import secure, server_cost
 
 Result = Mapping[str, Any]
 Rows = list[list[str]]
@@ -76,4 +78,11 @@ def clients(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
-TABLES = {"speed": speed, "quality": quality, "methods": methods, "clients": clients}
+TABLES = {
+    "speed": speed,
+    "quality": quality,
+    "methods": methods,
+    "clients": clients,
+    "secure": secure,
+    "server-cost": server_cost,
+}

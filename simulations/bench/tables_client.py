@@ -1,0 +1,36 @@
+"""The README's tables of what is done on the client: accuracy under SecAgg+, and the server's cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedrebasin.simulations.summary import percent
+
+Result = Mapping[str, Any]
+Rows = list[list[str]]
+
+
+def secure(result: Result) -> tuple[Sequence[str], Rows]:
+    """``secure.py``: test accuracies after one round, and of the models that went into it."""
+    rows = result["rows"]
+    labels = {
+        "secure-plain": "SecAgg+, FedAvg",
+        "secure-aligned-to-random": "SecAgg+, **rebasin_mod**, a random model broadcast",
+        "secure-aligned-to-trained": "SecAgg+, **rebasin_mod**, a trained model broadcast",
+        "broadcast-trained": "the trained model that is broadcast",
+    }
+    lines = [[label, percent([row[key] for row in rows])] for key, label in labels.items()]
+    alone = [max(row["clients-alone"]) for row in rows]
+    return ["one round", "test accuracy %"], [*lines, ["best client alone", percent(alone)]]
+
+
+def server_cost(result: Result) -> tuple[Sequence[str], Rows]:
+    """``client_side.py``: CPU seconds and memory of one ``aggregate_train``."""
+    columns = "replies|server|CPU seconds|peak above the replies|CPU seconds of the mod, on each client".split("|")
+    lines = []
+    for row in result["rows"]:
+        client = f"{row['mod-cpu-seconds']:.2g}" if "mod" in row["method"] else "-"
+        peak = f"{row['peak-mb']:.0f} MB"
+        lines.append([f"{row['replies']}, {row['kind']}", row["method"], f"{row['cpu-seconds']:.2g}", peak, client])
+    return columns, lines

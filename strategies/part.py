@@ -1,0 +1,107 @@
+"""Where only a part of the model travels: adapters, norms that stay at home (FedBN), a frozen trunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord
+from flwr.common.logger import log
+
+from fedrebasin import PermutationSpec
+from fedrebasin.errors import UsageError
+from fedrebasin.strategies.matcher import Matcher
+from fedrebasin.strategies.records import record_to_state
+
+HOME = ("fixed", "relabelled")
+
+
+def check_home(home: str, *, perms: bool, how: str) -> str:
+    """Refuse to move units that are tied to tensors at home where nobody would learn of it.
+
+    Parameters
+    ----------
+    home : str
+    perms : bool
+        Whether clients get to know the permutations.
+    how : str
+        The option that lets them know.
+
+    Examples
+    --------
+    >>> check_home("fixed", perms=False, how="send_perms=True")
+    'fixed'
+    """
+    if home not in HOME:
+        raise UsageError(f"home: expected one of {', '.join(map(repr, HOME))}; got {home!r}")
+    if home == "relabelled" and not perms:
+        raise UsageError(f"home='relabelled': clients relabel what they keep by permutations that they get; add {how}")
+    return home
+
+
+def part_of(
+    spec: PermutationSpec, names: Iterable[str], last: PermutationSpec | None = None, home: str = "fixed"
+) -> PermutationSpec:
+    """The spec of the tensors that travel; the log says how many units are left free.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        Of the whole model.
+    names : iterable of str
+        Tensors of the spec.
+    last : PermutationSpec, optional
+        The result of the last call, returned again if it has these tensors.
+    home : {"fixed", "relabelled"}
+        Whether what is tied to a tensor at home is fixed, or moves since its client relabels that tensor too.
+
+    Examples
+    --------
+    >>> from fedrebasin.layout import Free
+    >>> spec = PermutationSpec({"w": (Free("a", 3),), "b": (Free("a", 3),), "c": (Free("d", 2),)})
+    >>> part_of(spec, ["w", "c"]).perm_shapes
+    {'d': (2,)}
+    """
+    kept = set(names)
+    if kept == set(spec.axes):
+        return spec
+    if last is not None and kept == set(last.axes):
+        return last
+    part = spec.only(kept, fix=home == "fixed")
+    free, all_free = (sum(math.prod(shape) for shape in one.perm_shapes.values()) for one in (part, spec))
+    log(
+        *(
+            WARNING if free == 0 < all_free else INFO,
+            "rebasin: %d of %d tensors travel; %d of %d hidden units are free",
+        ),
+        *(len(kept), len(spec.axes), free, all_free),
+    )
+    return part
+
+
+def narrow(
+    spec: PermutationSpec, matcher: Matcher, arrays: ArrayRecord, correction: str | None, home: str
+) -> tuple[PermutationSpec, Matcher]:
+    """The spec and the matcher of what the server is to send: the whole model, or a part of it.
+
+    Raises
+    ------
+    SpecMismatchError
+        If ``arrays`` hold a tensor that the spec lacks, or one of another shape.
+    UsageError
+        If a part is to travel, and the correction or the matching runs the whole model.
+    """
+    if arrays and arrays.keys() < spec.axes.keys():
+        runs = f"correction={correction!r}" if correction else f"matching={matcher.name!r}"
+        if correction or matcher.runs_the_model:
+            missing = next(name for name in spec.axes if name not in arrays)
+            raise UsageError(
+                f"{runs} runs the whole model, and initial_arrays hold {len(arrays)} of its {len(spec.axes)} tensors, "
+                f"without {missing!r}; send the whole state dict, or use correction=None and matching='weight'"
+            )
+        spec = part_of(spec, arrays, home=home)
+        matcher = replace(matcher, setting=replace(matcher.setting, spec=spec))
+    spec.check_state(record_to_state(arrays), "initial_arrays")
+    return spec, matcher
