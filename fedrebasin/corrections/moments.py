@@ -29,29 +29,40 @@ class Moments:
     def __init__(self) -> None:
         self.count = 0
         self.mean = torch.zeros(0, dtype=torch.float64)
-        self._squares = torch.zeros(0, dtype=torch.float64)
+        self.squares = torch.zeros(0, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, count: int, mean: Tensor, squares: Tensor) -> Moments:
+        """Moments that were measured elsewhere; ``squares`` sums the squared deviations from ``mean``."""
+        moments = cls()
+        moments.count, moments.mean, moments.squares = count, mean, squares
+        return moments
 
     def add(self, activations: Tensor, dim: int) -> None:
         """Add activations whose channels lie along ``dim`` (Chan et al.'s update)."""
         rows = activations.detach().movedim(dim, 0).flatten(1).double()
-        count, mean = rows.shape[1], rows.mean(1)
-        squares = (rows - mean.unsqueeze(1)).square().sum(1)
+        mean = rows.mean(1)
+        self.join(Moments.of(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().sum(1)))
+
+    def join(self, other: Moments) -> None:
+        """Add what others measured."""
+        count, mean, squares = other.count, other.mean, other.squares
         if self.count == 0:
-            self.count, self.mean, self._squares = count, mean, squares
+            self.count, self.mean, self.squares = count, mean, squares
             return
         total, delta = self.count + count, mean - self.mean
-        self._squares = self._squares + squares + delta.square() * (self.count * count / total)
+        self.squares = self.squares + squares + delta.square() * (self.count * count / total)
         self.mean = self.mean + delta * (count / total)
         self.count = total
 
     @property
     def std(self) -> Tensor:
         """Standard deviation per channel (biased)."""
-        return (self._squares / max(1, self.count)).sqrt()
+        return (self.squares / max(1, self.count)).sqrt()
 
     def check(self, name: str) -> None:
         """Raise :class:`CalibrationError` if an activation was NaN or infinite."""
-        if not bool(self.mean.isfinite().all() and self._squares.isfinite().all()):
+        if not bool(self.mean.isfinite().all() and self.squares.isfinite().all()):
             raise CalibrationError(
                 f"calibration: the activations of {name!r} hold a NaN or an infinity; check the models and the inputs"
             )
