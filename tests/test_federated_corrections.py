@@ -15,7 +15,7 @@ from corrections_ends import check_keeps_form, random_ends, run
 from torch import Tensor, nn
 
 from fedrebasin import CalibrationError, RebasinError, input_grams, merge, regmean, repair
-from fedrebasin.corrections.federated import FEDERATED, Case, Node, Options, answer, correct_federated
+from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions, Node, answer, correct_federated
 from fedrebasin.corrections.federated_least_squares import log_prior
 from fedrebasin.corrections.gram_sketch import check_gram, expand, rank_within, sketch
 from fedrebasin.corrections.normal_equations import NormalEquations, pack, unpack
@@ -44,7 +44,7 @@ OWN = [[draw(40, 4), draw(35, 4, seed=1)], [2 + 0.5 * draw(50, 4, seed=2)], [3 *
 
 def case_of(net: nn.Module, ends: list[State], example: Any, **options: Any) -> Case:
     shares = SHARES[: len(ends)]
-    return Case(net, merge(ends, coefficients=shares), ends, shares, example, Options(**options))
+    return Case(net, merge(ends, coefficients=shares), ends, shares, example, FederatedOptions(**options))
 
 
 def test_least_squares_of_sums_equals_numpys_on_the_pooled_rows_with_each_nodes_own_goals() -> None:
@@ -124,7 +124,7 @@ def images(seed: int, count: int = 60) -> Tensor:
 
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
-    "norm-free": lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(64, 3)),
+    "norm-free": lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 6), nn.Linear(6, 3)),
     "batchnorm": lambda: build_model("conv", (3, 8, 8), 3, width=6),
     "layernorm": lambda: build_model("conv", (3, 8, 8), 3, width=6, norm="layer"),
     "groupnorm": networks.Grouped,
@@ -197,7 +197,7 @@ def test_regmean_is_the_servers_with_the_grams_of_the_nodes() -> None:
     expected = regmean(net, case.merged, ends, [draw(2, 4)], coefficients=SHARES, grams=grams)
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-11)
-    exact = correct_federated("federated-regmean", replace(case, options=Options(off_diagonal=1.0)), OWN)
+    exact = correct_federated("federated-regmean", replace(case, options=FederatedOptions(off_diagonal=1.0)), OWN)
     assert not torch.allclose(exact["2.weight"], found["2.weight"], rtol=1e-3)
 
 
@@ -336,21 +336,21 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"off_diagonal": 2.0}, r"off_diagonal: expected a number in \[0, 1\]; got 2.0"),
     ):
         with pytest.raises(RebasinError, match=message):
-            Options(**options)  # type: ignore[arg-type]
-    with pytest.raises(RebasinError, match="correction: expected one of federated-repair, .*; got 'repair'"):
+            FederatedOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(RebasinError, match=r"correction: expected one of federated-repair, .*; got 'repair'"):
         correct_federated("repair", case, [data])
     with pytest.raises(RebasinError, match="data: expected 1 collections of batches, one for each end; got 2"):
         correct_federated("federated-repair", case, [data, data])
     with pytest.raises(RebasinError, match="query: expected one of moments, equations, grams; got 'weights'"):
         answer("weights", {}, Node(net, {}, {}, data))
     with pytest.raises(RebasinError, match="the server asks about 'other', which is no site of this node's network"):
-        answer("moments", {"merged-sites": ["other"], "end-sites": [], "sequential": True}, Node(net, {}, {}, data))
+        answer("moments", {"merged-sites": ["other"], "sequential": True}, Node(net, {}, {}, data))
     with pytest.raises(RebasinError, match=r"the server asks about 'other', which is no layer of this node's network"):
         answer("equations", {"step": "other", "split": True, "label-prior": False}, Node(net, {}, {}, data))
     squashed = nn.Sequential(nn.Linear(4, 2), nn.Softmax(1))
     case = Case(squashed, squashed.state_dict(), [squashed.state_dict()], [1.0], draw(2, 4).float())
     with pytest.raises(RebasinError, match="label_prior: expected a network whose last linear layer gives the logits"):
-        next(FEDERATED["federated-least-squares"](replace(case, options=Options(label_prior=True))))
+        next(FEDERATED["federated-least-squares"](replace(case, options=FederatedOptions(label_prior=True))))
     with pytest.raises(CalibrationError, match="label_prior needs integer targets; give"):
         log_prior(Node(net, {}, {}, data), 3)
     with pytest.raises(CalibrationError, match="expected targets from 0 to 2; got 3"):

@@ -8,10 +8,10 @@ from typing import Any
 from fedrebasin.corrections import federated_least_squares as _least_squares
 from fedrebasin.corrections import federated_regmean as _regmean
 from fedrebasin.corrections import federated_repair as _repair
-from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Options, Query, State, drive
+from fedrebasin.corrections.queries import About, Answer, Case, Correction, FederatedOptions, Node, Query, State, drive
 from fedrebasin.errors import RebasinError
 
-__all__ = ["FEDERATED", "Answer", "Case", "Node", "Options", "Query", "answer", "correct_federated"]
+__all__ = ["FEDERATED", "Answer", "Case", "FederatedOptions", "Node", "Query", "answer", "correct_federated"]
 
 FEDERATED: dict[str, Callable[[Case], Correction]] = {
     "federated-repair": _repair.federated_repair,

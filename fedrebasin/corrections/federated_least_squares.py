@@ -50,7 +50,7 @@ def federated_least_squares(case: Case) -> Correction:
     Yields
     ------
     Query
-        Read into a pair of :class:`NormalEquations`, to fit and held out, or into moments.
+        Read into a pair of :class:`NormalEquations`, to fit and held out, Gram matrices packed, or into moments.
 
     Returns
     -------
@@ -99,6 +99,8 @@ def federated_least_squares(case: Case) -> Correction:
         fit, check = NormalEquations(), NormalEquations()
         for own_fit, own_check in answers.values():
             fit, check = fit + own_fit, check + own_check
+        for sums in (fit, check):  # packed until here: the nodes' matrices are never unpacked side by side
+            sums.gram = unpack(sums.gram, len(start.matrix.T)) if sums.count else sums.gram
         total = fit + check if check.count else fit
         shifts = step.bias is not None or step.norm is not None
         chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
@@ -166,6 +168,7 @@ def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
     device = start.matrix.device
     shapes = {"count": (), "gram": (inputs * (inputs + 1) // 2,), "cross": (outputs, inputs), "x": (inputs,)}
     shapes["e"] = (outputs,)
+    places = torch.tensor([row * inputs - row * (row - 1) // 2 for row in range(inputs)], device=device)
 
     def read(answer: Answer) -> Equations:
         found = [NormalEquations(), NormalEquations()]
@@ -174,9 +177,9 @@ def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
                 continue
             check_tensors(answer, {f"{part}.{name}": shape for name, shape in shapes.items()})
             sums.count = int(answer[f"{part}.count"])
-            sums.gram = unpack(answer[f"{part}.gram"], inputs).to(device)
-            sums.cross, sums.x, sums.e = (answer[f"{part}.{name}"].to(device) for name in ("cross", "x", "e"))
-            diagonal = sums.gram.diagonal()
+            for name in ("gram", "cross", "x", "e"):
+                setattr(sums, name, answer[f"{part}.{name}"].to(device))
+            diagonal = sums.gram[places]
             # Cauchy and Schwarz, with room for products in single precision
             if sums.count < 1 or bool((sums.x.square() > 1.01 * sums.count * diagonal + 1e-6).any()):
                 raise RebasinError(f"{part!r} sums that no inputs have")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fedrebasin.corrections.first_uses import read_until
-from fedrebasin.corrections.gram_sketch import Sketch, check_gram, expand, rank_within, sketch
+from fedrebasin.corrections.gram_sketch import Expanded, Sketch, check_gram, expand, rank_within, sketch
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import read_map
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors
-from fedrebasin.corrections.regmean import Grams, input_grams, regmean
+from fedrebasin.corrections.regmean import input_grams, regmean
 
 KIND = "grams"
 
@@ -65,7 +65,7 @@ def federated_regmean(case: Case) -> Correction:
     sizes = {layer.weight: read_map(model, layer).matrix.shape[1] + 1 for layer in layers}
     last = layers[-1]
     names = read_until(case.uses(model), [last.weight], dict(case.merged))
-    answers: dict[int, Grams] = yield Query(KIND, {"limit": limit}, {}, names, _reader(sizes, limit))
+    answers: dict[int, Expanded] = yield Query(KIND, {"limit": limit}, {}, names, _reader(sizes, limit))
     shares = case.shares(answers)
     return regmean(
         *(case.net, case.merged, [case.ends[place] for place in answers], [_batch(case)]),
@@ -88,9 +88,9 @@ def measure(about: About, node: Node) -> Answer:
     }
 
 
-def _reader(sizes: dict[str, int], limit: int) -> Callable[[Answer], Grams]:
-    def read(answer: Answer) -> Grams:
-        grams: Grams = {}
+def _reader(sizes: dict[str, int], limit: int) -> Callable[[Answer], Expanded]:
+    def read(answer: Answer) -> Expanded:
+        sketches: dict[str, Sketch] = {}
         for name, size in sizes.items():
             rank = rank_within(size, limit)
             shapes: dict[str, tuple[int, ...]] = {"gram": (size * (size + 1) // 2,)}
@@ -98,10 +98,9 @@ def _reader(sizes: dict[str, int], limit: int) -> Callable[[Answer], Grams]:
                 m = size - 1
                 shapes = {"count": (), "mean": (m,), "rest": (m,), "directions": (m, min(rank, m))}
             check_tensors(answer, {f"{name}.{part}": shape for part, shape in shapes.items()})
-            own: Sketch = {part: answer[f"{name}.{part}"] for part in shapes}
-            grams[name] = expand(own, size)
-            check_gram(grams[name])
-        return grams
+            sketches[name] = {part: answer[f"{name}.{part}"] for part in shapes}
+            check_gram(expand(sketches[name], size))
+        return Expanded(sketches, sizes)
 
     return read
 

@@ -81,9 +81,9 @@ def federated_repair(case: Case) -> Correction:
         query = Query(
             KIND,
             {
-                "merged-sites": [site.name for site in group],
-                "end-sites": [site.name for site in asked],
                 "sequential": case.options.sequential,
+                "merged-sites": [site.name for site in group],
+                **({"end-sites": [site.name for site in asked]} if asked else {}),
             },
             {name: state[name] for name in needed},
             read_until(uses, _names(model, asked), state) if asked else (),
@@ -102,9 +102,8 @@ def measure(about: About, node: Node) -> Answer:
     """What a node answers: moments of the sites of the merged network and of its own aligned model."""
     found: Answer = {}
     for whose, part in (("merged", node.merged), ("end", node.end)):
-        names = about[f"{whose}-sites"]
-        assert isinstance(names, list)
-        if not names:
+        names = about.get(f"{whose}-sites")
+        if not isinstance(names, list):
             continue
         model, batches = node.model(part), node.data()
         by_name = {site.name: site for site in find_sites(model, batches)}

@@ -7,6 +7,8 @@ The sketch keeps count and mean, the ``rank`` leading eigenvectors of ``C`` scal
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,29 @@ def expand(found: Sketch, size: int) -> Tensor:
     gram[:-1, -1] = gram[-1, :-1] = count * mean
     gram[-1, -1] = count
     return gram
+
+
+class Expanded(Mapping[str, Tensor]):
+    """Gram matrices that are kept as sketches and expanded one at a time, when one is asked for.
+
+    Examples
+    --------
+    >>> grams = Expanded({"weight": sketch(torch.eye(3).double(), None)}, {"weight": 3})
+    >>> grams["weight"].shape
+    torch.Size([3, 3])
+    """
+
+    def __init__(self, sketches: Mapping[str, Sketch], sizes: Mapping[str, int]) -> None:
+        self._sketches, self._sizes = sketches, sizes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return expand(self._sketches[name], self._sizes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sketches)
+
+    def __len__(self) -> int:
+        return len(self._sketches)
 
 
 def check_gram(gram: Tensor) -> None:

@@ -32,7 +32,7 @@ LARGEST = 1e30
 
 
 @dataclass(frozen=True)
-class Options:
+class FederatedOptions:
     """How federated corrections work; each reads its own.
 
     Parameters
@@ -54,7 +54,7 @@ class Options:
 
     Examples
     --------
-    >>> Options(ridge=0.01).sequential
+    >>> FederatedOptions(ridge=0.01).sequential
     True
     """
 
@@ -114,7 +114,7 @@ class Case:
     ends: Sequence[Mapping[str, Tensor]]
     coefficients: Sequence[float]
     example_inputs: Any
-    options: Options = field(default_factory=Options)
+    options: FederatedOptions = field(default_factory=FederatedOptions)
     device: torch.device | str | None = None
 
     def model(self) -> nn.Module:
