@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fedrebasin.corrections.federated import FederatedOptions
+from fedrebasin.strategies.answers import answer_queries
 from fedrebasin.strategies.fed_rebasin import FedRebasin
 from fedrebasin.strategies.rebasin import Rebasin
 
-__all__ = ["FedRebasin", "Rebasin"]
+__all__ = ["FedRebasin", "FederatedOptions", "Rebasin", "answer_queries"]

@@ -15,12 +15,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedrebasin import PermutationSpec
-from fedrebasin.corrections.methods import CORRECTIONS, Setting
+from fedrebasin.corrections.federated import FederatedOptions
+from fedrebasin.corrections.methods import Setting
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
-from fedrebasin.strategies.buffers import State, merge_buffers
-from fedrebasin.strategies.correction import check_calibration, correct, default_correction
+from fedrebasin.strategies.buffers import merge_buffers
+from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
+from fedrebasin.strategies.federated import QueryingStrategy, build_queries
 from fedrebasin.strategies.matcher import build_matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
@@ -33,11 +35,11 @@ from fedrebasin.strategies.options import (
     guarded_by,
     read_attribute,
 )
-from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
+from fedrebasin.strategies.records import record_to_state, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen
 
 
-class Rebasin(Strategy):
+class Rebasin(QueryingStrategy):
     """Align the clients' hidden units before another strategy aggregates them.
 
     Parameters
@@ -63,8 +65,11 @@ class Rebasin(Strategy):
     correction : str or None
         A name of ``CORRECTIONS``; all but ``"bias-normalisation"`` need ``calibration``. ``"default"`` is ``"repair"``
         with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
+        A name of ``FEDERATED`` asks the clients, which register ``answer_queries``, about their own data instead.
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
+    federated : FederatedOptions, optional
+        How a federated correction works.
     select, checkpoint_dir : None
         Not built yet.
     seed : int
@@ -83,7 +88,8 @@ class Rebasin(Strategy):
     the next round. Buffers never enter the inner strategy. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
-    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies).
+    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies); of a federated correction also
+    ``rebasin-query-rounds``, ``rebasin-query-bytes`` (both ways, all nodes) and ``rebasin-query-left-out`` (nodes).
 
     References
     ----------
@@ -110,6 +116,7 @@ class Rebasin(Strategy):
         reference: str = "auto",
         matching: str = "weight",
         correction: str | None = "default",
+        federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -137,6 +144,7 @@ class Rebasin(Strategy):
         self._matcher = build_matcher(
             matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
         )
+        self._queries = build_queries(correction, self.model, example_inputs, federated, self.device)
         self.strategy = strategy
         self.calibration = calibration
         self.example_inputs = example_inputs
@@ -187,6 +195,8 @@ class Rebasin(Strategy):
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._messages = messages
+        if self._queries is not None:
+            self._queries.prepare(server_round, grid, messages, self.timeout)
         return messages
 
     def aggregate_train(
@@ -210,7 +220,7 @@ class Rebasin(Strategy):
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
-        keep_ends = outside or (self.correction is not None and CORRECTIONS[self.correction].ends)
+        keep_ends = outside or needs_ends(self.correction)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         seconds = time.perf_counter() - started
@@ -225,7 +235,11 @@ class Rebasin(Strategy):
             return None, metrics
         buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        corrected = self._correct(model, aligned.ends, coefficients)
+        corrected: ArrayRecord | None = None
+        if self.model is not None:
+            setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
+            nodes = [reply.node for reply in screened.replies]
+            corrected = correct_record(self.correction, setting, model, aligned.ends, nodes, self._queries)
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model)
@@ -234,6 +248,7 @@ class Rebasin(Strategy):
         metrics["rebasin-objective-gain"] = alignment.objective_gain
         metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
         metrics["rebasin-left-out"] = screened.left_out
+        metrics.update({} if self._queries is None else self._queries.metrics)
         return model, metrics
 
     def configure_evaluate(
@@ -245,10 +260,3 @@ class Rebasin(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the inner strategy aggregate the evaluation."""
         return self.strategy.aggregate_evaluate(server_round, replies)
-
-    def _correct(self, model: ArrayRecord, ends: list[State], coefficients: list[float]) -> ArrayRecord | None:
-        if self.correction is None or self.model is None:
-            return None
-        setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
-        corrected = correct(self.correction, setting, record_to_state(model), ends)
-        return None if corrected is None else cast_arrays(state_to_record(corrected), model)

@@ -1,0 +1,380 @@
+"""Federated corrections in a strategy: real messages to the real client handler, on a grid in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flower_messages import MemoryGrid, Node, State, answer, fail, small_net, trained_copy, warnings
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAvg, FedAvgM
+from torch import Tensor, nn
+
+from fedrebasin import check_spec, permute, random_perms, trace, weight_matching
+from fedrebasin.corrections.federated import FEDERATED, Case, correct_federated
+from fedrebasin.errors import RebasinError, UsageError
+from fedrebasin.strategies import FederatedOptions, FedRebasin, Rebasin, answer_queries
+from fedrebasin.strategies.queries import bytes_of, read_query, write_refusal
+from fedrebasin.strategies.records import record_to_state, state_to_record
+
+__all__ = ["warnings"]
+
+
+def ours(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("rebasin")]
+
+
+INPUTS = (torch.randn(4, 5, dtype=torch.float64),)
+EXAMPLES = [30.0, 10.0, 20.0]
+
+
+def net() -> nn.Module:
+    return small_net().double()
+
+
+SENT: State = net().state_dict()
+SPEC = check_spec(net(), trace(net(), INPUTS), INPUTS)
+GIVEN: dict[str, Any] = {"model": net, "example_inputs": INPUTS, "spec": SPEC}
+
+
+def data(seed: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    x = seed + torch.randn(120, 5, generator=generator, dtype=torch.float64)
+    return list(zip(x.split(60), torch.arange(120).remainder(3).split(60), strict=True))
+
+
+def end(seed: int) -> State:
+    return permute(SPEC, random_perms(SPEC, seed), trained_copy(SENT, seed))
+
+
+def client(seed: int, change: Callable[[Message, Message], Message] | None = None) -> Node:
+    """A ClientApp that trains (returns its end) and answers queries; ``change`` spoils what it answers."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, end(seed), EXAMPLES[seed])
+
+    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: data(seed)))
+    context = Context(run_id=1, node_id=seed + 1, node_config={}, state=RecordDict(), run_config={})
+
+    def node(message: Message) -> Message:
+        try:
+            reply = app(message, context)
+        except ValueError as error:  # what Flower's runtime makes of it
+            return fail(message, str(error))
+        return change(message, reply) if change and message.metadata.message_type != "train" else reply
+
+    return node
+
+
+class Spy(MemoryGrid):
+    """Counts the queries and may lose replies; remembers the timeouts."""
+
+    def __init__(self, nodes: dict[int, Node], lost: tuple[int, ...] = ()) -> None:
+        super().__init__(nodes)
+        self.lost, self.queries, self.bytes, self.timeouts = lost, [], 0, set[float | None]()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        sent = list(messages)
+        replies = list(super().send_and_receive(sent, timeout=timeout))
+        if sent and sent[0].metadata.message_type == "query.rebasin":
+            self.queries.append([message.metadata.dst_node_id for message in sent])
+            self.timeouts.add(timeout)
+            replies = [reply for reply in replies if reply.metadata.src_node_id not in self.lost]
+            self.bytes += sum(bytes_of(message) for message in [*sent, *replies])
+        return replies
+
+
+def play(
+    correction: str | None,
+    nodes: dict[int, Node] | None = None,
+    *,
+    strategy: Rebasin | None = None,
+    lost: tuple[int, ...] = (),
+    **options: Any,
+) -> tuple[State, MetricRecord, Spy]:
+    """One round; node i + 1 is client i."""
+    grid = Spy(nodes or {place + 1: client(place) for place in range(3)}, lost)
+    if strategy is None:
+        strategy = FedRebasin(
+            model=net,
+            example_inputs=INPUTS,
+            correction=correction,
+            reference="global",
+            fraction_evaluate=0.0,
+            **options,
+        )
+    result = strategy.start(grid, state_to_record(SENT), num_rounds=1, timeout=7.0)
+    return record_to_state(result.arrays), result.train_metrics_clientapp[1], grid
+
+
+@lru_cache
+def uncorrected() -> State:
+    """The merged model of a round without a correction."""
+    return play(None)[0]
+
+
+def plain(places: tuple[int, ...] = (0, 1, 2)) -> tuple[State, list[State], list[float]]:
+    """The uncorrected model, the aligned ends of some of the nodes, their shares."""
+    merged = uncorrected()
+    ends = [end(place) for place in range(3)]
+    aligned = [permute(SPEC, weight_matching(SPEC, SENT, one).perms, one) for one in ends]
+    return merged, [aligned[place] for place in places], [EXAMPLES[place] for place in places]
+
+
+def expected(correction: str, places: tuple[int, ...] = (0, 1, 2), **options: Any) -> State:
+    merged, ends, shares = plain(places)
+    case = Case(net(), merged, ends, shares, INPUTS, FederatedOptions(**options))
+    return correct_federated(correction, case, [data(place) for place in places])
+
+
+def same(found: State, wanted: State, tolerance: float = 1e-9) -> None:
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == SENT[name].dtype
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("correction", "options", "rounds"),
+    [
+        ("federated-repair", {}, 2),
+        ("federated-repair", {"sequential": False}, 1),
+        ("federated-least-squares", {}, 3),
+        ("federated-least-squares", {"ridge": 0.01, "label_prior": True}, 3),
+        ("federated-regmean", {}, 1),
+        ("federated-regmean", {"gram_limit": 300}, 1),
+    ],
+)
+def test_messages_give_what_one_process_computes_from_all_data(
+    correction: str, options: dict[str, Any], rounds: int
+) -> None:
+    found, metrics, grid = play(correction, federated=FederatedOptions(**options))
+    same(found, expected(correction, **options))
+    assert any(not torch.allclose(found[name], tensor) for name, tensor in plain()[0].items())
+    assert metrics["rebasin-query-rounds"] == rounds == len(grid.queries)
+    assert metrics["rebasin-query-bytes"] == grid.bytes > 0
+    assert metrics["rebasin-query-left-out"] == 0
+    assert grid.timeouts == {7.0}
+
+
+def spoil(name: str, tensor: Callable[[Tensor], Tensor]) -> Callable[[Message, Message], Message]:
+    """Change one array of an answer."""
+
+    def change(message: Message, reply: Message) -> Message:
+        sums = reply.content.array_records["sums"]
+        if name in sums:
+            sums[name] = state_to_record({name: tensor(record_to_state(sums)[name])})[name]
+        return reply
+
+    return change
+
+
+def without_sums(message: Message, reply: Message) -> Message:
+    return Message(RecordDict({"metrics": MetricRecord({"loss": 1.0})}), reply_to=message)
+
+
+def undecodable(message: Message, reply: Message) -> Message:
+    broken = ArrayRecord({name: Array("float64", (3,), "numpy.ndarray", b"no array") for name in ("fit.count", "x")})
+    return Message(RecordDict({"sums": broken}), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda message, reply: fail(message, "out of memory"),
+            r"the error 'out of memory' \(is @app.query\('rebasin'\)",
+        ),
+        (spoil("fit.gram", lambda x: x * torch.nan), "'fit.gram' with a NaN, an infinity or"),
+        (
+            spoil("check.cross", lambda x: x[:-1]),
+            r"'check.cross' as \(11, 5\) of torch.float64; \(12, 5\) of torch.float64",
+        ),
+        (spoil("fit.x", lambda x: x.float()), r"'fit.x' as \(5,\) of torch.float32; \(5,\) of torch.float64"),
+        (spoil("fit.count", lambda x: 0 * x), "'fit' sums that no inputs have"),
+        (without_sums, "no sums"),
+        (undecodable, "sums that cannot be decoded"),
+        (lambda message, reply: Message(write_refusal("I will not"), reply_to=message), "a refusal: I will not"),
+    ],
+)
+def test_one_bad_answer_leaves_its_node_out_and_costs_nothing_else(
+    change: Callable[[Message, Message], Message], line: str, warnings: list[str]
+) -> None:
+    nodes = {1: client(0), 2: client(1, change), 3: client(2)}
+    found, metrics, grid = play("federated-least-squares", nodes)
+    same(found, expected("federated-least-squares", (0, 2)))
+    assert metrics["rebasin-query-left-out"] == 1
+    assert metrics["rebasin-left-out"] == 0
+    assert grid.queries == [[1, 2, 3], [1, 3], [1, 3]]
+    (found_line,) = ours(warnings)
+    assert re.match(f"rebasin: node 2 answered a query with {line}", found_line), found_line
+    assert found_line.endswith("left out of the correction of round 1")
+
+
+@pytest.mark.parametrize("correction", FEDERATED)
+def test_a_node_that_is_late_is_left_out(correction: str, warnings: list[str]) -> None:
+    found, metrics, _ = play(correction, lost=(3,))
+    same(found, expected(correction, (0, 1)))
+    assert metrics["rebasin-query-left-out"] == 1
+    assert ours(warnings) == [
+        "rebasin: node 3 answered a query with nothing within 7 s; left out of the correction of round 1"
+    ]
+
+
+def test_a_node_that_fails_later_is_left_out_of_both_sides_of_repairs_quotient() -> None:
+    asked = [0]
+
+    def second(message: Message, reply: Message) -> Message:
+        asked[0] += 1
+        return fail(message) if asked[0] == 2 else reply
+
+    found, metrics, _ = play("federated-repair", {1: client(0), 2: client(1, second), 3: client(2)})
+    assert metrics["rebasin-query-left-out"] == 1
+    merged, ends, shares = plain()
+    procedure = FEDERATED["federated-repair"](Case(net(), merged, ends, shares, INPUTS))
+    first = next(procedure)
+    assert first.about["merged-sites"] == ["1"]
+    sites = {"1": (0, 1, 2), "3": (0, 2)}
+    query = first
+    for places in sites.values():
+        from fedrebasin.corrections.federated import Node as Asked
+        from fedrebasin.corrections.federated import answer as compute
+
+        answers = {
+            place: query.read(compute(query.kind, query.about, Asked(net(), query.merged, ends[place], data(place))))
+            for place in places
+        }
+        try:
+            query = procedure.send(answers)
+        except StopIteration as done:
+            same(found, done.value)
+
+
+def test_where_no_client_has_the_handler_the_merged_model_stays(warnings: list[str]) -> None:
+    def train_alone(seed: int) -> Node:
+        full = client(seed)
+
+        def node(message: Message) -> Message:
+            if message.metadata.message_type == "train":
+                return full(message)
+            return fail(message, "No query function registered with name 'rebasin'")
+
+        return node
+
+    found, metrics, _ = play("federated-repair", {place + 1: train_alone(place) for place in range(3)})
+    same(found, plain()[0], 0.0)
+    assert metrics["rebasin-query-left-out"] == 3
+    assert metrics["rebasin-query-rounds"] == 1
+    assert ours(warnings)[0].startswith(
+        "rebasin: node 1 answered a query with the error \"No query function registered with name 'rebasin'\" (is @app."
+    )
+    assert ours(warnings)[-1] == (
+        "rebasin: federated-repair failed (RebasinError: no node gave an answer that can be used); this round is not "
+        "corrected"
+    )
+
+
+def test_a_grid_that_breaks_does_not_end_the_run(warnings: list[str]) -> None:
+    class Broken(Spy):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            sent = list(messages)
+            if sent and sent[0].metadata.message_type != "train":
+                raise ConnectionError("gone")
+            return super().send_and_receive(sent, timeout=timeout)
+
+    strategy = FedRebasin(**GIVEN, correction="federated-regmean", reference="global", fraction_evaluate=0.0)
+    grid = Broken({place + 1: client(place) for place in range(3)})
+    result = strategy.start(grid, state_to_record(SENT), num_rounds=1)
+    same(record_to_state(result.arrays), plain()[0], 0.0)
+    assert ours(warnings) == ["rebasin: federated-regmean failed (ConnectionError: gone); this round is not corrected"]
+
+
+def test_a_node_learns_what_it_was_told_in_training() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def spy(message: Message, reply: Message) -> Message:
+        seen.append(dict(message.content.config_records["config"]))
+        return reply
+
+    strategy = FedRebasin(**GIVEN, correction="federated-regmean", reference="global", fraction_evaluate=0.0)
+    grid = Spy({1: client(0, spy), 2: client(1)})
+    strategy.start(grid, state_to_record(SENT), num_rounds=2, train_config=ConfigRecord({"seed": 5}))
+    assert seen == [{"seed": 5, "server-round": 1}, {"seed": 5, "server-round": 2}]
+
+
+def test_an_outer_optimizer_goes_on_from_the_corrected_model() -> None:
+    inner = FedAvgM(server_learning_rate=0.5, server_momentum=0.9, fraction_evaluate=0.0)
+    strategy = Rebasin(
+        inner, model=net, example_inputs=INPUTS, correction="federated-least-squares", reference="global"
+    )
+    found, _, _ = play(None, strategy=strategy)
+    assert inner.current_arrays is not None
+    kept = record_to_state(inner.current_arrays)
+    assert list(kept) == [name for name in SENT if name in strategy.spec.parameters]
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("correction", FEDERATED)
+def test_under_privacy_and_selection_unaccounted_queries_are_refused(correction: str) -> None:
+    private = flower.DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.1, 1.0, 2)
+    for inner in (private, flower.Krum()):
+        with pytest.raises(UsageError, match=f"correction='{correction}': under .* outside the privacy accounting"):
+            Rebasin(inner, model=net, example_inputs=INPUTS, correction=correction)
+
+
+def test_a_network_without_anything_to_correct_is_refused_at_construction() -> None:
+    linear = nn.Linear(5, 3).double()
+    with pytest.raises(RebasinError, match="net: expected a norm, or a hidden linear or convolution layer with a bias"):
+        FedRebasin(model=linear, example_inputs=INPUTS, correction="federated-repair")
+    with pytest.raises(RebasinError, match="label_prior: expected a network whose last linear layer gives the logits"):
+        FedRebasin(
+            model=nn.Sequential(nn.Linear(5, 3), nn.Softmax(1)).double(),
+            example_inputs=INPUTS,
+            correction="federated-least-squares",
+            federated=FederatedOptions(label_prior=True),
+        )
+
+
+def test_the_handler_refuses_what_it_cannot_answer_and_says_why(warnings: list[str]) -> None:
+    handler = answer_queries(model=net, batches=lambda message, context: [])
+    grid = MemoryGrid({})
+    assert grid is not None
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    message = Message(RecordDict(), dst_node_id=1, message_type="query.rebasin")
+    with pytest.raises(RebasinError, match="message: expected a query of fedrebasin; got records \\[\\]"):
+        read_query(message)
+    reply = handler(message, context)
+    assert "message: expected a query of fedrebasin" in str(reply.content["refusal"]["reason"])
+    message = Message(
+        RecordDict({"query": ConfigRecord({"kind": "grams", "limit": 9}), "end": state_to_record(SENT)}),
+        dst_node_id=1,
+        message_type="query.rebasin",
+    )
+    reply = handler(message, context)
+    assert reply.content["refusal"]["reason"] == "CalibrationError: calibration: expected at least one batch; got none"
+    assert len(warnings) == 2
+    for bad in ({"model": 3, "batches": handler}, {"model": net, "batches": [1]}):
+        with pytest.raises(UsageError, match=r"(model|batches): expected .*; got (int|list)"):
+            answer_queries(**bad)  # type: ignore[arg-type]
+
+
+def test_float32_models_travel_as_they_are() -> None:
+    record = state_to_record({"a": torch.ones(3)})
+    message = Message(
+        RecordDict({"query": ConfigRecord({"kind": "grams", "limit": 9}), "end": record}),
+        dst_node_id=1,
+        message_type="query.rebasin",
+    )
+    asked = read_query(message)
+    assert (asked.kind, asked.about, asked.merged) == ("grams", {"limit": 9}, {})
+    assert asked.end["a"].dtype == torch.float32
+    assert bytes_of(message) == len(record["a"].data) > np.zeros(3, np.float32).nbytes
