@@ -31,11 +31,17 @@ class QueryingStrategy(Strategy):
     timeout: float = TIMEOUT
 
     def start(
-        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = TIMEOUT, **keywords: Any
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = TIMEOUT,
+        *arguments: Any,
+        **keywords: Any,
     ) -> Result:
         """Run the strategy, as ``flwr.serverapp.strategy.Strategy`` does."""
         self.timeout = timeout
-        return super().start(grid, initial_arrays, num_rounds, timeout, **keywords)
+        return super().start(grid, initial_arrays, num_rounds, timeout, *arguments, **keywords)
 
 
 class Queries:

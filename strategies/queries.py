@@ -101,7 +101,7 @@ def read_answer(message: Message) -> Answer:
         )
     content = message.content if message.has_content() else RecordDict()
     if _REFUSAL in content.config_records:
-        raise RebasinError(f"a refusal: {content.config_records[_REFUSAL].get('reason', '')}")
+        raise RebasinError(f"a refusal: {content.config_records[_REFUSAL].get('reason')!r}")
     if _SUMS not in content.array_records:
         raise RebasinError("no sums")
     try:

@@ -238,8 +238,8 @@ class Rebasin(QueryingStrategy):
         corrected: ArrayRecord | None = None
         if self.model is not None:
             setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
-            nodes = [reply.node for reply in screened.replies]
-            corrected = correct_record(self.correction, setting, model, aligned.ends, nodes, self._queries)
+            senders = [reply.node for reply in screened.replies]
+            corrected = correct_record(self.correction, setting, model, aligned.ends, senders, self._queries)
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flower_messages import MemoryGrid, Node, State, answer, fail, small_net, trained_copy, warnings
+from federated_clients import GIVEN, INPUTS, SENT, Spy, client, data, expected, net, plain, play, same
+from flower_messages import Node, fail, outside_a_run, warnings
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from torch import Tensor, nn
 
-from fedrebasin import check_spec, permute, random_perms, trace, weight_matching
-from fedrebasin.corrections.federated import FEDERATED, Case, correct_federated
+from fedrebasin.corrections.federated import FEDERATED, Case
+from fedrebasin.corrections.federated import Node as Asked
+from fedrebasin.corrections.federated import answer as compute
+from fedrebasin.corrections.queries import Query, drive
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies import FederatedOptions, FedRebasin, Rebasin, answer_queries
 from fedrebasin.strategies.queries import bytes_of, read_query, write_refusal
@@ -29,118 +30,6 @@ __all__ = ["warnings"]
 
 def ours(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("rebasin")]
-
-
-INPUTS = (torch.randn(4, 5, dtype=torch.float64),)
-EXAMPLES = [30.0, 10.0, 20.0]
-
-
-def net() -> nn.Module:
-    return small_net().double()
-
-
-SENT: State = net().state_dict()
-SPEC = check_spec(net(), trace(net(), INPUTS), INPUTS)
-GIVEN: dict[str, Any] = {"model": net, "example_inputs": INPUTS, "spec": SPEC}
-
-
-def data(seed: int) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    x = seed + torch.randn(120, 5, generator=generator, dtype=torch.float64)
-    return list(zip(x.split(60), torch.arange(120).remainder(3).split(60), strict=True))
-
-
-def end(seed: int) -> State:
-    return permute(SPEC, random_perms(SPEC, seed), trained_copy(SENT, seed))
-
-
-def client(seed: int, change: Callable[[Message, Message], Message] | None = None) -> Node:
-    """A ClientApp that trains (returns its end) and answers queries; ``change`` spoils what it answers."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return answer(message, end(seed), EXAMPLES[seed])
-
-    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: data(seed)))
-    context = Context(run_id=1, node_id=seed + 1, node_config={}, state=RecordDict(), run_config={})
-
-    def node(message: Message) -> Message:
-        try:
-            reply = app(message, context)
-        except ValueError as error:  # what Flower's runtime makes of it
-            return fail(message, str(error))
-        return change(message, reply) if change and message.metadata.message_type != "train" else reply
-
-    return node
-
-
-class Spy(MemoryGrid):
-    """Counts the queries and may lose replies; remembers the timeouts."""
-
-    def __init__(self, nodes: dict[int, Node], lost: tuple[int, ...] = ()) -> None:
-        super().__init__(nodes)
-        self.lost, self.queries, self.bytes, self.timeouts = lost, [], 0, set[float | None]()
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        sent = list(messages)
-        replies = list(super().send_and_receive(sent, timeout=timeout))
-        if sent and sent[0].metadata.message_type == "query.rebasin":
-            self.queries.append([message.metadata.dst_node_id for message in sent])
-            self.timeouts.add(timeout)
-            replies = [reply for reply in replies if reply.metadata.src_node_id not in self.lost]
-            self.bytes += sum(bytes_of(message) for message in [*sent, *replies])
-        return replies
-
-
-def play(
-    correction: str | None,
-    nodes: dict[int, Node] | None = None,
-    *,
-    strategy: Rebasin | None = None,
-    lost: tuple[int, ...] = (),
-    **options: Any,
-) -> tuple[State, MetricRecord, Spy]:
-    """One round; node i + 1 is client i."""
-    grid = Spy(nodes or {place + 1: client(place) for place in range(3)}, lost)
-    if strategy is None:
-        strategy = FedRebasin(
-            model=net,
-            example_inputs=INPUTS,
-            correction=correction,
-            reference="global",
-            fraction_evaluate=0.0,
-            **options,
-        )
-    result = strategy.start(grid, state_to_record(SENT), num_rounds=1, timeout=7.0)
-    return record_to_state(result.arrays), result.train_metrics_clientapp[1], grid
-
-
-@lru_cache
-def uncorrected() -> State:
-    """The merged model of a round without a correction."""
-    return play(None)[0]
-
-
-def plain(places: tuple[int, ...] = (0, 1, 2)) -> tuple[State, list[State], list[float]]:
-    """The uncorrected model, the aligned ends of some of the nodes, their shares."""
-    merged = uncorrected()
-    ends = [end(place) for place in range(3)]
-    aligned = [permute(SPEC, weight_matching(SPEC, SENT, one).perms, one) for one in ends]
-    return merged, [aligned[place] for place in places], [EXAMPLES[place] for place in places]
-
-
-def expected(correction: str, places: tuple[int, ...] = (0, 1, 2), **options: Any) -> State:
-    merged, ends, shares = plain(places)
-    case = Case(net(), merged, ends, shares, INPUTS, FederatedOptions(**options))
-    return correct_federated(correction, case, [data(place) for place in places])
-
-
-def same(found: State, wanted: State, tolerance: float = 1e-9) -> None:
-    assert list(found) == list(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype == SENT[name].dtype
-        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +92,7 @@ def undecodable(message: Message, reply: Message) -> Message:
         (spoil("fit.count", lambda x: 0 * x), "'fit' sums that no inputs have"),
         (without_sums, "no sums"),
         (undecodable, "sums that cannot be decoded"),
-        (lambda message, reply: Message(write_refusal("I will not"), reply_to=message), "a refusal: I will not"),
+        (lambda message, reply: Message(write_refusal("I will not"), reply_to=message), "a refusal: 'I will not'"),
     ],
 )
 def test_one_bad_answer_leaves_its_node_out_and_costs_nothing_else(
@@ -237,26 +126,17 @@ def test_a_node_that_fails_later_is_left_out_of_both_sides_of_repairs_quotient()
         asked[0] += 1
         return fail(message) if asked[0] == 2 else reply
 
-    found, metrics, _ = play("federated-repair", {1: client(0), 2: client(1, second), 3: client(2)})
+    found, metrics, grid = play("federated-repair", {1: client(0), 2: client(1, second), 3: client(2)})
     assert metrics["rebasin-query-left-out"] == 1
+    assert grid.queries == [[1, 2, 3], [1, 2, 3]]
     merged, ends, shares = plain()
-    procedure = FEDERATED["federated-repair"](Case(net(), merged, ends, shares, INPUTS))
-    first = next(procedure)
-    assert first.about["merged-sites"] == ["1"]
-    sites = {"1": (0, 1, 2), "3": (0, 2)}
-    query = first
-    for places in sites.values():
-        from fedrebasin.corrections.federated import Node as Asked
-        from fedrebasin.corrections.federated import answer as compute
+    places = iter([(0, 1, 2), (0, 2)])
 
-        answers = {
-            place: query.read(compute(query.kind, query.about, Asked(net(), query.merged, ends[place], data(place))))
-            for place in places
-        }
-        try:
-            query = procedure.send(answers)
-        except StopIteration as done:
-            same(found, done.value)
+    def ask(query: Query) -> dict[int, Any]:
+        asked = {place: Asked(net(), query.merged, ends[place], data(place)) for place in next(places)}
+        return {place: query.read(compute(query.kind, query.about, one)) for place, one in asked.items()}
+
+    same(found, drive(FEDERATED["federated-repair"](Case(net(), merged, ends, shares, INPUTS)), ask))
 
 
 def test_where_no_client_has_the_handler_the_merged_model_stays(warnings: list[str]) -> None:
@@ -346,8 +226,7 @@ def test_a_network_without_anything_to_correct_is_refused_at_construction() -> N
 
 def test_the_handler_refuses_what_it_cannot_answer_and_says_why(warnings: list[str]) -> None:
     handler = answer_queries(model=net, batches=lambda message, context: [])
-    grid = MemoryGrid({})
-    assert grid is not None
+    outside_a_run()
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     message = Message(RecordDict(), dst_node_id=1, message_type="query.rebasin")
     with pytest.raises(RebasinError, match="message: expected a query of fedrebasin; got records \\[\\]"):
