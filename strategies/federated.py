@@ -17,7 +17,7 @@ from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions
 from fedrebasin.corrections.queries import Query, drive
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.strategies.messages import node_of_message
-from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, read_answer, write_query
+from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, epsilon_of, read_answer, write_query
 from fedrebasin.strategies.records import state_to_record
 
 State = dict[str, Tensor]
@@ -54,7 +54,8 @@ class Queries:
     ----------
     metrics : dict
         Of the last call: ``rebasin-query-rounds``, ``rebasin-query-bytes`` (arrays as serialised, both ways, to and
-        from all nodes), ``rebasin-query-left-out`` (nodes).
+        from all nodes), ``rebasin-query-left-out`` (nodes); if all nodes add noise, ``rebasin-query-epsilon``: the
+        largest that one of them states for its answers in this run.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Queries:
         device: torch.device | None,
     ) -> None:
         self.correction = correction
-        self.metrics: dict[str, int] = {}
+        self.metrics: dict[str, int | float] = {}
         self._net, self._example, self._options, self._device = net, example_inputs, options, device
         self._configs: dict[int, dict[str, ConfigRecord]] = {}
         self._grid: Grid | None = None
@@ -138,12 +139,14 @@ class Queries:
         of_node: dict[int, Message] = {}
         for reply in replies:
             of_node.setdefault(asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id), reply)
-        answers = {}
+        answers, epsilons = {}, dict[int, float | None]()
         for place, node in list(present.items()):
             try:
                 if node not in of_node:
                     raise RebasinError(f"nothing within {self._timeout:g} s")
-                answers[place] = query.read(read_answer(of_node.pop(node)))
+                reply = of_node.pop(node)
+                answers[place] = query.read(read_answer(reply))
+                epsilons[node] = epsilon_of(reply)
             except RebasinError as error:
                 log(
                     WARNING,
@@ -153,6 +156,9 @@ class Queries:
                 del present[place]
         if not answers:
             raise RebasinError("no node gave an answer that can be used")
+        stated = [epsilon for epsilon in epsilons.values() if epsilon is not None]
+        if len(stated) == len(answers):  # where one node adds no noise, there is no bound for all
+            self.metrics["rebasin-query-epsilon"] = max(stated)
         return answers
 
 

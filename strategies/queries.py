@@ -3,7 +3,7 @@
 A query's content: the ConfigRecord ``query`` (``kind`` and its settings), the ArrayRecords ``merged`` and ``end`` (what
 the node needs of both models; left out where that is nothing), and the ConfigRecords of the training message that the
 node got in this round, under their own names, so that a node finds its data as in training. A reply's: the ArrayRecord
-``sums``, or the ConfigRecord ``refusal`` with its ``reason``.
+``sums``, with the ConfigRecord ``privacy`` where they are noised; or the ConfigRecord ``refusal`` with its ``reason``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_
 #: the name under which a client registers its handler: ``@app.query("rebasin")``
 ACTION = "rebasin"
 MESSAGE_TYPE = f"query.{ACTION}"
-_QUERY, _MERGED, _END, _SUMS, _REFUSAL = "query", "merged", "end", "sums", "refusal"
+_QUERY, _MERGED, _END, _SUMS, _REFUSAL, _PRIVACY = "query", "merged", "end", "sums", "refusal", "privacy"
 
 
 class Asked(NamedTuple):
@@ -70,9 +70,19 @@ def read_query(message: Message) -> Asked:
     return Asked(str(about.pop("kind", "")), about, merged, end)  # type: ignore[arg-type]
 
 
-def write_answer(answer: Answer) -> RecordDict:
-    """The content of a reply with sums."""
-    return RecordDict({_SUMS: state_to_record(answer)})
+def write_answer(answer: Answer, privacy: ConfigRecord | None = None) -> RecordDict:
+    """The content of a reply with sums, and what has been spent of the node's privacy."""
+    content = RecordDict({_SUMS: state_to_record(answer)})
+    if privacy is not None:
+        content[_PRIVACY] = privacy
+    return content
+
+
+def epsilon_of(message: Message) -> float | None:
+    """The epsilon that a node states for all it has answered in this run, if its answers are noised."""
+    records = message.content.config_records if message.has_content() else {}
+    stated = records[_PRIVACY].get("epsilon") if _PRIVACY in records else None
+    return float(stated) if isinstance(stated, int | float) else None
 
 
 def write_refusal(reason: str) -> RecordDict:

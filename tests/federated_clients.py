@@ -14,7 +14,7 @@ from torch import nn
 
 from fedrebasin import check_spec, permute, random_perms, trace, weight_matching
 from fedrebasin.corrections.federated import Case, FederatedOptions, correct_federated
-from fedrebasin.strategies import FedRebasin, Rebasin, answer_queries
+from fedrebasin.strategies import FedRebasin, Privacy, Rebasin, answer_queries
 from fedrebasin.strategies.queries import bytes_of
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
@@ -41,7 +41,9 @@ def end(seed: int) -> State:
     return permute(SPEC, random_perms(SPEC, seed), trained_copy(SENT, seed))
 
 
-def client(seed: int, change: Callable[[Message, Message], Message] | None = None) -> Node:
+def client(
+    seed: int, change: Callable[[Message, Message], Message] | None = None, privacy: Privacy | None = None
+) -> Node:
     """A ClientApp that trains (returns its end) and answers queries; ``change`` spoils what it answers."""
     app = ClientApp()
 
@@ -49,7 +51,7 @@ def client(seed: int, change: Callable[[Message, Message], Message] | None = Non
     def train(message: Message, context: Context) -> Message:
         return answer(message, end(seed), EXAMPLES[seed])
 
-    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: data(seed)))
+    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: data(seed), privacy=privacy))
     context = Context(run_id=1, node_id=seed + 1, node_config={}, state=RecordDict(), run_config={})
 
     def node(message: Message) -> Message:

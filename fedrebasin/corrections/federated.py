@@ -54,6 +54,11 @@ def answer(kind: str, about: About, node: Node) -> Answer:
     """
     if kind not in _MEASURES:
         raise RebasinError(f"query: expected one of {', '.join(_MEASURES)}; got {kind!r}; update fedrebasin here")
+    if node.privacy is not None and kind != _repair.KIND:
+        raise RebasinError(
+            f"privacy: moments alone can be clipped and noised so far, and the server asks for {kind}; have it use "
+            "correction='federated-repair'"
+        )
     return _MEASURES[kind](about, node)
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedrebasin.corrections.affine import Affine, fuse
 from fedrebasin.corrections.first_uses import read_until
 from fedrebasin.corrections.moments import Moments, all_moments, input_moments, output_moments, site_moments
+from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors
 from fedrebasin.corrections.sites import Site, find_sites
 from fedrebasin.corrections.working import extract
@@ -110,19 +111,34 @@ def measure(about: About, node: Node) -> Answer:
         missing = next((name for name in names if name not in by_name), None)
         if missing is not None:
             raise RebasinError(f"model: the server asks about {missing!r}, which is no site of this node's network")
-        sites = [by_name[name] for name in names]
+        sites, make = [by_name[name] for name in names], ClippedMoments.maker(node.privacy)
         if whose == "end":
-            measured = output_moments(model, batches, sites)
+            measured = output_moments(model, batches, sites, make)
         elif not about["sequential"]:
-            measured = all_moments(model, batches, sites)
+            if node.privacy is not None and any(isinstance(module, _BatchNorm) for module in model.modules()):
+                raise RebasinError(
+                    "privacy: all sites at once go by the statistics of a batch, in which one example changes what the "
+                    "others give; have the server ask with sequential=True"
+                )
+            measured = all_moments(model, batches, sites, make)
         elif isinstance(model.get_submodule(sites[0].name), _BatchNorm):
-            measured = {names[0]: input_moments(model, batches, sites[0])}
+            measured = {names[0]: input_moments(model, batches, sites[0], make)}
         else:
-            measured = {names[0]: site_moments(model, batches, sites[0])}
+            measured = {names[0]: site_moments(model, batches, sites[0], make)}
         for name, moments in measured.items():
+            moments = moments.release() if isinstance(moments, ClippedMoments) else moments
             found[f"{whose}.{name}.count"] = torch.tensor(moments.count)
             found[f"{whose}.{name}.mean"], found[f"{whose}.{name}.squares"] = moments.mean, moments.squares
     return found
+
+
+def count_releases(about: About) -> int:
+    """How many vectors of moments an answer holds: one a site and network.
+
+    >>> count_releases({"merged-sites": ["1"], "end-sites": ["1", "3"]})
+    3
+    """
+    return sum(len(sites) for sites in (about.get("merged-sites"), about.get("end-sites")) if isinstance(sites, list))
 
 
 def correct_site(

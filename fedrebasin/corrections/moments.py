@@ -72,12 +72,18 @@ class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
     """The forward pass has run as far as it is needed."""
 
 
-def output_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
+#: what makes the moments that a pass fills
+Maker = Callable[[], Moments]
+
+
+def output_moments(
+    model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker = Moments
+) -> dict[str, Moments]:
     """Moments of every site's output, in one pass."""
-    return _measure(model, batches, sites, of_input=frozenset(), stop=False)
+    return _measure(model, batches, sites, make, of_input=frozenset(), stop=False)
 
 
-def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
+def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker = Moments) -> dict[str, Moments]:
     """Moments of every BatchNorm's input and every other site's output, in one pass.
 
     In that pass BatchNorms go by the batch's statistics, so that what lies behind one does not see those of another
@@ -91,7 +97,7 @@ def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> di
         norm.train()
     names = frozenset(site.name for site in sites if isinstance(model.get_submodule(site.name), _BatchNorm))
     try:
-        return _measure(model, batches, sites, of_input=names, stop=False)
+        return _measure(model, batches, sites, make, of_input=names, stop=False)
     except ValueError as error:
         if isinstance(error, CalibrationError):
             raise
@@ -102,21 +108,21 @@ def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> di
             norm.eval()
 
 
-def input_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
+def input_moments(model: nn.Module, batches: Batches, site: Site, make: Maker = Moments) -> Moments:
     """Moments of one site's input along its channels; the pass stops there."""
-    return _measure(model, batches, [site], of_input=frozenset({site.name}), stop=True)[site.name]
+    return _measure(model, batches, [site], make, of_input=frozenset({site.name}), stop=True)[site.name]
 
 
-def site_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
+def site_moments(model: nn.Module, batches: Batches, site: Site, make: Maker = Moments) -> Moments:
     """Moments of one site's output; the pass stops there."""
-    return _measure(model, batches, [site], of_input=frozenset(), stop=True)[site.name]
+    return _measure(model, batches, [site], make, of_input=frozenset(), stop=True)[site.name]
 
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, batches: Batches, sites: Sequence[Site], *, of_input: frozenset[str], stop: bool
+    model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker, *, of_input: frozenset[str], stop: bool
 ) -> dict[str, Moments]:
-    found = {site.name: Moments() for site in sites}
+    found = {site.name: make() for site in sites}
 
     def record(site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import Batches, count_inputs, split_inputs
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.first_uses import Uses, first_uses
+from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.working import working_copy
 from fedrebasin.errors import RebasinError
 
@@ -141,13 +142,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has when it is asked: a network of the architecture, the parts that were sent, its own batches."""
+    """What a node has when it is asked: a network of the architecture, the parts that were sent, its own batches.
+
+    With ``privacy``, what it answers is clipped and noised, and what cannot be is refused.
+    """
 
     net: nn.Module
     merged: State
     end: State
     batches: Iterable[Any]
     device: torch.device | str | None = None
+    privacy: Privacy | None = None
 
     def model(self, part: State) -> nn.Module:
         """A private network with the weights of ``part``; what is missing is not read in the pass that is asked for."""
