@@ -96,9 +96,8 @@ def clients(*privacies: Privacy | None) -> dict[int, Any]:
 
 def test_a_round_with_private_clients_repairs_and_states_the_largest_epsilon() -> None:
     merged, ends, shares = plain()
-    exact = correct_federated(
-        "federated-repair", Case(net(), merged, ends, shares, draw(2, 5)), list(map(data, range(3)))
-    )
+    case = Case(net(), merged, ends, shares, draw(2, 5))
+    exact = correct_federated("federated-repair", case, [data(place) for place in range(3)])
     low, high = (Privacy(clip=1e3, noise=1e-12, delta=delta) for delta in (1e-3, 1e-5))
     found, metrics, _ = play("federated-repair", clients(low, high, low))
     same(found, exact, 1e-6)
