@@ -105,7 +105,7 @@ def test_the_label_prior_comes_off_each_nodes_own_last_goals_alone() -> None:
     torch.testing.assert_close(found["0.weight"], plain["0.weight"], rtol=0, atol=0)
     goals, inputs = [], []
     for x, y, end in zip(rows, labels, ends, strict=True):
-        counts = torch.tensor([int((y == label).sum()) + 1 for label in range(3)]).double()
+        counts = torch.tensor([max(1, int((y == label).sum())) for label in range(3)]).double()
         goals.append(run(net, end, x) - (counts / counts.sum()).log())
         hidden = torch.tanh(F.linear(x, found["0.weight"], found["0.bias"]))
         inputs.append(torch.cat([hidden, hidden.new_ones(len(x), 1)], 1))
@@ -139,6 +139,10 @@ def test_repair_equals_the_servers_where_all_nodes_hold_the_same_data(name: str,
         torch.testing.assert_close(found[key], tensor, rtol=1e-9, atol=1e-11)
 
 
+def _averaged(values: list[Tensor]) -> Tensor:
+    return sum((share * value for share, value in zip(SHARES, values, strict=True)), torch.zeros(()))
+
+
 def test_repairs_gain_and_shift_are_quotient_and_difference_of_weighted_means_on_own_data() -> None:
     net = deep()
     ends = random_ends(net, count=3)
@@ -149,13 +153,10 @@ def test_repairs_gain_and_shift_are_quotient_and_difference_of_weighted_means_on
         weight, bias = case.merged[f"{place}.weight"], case.merged[f"{place}.bias"]
         x = [F.linear(h, weight, bias) for h in ours]
         z = [F.linear(h, end[f"{place}.weight"], end[f"{place}.bias"]) for h, end in zip(theirs, ends, strict=True)]
-
-        def averaged(rows: list[Tensor], what: str) -> Tensor:
-            values = [one.mean(0) if what == "mean" else one.std(0, correction=0) for one in rows]
-            return sum((share * value for share, value in zip(SHARES, values, strict=True)), torch.zeros(()))
-
-        gain = averaged(z, "std") / averaged(x, "std")
-        shift = averaged(z, "mean") - gain * averaged(x, "mean")
+        stds = [_averaged([one.std(0, correction=0) for one in rows]) for rows in (z, x)]
+        means = [_averaged([one.mean(0) for one in rows]) for rows in (z, x)]
+        gain = stds[0] / stds[1]
+        shift = means[0] - gain * means[1]
         torch.testing.assert_close(found[f"{place}.weight"], gain.unsqueeze(1) * weight, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(found[f"{place}.bias"], gain * bias + shift, rtol=1e-9, atol=1e-11)
         ours, theirs = [torch.tanh(gain * one + shift) for one in x], [torch.tanh(one) for one in z]
@@ -176,8 +177,18 @@ def test_repair_gives_a_batchnorm_the_statistics_of_the_mixture_of_the_nodes() -
     case = case_of(net, ends, draw(2, 4))
     found = correct_federated("federated-repair", case, OWN)
     x = [F.linear(torch.cat(own), case.merged["0.weight"], case.merged["0.bias"]) for own in OWN]
-    mean = sum((share * one.mean(0) for share, one in zip(SHARES, x, strict=True)), torch.zeros(()))
+    mean = _averaged([one.mean(0) for one in x])
     spread = [one.var(0) + (one.mean(0) - mean).square() for one in x]
-    torch.testing.assert_close(found["1.running_mean"], mean)
-    expected = sum((share * one for share, one in zip(SHARES, spread, strict=True)), torch.zeros(()))
-    torch.testing.assert_close(found["1.running_var"], expected)
+    torch.testing.assert_close(found["1.running_mean"], mean, rtol=1e-9, atol=1e-11)
+    expected = _averaged(spread)
+    torch.testing.assert_close(found["1.running_var"], expected, rtol=1e-9, atol=1e-11)
+    ours = _averaged([one.std(0, correction=0) for one in x])
+    biased = _averaged([one.var(0, correction=0) + (one.mean(0) - mean).square() for one in x])
+    z = [
+        run(net[:2], {key: end[key] for key in net[:2].state_dict()}, torch.cat(own))
+        for own, end in zip(OWN, ends, strict=True)
+    ]
+    goal = _averaged([one.std(0, correction=0) for one in z])
+    gain = goal / (case.merged["1.weight"].abs() * ours / (biased + 1e-5).sqrt())
+    torch.testing.assert_close(found["1.weight"], gain * case.merged["1.weight"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found["1.bias"], _averaged([one.mean(0) for one in z]), rtol=1e-9, atol=1e-11)

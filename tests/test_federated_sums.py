@@ -147,6 +147,11 @@ def test_sums_that_no_data_has_are_refused() -> None:
     for name, change, message in (
         ("federated-least-squares", {"fit.x": 1e6}, "'fit' sums that no inputs have"),
         ("federated-least-squares", {"fit.count": -1}, "'fit.count' = -60; a count from 0 is expected"),
+        (
+            "federated-least-squares",
+            dict.fromkeys(("fit.count", "fit.x", "fit.gram", "fit.cross"), 0),
+            "'fit' sums that",
+        ),
         ("federated-repair", {"merged.0.squares": -1}, "'merged.0' without observations, or with a negative sum"),
         ("federated-regmean", {"0.weight.gram": -1}, "a Gram matrix that no inputs have"),
     ):

@@ -8,6 +8,7 @@ from typing import Any
 from fedrebasin.corrections import federated_least_squares as _least_squares
 from fedrebasin.corrections import federated_regmean as _regmean
 from fedrebasin.corrections import federated_repair as _repair
+from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, FederatedOptions, Node, Query, State, drive
 from fedrebasin.errors import RebasinError
 
@@ -62,7 +63,7 @@ def answer(kind: str, about: About, node: Node) -> Answer:
     return _MEASURES[kind](about, node)
 
 
-def correct_federated(name: str, case: Case, data: Sequence[Iterable[Any]]) -> State:
+def correct_federated(name: str, case: Case, data: Sequence[Iterable[Any]], *, privacy: Privacy | None = None) -> State:
     """Run a federated correction where all data is at hand, by the very functions that server and nodes run.
 
     Parameters
@@ -73,6 +74,8 @@ def correct_federated(name: str, case: Case, data: Sequence[Iterable[Any]]) -> S
         The merged model, the aligned ends and their coefficients.
     data : sequence of batch collections
         Each node's own, in the order of ``case.ends``.
+    privacy : Privacy, optional
+        Every node's.
 
     Returns
     -------
@@ -103,7 +106,7 @@ def correct_federated(name: str, case: Case, data: Sequence[Iterable[Any]]) -> S
         found = {}
         for place, batches in enumerate(data):
             end = {key: case.ends[place][key] for key in query.end_names}
-            node = Node(case.net, query.merged, end, batches, case.device)
+            node = Node(case.net, query.merged, end, batches, case.device, privacy)
             found[place] = query.read(answer(query.kind, query.about, node))
         return found
 

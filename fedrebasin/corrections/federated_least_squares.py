@@ -21,8 +21,6 @@ from fedrebasin.errors import CalibrationError, RebasinError
 
 KIND = "equations"
 Equations = tuple[NormalEquations, NormalEquations]
-#: A count of this much is added to every class before its share is taken: no prior is zero.
-_SMOOTH = 1.0
 
 
 def federated_least_squares(case: Case) -> Correction:
@@ -139,7 +137,7 @@ def measure(about: About, node: Node) -> Answer:
 
 
 def log_prior(node: Node, classes: int) -> Tensor:
-    """Logarithm of the node's label shares, every count raised by one.
+    """Logarithm of the node's label shares; a class without an example counts as one.
 
     Raises
     ------
@@ -150,9 +148,9 @@ def log_prior(node: Node, classes: int) -> Tensor:
     --------
     >>> batches = [(torch.zeros(4, 1), torch.tensor([0, 0, 0, 1]))]
     >>> log_prior(Node(nn.Linear(1, 2), {}, {}, batches), 2)
-    tensor([-0.4055, -1.0986], dtype=torch.float64)
+    tensor([-0.2877, -1.3863], dtype=torch.float64)
     """
-    counts = torch.full((classes,), _SMOOTH, dtype=torch.float64)
+    counts = torch.zeros(classes, dtype=torch.float64)
     for _, _, target in node.data():
         if not isinstance(target, Tensor) or target.is_floating_point() or not target.numel():
             raise CalibrationError("batches: label_prior needs integer targets; give (input, target) batches")
@@ -160,6 +158,7 @@ def log_prior(node: Node, classes: int) -> Tensor:
         if int(labels.min()) < 0 or int(labels.max()) >= classes:
             raise CalibrationError(f"batches: expected targets from 0 to {classes - 1}; got {int(labels.max())}")
         counts += labels.bincount(minlength=classes)
+    counts = counts.clamp_min(1)
     return (counts / counts.sum()).log()
 
 
