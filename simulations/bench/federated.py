@@ -1,8 +1,8 @@
 """Corrections on the clients' own data, aligned and not: ``python -m fedrebasin.simulations.bench.federated``.
 
-Clients train apart, each from its own initialisation; their models are merged once, as they are or aligned, and corrected
-by the functions that server and clients run, in one process. A row holds the test loss and accuracy of every seed.
-Each client uses its own training images; ``private`` rows clip and noise the moments of REPAIR.
+Clients train apart, each from its own initialisation; their models are merged once, as they are or aligned, and
+corrected by the functions that server and clients run, in one process. A row holds the test loss and accuracy of every
+seed. Each client uses its own training images; ``private`` rows clip and noise the moments of REPAIR.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from fedrebasin import match_many, merge, permute, trace
 from fedrebasin.corrections.federated import Case, FederatedOptions, correct_federated
 from fedrebasin.corrections.privacy import Privacy
+from fedrebasin.corrections.sites import find_sites
 from fedrebasin.simulations.baselines import score
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.partition import parse_partition, partition_rows
@@ -78,7 +79,7 @@ def merged_models(settings: Settings, data: Dataset, nodes: int, split: str, see
         case = Case(net, merged, models, coefficients, example)
         for privacy in PRIVATE if how == "aligned" else []:
             found = correct_federated("federated-repair", case, batches, privacy=privacy)
-            releases = 2 * (len([name for name in net.state_dict() if name.endswith("bias")]) - 1)
+            releases = 2 * len(find_sites(case.model(), case.example()))
             epsilon = round(privacy.epsilon(releases), 2)
             yield row(how, f"federated-repair, private, epsilon {epsilon:.2f}", found, epsilon=epsilon)
 
