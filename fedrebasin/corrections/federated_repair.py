@@ -198,6 +198,7 @@ def _refresh(module: _BatchNorm, into: dict[int, Moments], shares: dict[int, flo
 
 def _reader(model: nn.Module, ours: list[Site], theirs: list[Site]) -> Callable[[Answer], tuple[Measured, Measured]]:
     sizes = {site.name: _channels(model.get_submodule(site.name), site) for site in {*ours, *theirs}}
+    device = next(iter(model.state_dict().values())).device
 
     def read(answer: Answer) -> tuple[Measured, Measured]:
         found: list[Measured] = []
@@ -209,7 +210,7 @@ def _reader(model: nn.Module, ours: list[Site], theirs: list[Site]) -> Callable[
                 count, mean, squares = (answer[f"{name}.{part}"] for part in ("count", "mean", "squares"))
                 if int(count) < 1 or bool((squares < 0).any()):
                     raise RebasinError(f"{name!r} without observations, or with a negative sum of squares")
-                measured[site.name] = Moments.of(int(count), mean, squares)
+                measured[site.name] = Moments.of(int(count), mean.to(device), squares.to(device))
             found.append(measured)
         return found[0], found[1]
 
