@@ -98,4 +98,4 @@ def adopt_model(strategy: Strategy, model: ArrayRecord) -> None:
     for link in chain(strategy):
         current = getattr(link, "current_arrays", None)
         if isinstance(current, ArrayRecord):
-            link.current_arrays = select_arrays(model, list(current))  # type: ignore[attr-defined]
+            link.current_arrays = select_arrays(model, list(current))

@@ -7,10 +7,9 @@ from logging import INFO, WARNING
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ConfigRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions
@@ -23,25 +22,6 @@ from fedrebasin.strategies.records import state_to_record
 State = dict[str, Tensor]
 #: Flower's own default for a round
 TIMEOUT = 3600.0
-
-
-class QueryingStrategy(Strategy):
-    """A strategy that knows the timeout with which it was started: its query rounds wait as long as the others."""
-
-    timeout: float = TIMEOUT
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = TIMEOUT,
-        *arguments: Any,
-        **keywords: Any,
-    ) -> Result:
-        """Run the strategy, as ``flwr.serverapp.strategy.Strategy`` does."""
-        self.timeout = timeout
-        return super().start(grid, initial_arrays, num_rounds, timeout, *arguments, **keywords)
 
 
 class Queries:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -36,9 +37,19 @@ LATER: dict[str, tuple[str, ...]] = {
     "correction": (),
     "select": ("calibration",),
 }
-PRIVACY = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
-CLIENT_SIDE_PRIVACY = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
-SELECTION = (MultiKrum, Bulyan)  # Krum is a MultiKrum
+PRIVACY = (
+    DifferentialPrivacyServerSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    legacy.DifferentialPrivacyServerSideFixedClipping,
+    legacy.DifferentialPrivacyServerSideAdaptiveClipping,
+)
+CLIENT_SIDE_PRIVACY = (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    legacy.DifferentialPrivacyClientSideFixedClipping,
+    legacy.DifferentialPrivacyClientSideAdaptiveClipping,
+)
+SELECTION = (MultiKrum, Bulyan, legacy.Krum, legacy.Bulyan)  # Krum of the message API is a MultiKrum
 
 
 def check_option(name: str, value: object) -> None:
@@ -59,30 +70,27 @@ def check_option(name: str, value: object) -> None:
     raise UsageError(f"{name}: expected one of {built}; got {value!r}")
 
 
-def check_options(
-    reference: str, matching: str, correction: str | None, *, select: object, checkpoint_dir: object
-) -> None:
+def check_options(reference: str, matching: str, correction: str | None, *, select: object) -> None:
     """Refuse what is not built, and a reference that the matching cannot be used with.
 
     Examples
     --------
-    >>> check_options("auto", "weight", "default", select=None, checkpoint_dir="runs")
+    >>> check_options("auto", "weight", "default", select="calibration")
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: checkpoint_dir='runs' is not built yet; values built now: None
+    fedrebasin.errors.UsageError: select='calibration' is not built yet; values built now: None
     """
     check_option("reference", reference)
     check_option("matching", matching)
     if correction != "default":
         check_option("correction", correction)
-    for name, value in (("select", select), ("checkpoint_dir", checkpoint_dir)):
-        if value is not None:
-            raise UsageError(f"{name}={value!r} is not built yet; values built now: None")
+    if select is not None:
+        raise UsageError(f"select={select!r} is not built yet; values built now: None")
     check_joint(matching, reference)
 
 
-def chain(strategy: Strategy) -> Iterator[Strategy]:
-    """Yield the strategy, the one that it wraps, the one that that wraps, and so on.
+def chain(strategy: Strategy | legacy.Strategy) -> Iterator[Any]:
+    """Yield the strategy, the one that it wraps, the one that that wraps, and so on, of either interface.
 
     Examples
     --------
@@ -91,12 +99,12 @@ def chain(strategy: Strategy) -> Iterator[Strategy]:
     ['FedAvg']
     """
     link: object = strategy
-    while isinstance(link, Strategy):
+    while isinstance(link, Strategy | legacy.Strategy):
         yield link
         link = getattr(link, "strategy", None)
 
 
-def read_attribute(strategy: Strategy, name: str, default: Any) -> Any:
+def read_attribute(strategy: Strategy | legacy.Strategy, name: str, default: Any) -> Any:
     """Read an attribute from the first link of the chain that has it."""
     return next((getattr(link, name) for link in chain(strategy) if hasattr(link, name)), default)
 

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from fedrebasin import PermutationSpec
 from fedrebasin.corrections.federated import FederatedOptions
@@ -21,8 +21,9 @@ from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
 from fedrebasin.strategies.buffers import merge_buffers
+from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
-from fedrebasin.strategies.federated import QueryingStrategy, build_queries
+from fedrebasin.strategies.federated import TIMEOUT, build_queries
 from fedrebasin.strategies.matcher import build_matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
@@ -39,7 +40,7 @@ from fedrebasin.strategies.records import record_to_state, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen
 
 
-class Rebasin(QueryingStrategy):
+class Rebasin(Strategy):
     """Align the clients' hidden units before another strategy aggregates them.
 
     Parameters
@@ -70,8 +71,11 @@ class Rebasin(QueryingStrategy):
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
     federated : FederatedOptions, optional
         How a federated correction works.
-    select, checkpoint_dir : None
+    select : None
         Not built yet.
+    checkpoint_dir : path, optional
+        After every round the global model, the strategies' state, metrics and random states are written there; a run
+        that is started on the same folder goes on at the next round (``checkpointed.py``).
     seed : int
     device : torch.device or str, optional
         Where alignment and correction run.
@@ -85,7 +89,8 @@ class Rebasin(QueryingStrategy):
     Notes
     -----
     A round apart (``alignment.py``) is a weighted average outside the inner strategy, which starts from its result in
-    the next round. Buffers never enter the inner strategy. Metrics of every round:
+    the next round. Buffers never enter the inner strategy. Replies are taken in the order of a metric
+    ``partition-id`` if all have one, so that sums do not depend on who was first. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
     ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies); of a federated correction also
@@ -128,7 +133,7 @@ class Rebasin(QueryingStrategy):
             raise UsageError("strategy: it aligns already; give Rebasin the strategy inside")
         self.guard = guarded_by(strategy)
         self.device = find_device(device)
-        check_options(reference, matching, correction, select=select, checkpoint_dir=checkpoint_dir)
+        check_options(reference, matching, correction, select=select)
         check_guarded(self.guard, reference, correction)
         if self.guard and reference == "auto":
             log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)
@@ -152,6 +157,7 @@ class Rebasin(QueryingStrategy):
         self.matching = matching
         self.correction = correction
         self.seed = seed
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.arrayrecord_key = str(read_attribute(strategy, "arrayrecord_key", "arrays"))
         train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
         self._screen = ReplyScreen(
@@ -160,6 +166,7 @@ class Rebasin(QueryingStrategy):
             [] if train_loss_key is None else [train_loss_key],
             self.spec.parameters,
         )
+        self._timeout: float = TIMEOUT
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
 
@@ -176,6 +183,29 @@ class Rebasin(QueryingStrategy):
         log(INFO, "\t│\t├── seed: %s", self.seed)
         log(INFO, "\t│\t└── device: %s", self.device)
         self.strategy.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = TIMEOUT,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the rounds, as every strategy does; with ``checkpoint_dir`` those that are left.
+
+        Raises
+        ------
+        UsageError
+            If the folder cannot be written, or what lies in it cannot be read or is of another run.
+        """
+        self._timeout = timeout
+        rest = (timeout, train_config, evaluate_config, evaluate_fn)
+        if self.checkpoint_dir is None:
+            return super().start(grid, initial_arrays, num_rounds, *rest)
+        return Checkpointed(self, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -196,7 +226,7 @@ class Rebasin(QueryingStrategy):
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._messages = messages
         if self._queries is not None:
-            self._queries.prepare(server_round, grid, messages, self.timeout)
+            self._queries.prepare(server_round, grid, messages, self._timeout)
         return messages
 
     def aggregate_train(

@@ -123,7 +123,7 @@ class ReplyScreen:
                 measured[place] = wrong
         for place, wrong in find_huge(measured, sent, self.parameters).items():
             bad[place] = f"node {dict(found)[place].node} sent {wrong}"
-        kept = [reply for place, reply in found if place not in bad]
+        kept = _in_order([reply for place, reply in found if place not in bad])
         for place in sorted(bad):
             if bad[place]:
                 log(WARNING, "rebasin: %s; left out of round %d", bad[place], server_round)
@@ -187,6 +187,15 @@ class ReplyScreen:
             log(WARNING, "rebasin: metrics that not all replies have are not aggregated: %s", ", ".join(dropped))
         for reply in kept:
             reply.metrics = MetricRecord({name: value for name, value in reply.metrics.items() if name in common})
+
+
+def _in_order(replies: list[Reply]) -> list[Reply]:
+    """By partition, if all say theirs: node ids and arrival differ from run to run, and sums with their order."""
+    partitions = [reply.metrics.get("partition-id") for reply in replies]
+    numbers = [float(partition) for partition in partitions if isinstance(partition, int | float)]
+    if len(numbers) < len(replies):
+        return replies
+    return [replies[place] for place in sorted(range(len(replies)), key=numbers.__getitem__)]
 
 
 def _rewrite(reply: Reply) -> None:

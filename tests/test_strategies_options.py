@@ -86,7 +86,6 @@ def dp_clients(inner: Strategy) -> Strategy:
         ),
         ({"correction": "least-squares"}, "correction='least-squares' needs calibration"),
         ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),
-        ({"checkpoint_dir": "runs"}, "checkpoint_dir='runs' is not built yet; values built now: None$"),
         (
             {"loss": torch.nn.functional.cross_entropy},
             "loss: only matching='straight-through' and 'sinkhorn' use it so far; leave it out with matching='weight'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,13 @@ def test_a_grid_that_breaks_does_not_end_the_run(warnings: list[str]) -> None:
     result = strategy.start(grid, state_to_record(SENT), num_rounds=1)
     same(record_to_state(result.arrays), plain()[0], 0.0)
     assert ours(warnings) == ["rebasin: federated-regmean failed (ConnectionError: gone); this round is not corrected"]
+
+
+def test_queries_wait_as_long_as_other_rounds_with_checkpoints_too(tmp_path: Path) -> None:
+    found, metrics, grid = play("federated-regmean", checkpoint_dir=tmp_path)
+    same(found, expected("federated-regmean"))
+    assert grid.timeouts == {7.0}
+    assert metrics["rebasin-query-rounds"] == 1
 
 
 def test_a_node_learns_what_it_was_told_in_training() -> None:

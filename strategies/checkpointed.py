@@ -1,0 +1,174 @@
+"""A run that is written down after every round, and goes on from there when it is started again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedrebasin.errors import UsageError, first_line
+from fedrebasin.strategies.arrays import missing_and_extra
+from fedrebasin.strategies.checkpoint import Checkpoint, load_checkpoint, prepare_folder, save_checkpoint
+from fedrebasin.strategies.options import chain
+from fedrebasin.strategies.state import random_state, remember, restore_random, restore_strategies, strategy_state
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+_HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+
+
+class Checkpointed(Strategy):
+    """Stand around a strategy for one run: count its rounds on, keep its metrics, save after each round.
+
+    Flower has no start round and always counts from 1; the strategy, its clients and ``evaluate_fn`` are given the
+    true number, on which FedAdam's bias correction and a client's random seed may depend.
+
+    Parameters
+    ----------
+    strategy : Strategy
+    folder : Path
+
+    Notes
+    -----
+    A resumed run ends with the same bits as one that was never interrupted if its clients depend on nothing but the
+    message and the round's number, all nodes are sampled, and replies come in one order (``partition-id``, see
+    :class:`Rebasin`).
+    """
+
+    def __init__(self, strategy: Strategy, folder: Path) -> None:
+        self.strategy = strategy
+        self.folder = folder
+        self._links = list(chain(strategy))[1:]  # Rebasin itself remembers nothing from round to round
+        self._before = remember(self._links)
+        self._done = 0
+        self._metrics: dict[str, dict[int, MetricRecord]] = {name: {} for name in _HISTORIES}
+        self._aggregated = False
+
+    def summary(self) -> None:
+        """Log the folder, then the strategy's settings."""
+        log(INFO, "\t├──> Checkpoints after every round: %s", self.folder)
+        self.strategy.summary()
+
+    def run(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        timeout: float,
+        train_config: ConfigRecord | None,
+        evaluate_config: ConfigRecord | None,
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
+        """Run what is left of ``num_rounds``; return the result of all of them.
+
+        Raises
+        ------
+        UsageError
+            If the folder cannot be written, or holds a checkpoint that cannot be read or is of another model or
+            other strategies.
+        """
+        prepare_folder(self.folder)
+        found = load_checkpoint(self.folder)
+        if found is not None:
+            self._check(found, initial_arrays)
+            self._done = found.round
+            log(INFO, "rebasin: round %d of %s; the rounds below count on from it", found.round, self.folder)
+
+        def after_round(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if number == 0 and found is not None:
+                self._restore(found)
+                return None
+            number += self._done
+            metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            if metrics is not None:
+                self._metrics["evaluate_metrics_serverapp"][number] = metrics
+            self._save(number, arrays)
+            return metrics
+
+        left = max(0, num_rounds - self._done)
+        arrays = initial_arrays if found is None else found.model
+        result = super().start(grid, arrays, left, timeout, train_config, evaluate_config, after_round)
+        for name in _HISTORIES:
+            setattr(result, name, self._metrics[name])
+        if not result.arrays and self._aggregated:
+            result.arrays = arrays
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the strategy configure the true round."""
+        return self.strategy.configure_train(server_round + self._done, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let the strategy aggregate; keep the metrics."""
+        arrays, metrics = self.strategy.aggregate_train(server_round + self._done, replies)
+        self._aggregated |= arrays is not None
+        if metrics is not None:
+            self._metrics["train_metrics_clientapp"][server_round + self._done] = metrics
+        return arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the strategy configure the evaluation of the true round."""
+        return self.strategy.configure_evaluate(server_round + self._done, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Let the strategy aggregate the evaluation; keep the metrics."""
+        metrics = self.strategy.aggregate_evaluate(server_round + self._done, replies)
+        if metrics is not None:
+            self._metrics["evaluate_metrics_clientapp"][server_round + self._done] = metrics
+        return metrics
+
+    def _check(self, found: Checkpoint, initial: ArrayRecord) -> None:
+        wrong = missing_and_extra(found.model, initial) if found.model.keys() != initial.keys() else ""
+        for name in [] if wrong else initial:
+            kept, here = found.model[name], initial[name]
+            if not wrong and (tuple(kept.shape), kept.dtype) != (tuple(here.shape), here.dtype):
+                wrong = f"{name!r} as {tuple(kept.shape)} {kept.dtype}, not {tuple(here.shape)} {here.dtype}"
+        if wrong:
+            raise UsageError(
+                f"checkpoint_dir: the model in {str(self.folder)!r} is not that of initial_arrays: it has {wrong}; "
+                "give a folder of its own to each model"
+            )
+
+    def _save(self, number: int, model: ArrayRecord) -> None:
+        arrays: dict[str, np.ndarray] = {}
+        facts: dict[str, Any] = {
+            "metrics": {
+                name: [[key, dict(record)] for key, record in kept.items()] for name, kept in self._metrics.items()
+            },
+            "aggregated": self._aggregated,
+            "strategies": strategy_state(self._links, self._before, arrays),
+            "random": random_state(arrays),
+        }
+        try:
+            save_checkpoint(self.folder, Checkpoint(number, model, arrays, facts))
+        except OSError as error:
+            log(WARNING, "rebasin: round %d is not kept in %s (%s)", number, self.folder, first_line(error))
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Take up state, metrics and random numbers."""
+        try:
+            restore_strategies(self._links, found.facts["strategies"], found.arrays)
+            for name in _HISTORIES:
+                kept = found.facts["metrics"][name]
+                self._metrics[name] = {int(number): MetricRecord(record) for number, record in kept}
+            self._aggregated = bool(found.facts["aggregated"])
+            restore_random(found.facts["random"], found.arrays)
+        except UsageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+            raise UsageError(
+                f"checkpoint_dir: round {found.round} in {str(self.folder)!r} holds no state of a run "
+                f"({first_line(error)}); remove that folder to go on from the round before"
+            ) from error

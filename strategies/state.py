@@ -1,0 +1,148 @@
+"""What strategies and random generators remember between rounds, as flat arrays and JSON, and back.
+
+Of each strategy in the chain (``Rebasin``'s inner one, the one that it wraps, ...) are kept: the attributes that hold
+arrays or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and the numbers
+and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not change,
+so that a resumed run takes them from the user's code.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.common.logger import log
+from flwr.serverapp.strategy import Strategy
+
+from fedrebasin.errors import UsageError
+
+Arrays = dict[str, np.ndarray]
+Facts = Any  # what JSON holds
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def encode(value: object, name: str, arrays: Arrays) -> Facts:
+    """Describe a value as JSON; its arrays go into ``arrays`` under names that begin with ``name``.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a number, text, None, array, ArrayRecord, object with ``state_dict`` and
+        ``load_state_dict``, nor a list, tuple or dict of such.
+
+    Examples
+    --------
+    >>> arrays = {}
+    >>> encode({"a": np.ones(2), "b": [1.5, None]}, "m", arrays)
+    {'dict': {'a': {'array': 'm/a'}, 'b': {'list': [{'value': 1.5}, {'value': None}]}}}
+    >>> decode(_, arrays)
+    {'a': array([1., 1.]), 'b': [1.5, None]}
+    """
+    if isinstance(value, _PLAIN):
+        return {"value": value}
+    if isinstance(value, np.ndarray | np.generic):
+        arrays[name] = np.asarray(value)
+        return {"array": name}
+    if isinstance(value, ArrayRecord):
+        return {"record": {key: encode(item.numpy(), f"{name}/{key}", arrays) for key, item in value.items()}}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: encode(item, f"{name}/{key}", arrays) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [encode(item, f"{name}/{place}", arrays) for place, item in enumerate(value)]}
+    if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+        return {"state": encode(value.state_dict(), name, arrays)}  # type: ignore[attr-defined]
+    raise TypeError(f"{type(value).__name__} is no number, text, array or collection of them")
+
+
+def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Undo :func:`encode`; an object with a state comes back as the state.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError, AttributeError
+        If it is not what ``encode`` writes.
+    """
+    ((kind, inner),) = facts.items()
+    if kind == "value" and isinstance(inner, _PLAIN):
+        return inner
+    if kind == "array":
+        return arrays[inner]
+    if kind == "record":
+        return ArrayRecord({key: Array(decode(item, arrays)) for key, item in inner.items()})
+    if kind == "dict":
+        return {key: decode(item, arrays) for key, item in inner.items()}
+    if kind in ("list", "tuple"):
+        items = [decode(item, arrays) for item in inner]
+        return items if kind == "list" else tuple(items)
+    if kind == "state":
+        return decode(inner, arrays)
+    raise ValueError(f"{kind!r} is no kind of value")
+
+
+def remember(links: Sequence[Strategy]) -> list[dict[str, Any]]:
+    """What the attributes are now, to be told from what they will be (:func:`strategy_state`)."""
+    return [dict(vars(link)) for link in links]
+
+
+def strategy_state(links: Sequence[Strategy], before: Sequence[Mapping[str, Any]], arrays: Arrays) -> Facts:
+    """Encode the attributes of each link: numbers and text that have changed since :func:`remember`, all data."""
+    states = []
+    for place, (link, old) in enumerate(zip(links, before, strict=True)):
+        state = {}
+        for key, value in vars(link).items():
+            same = key in old and (old[key] is value or (isinstance(value, _PLAIN) and old[key] == value))
+            if isinstance(value, Strategy) or (same and isinstance(value, _PLAIN)):
+                continue
+            try:
+                state[key] = encode(value, f"strategy/{place}/{key}", arrays)
+            except TypeError as error:
+                if not same:
+                    log(WARNING, "rebasin: %s.%s is not kept in the checkpoint: %s", type(link).__name__, key, error)
+        states.append({"class": type(link).__name__, "state": state})
+    return states
+
+
+def restore_strategies(links: Sequence[Strategy], facts: Facts, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give each link the attributes that were kept.
+
+    Raises
+    ------
+    UsageError
+        If the checkpoint was made by other strategies.
+    """
+    kept, here = [state["class"] for state in facts], [type(link).__name__ for link in links]
+    if kept != here:
+        raise UsageError(
+            f"checkpoint_dir: the run there used {' around '.join(kept)}, this one {' around '.join(here)}; take the "
+            "same strategy, or another folder"
+        )
+    for link, state in zip(links, facts, strict=True):
+        for key, item in state["state"].items():
+            value, present = decode(item, arrays), getattr(link, key, None)
+            if "state" in item and present is not None:
+                present.load_state_dict(value)
+            elif key in vars(link) and not callable(present):
+                setattr(link, key, value)
+
+
+def random_state(arrays: Arrays) -> Facts:
+    """Encode the states of Python's, NumPy's and torch's global generators."""
+    arrays["random/torch"] = torch.get_rng_state().numpy()
+    version, words, gauss = random.getstate()
+    arrays["random/python"] = np.array(words, dtype=np.uint32)
+    numpy = encode(np.random.get_state(legacy=False), "random/numpy", arrays)
+    return {"python": [version, gauss], "numpy": numpy}
+
+
+def restore_random(facts: Facts, arrays: Mapping[str, np.ndarray]) -> None:
+    """Set the global generators to what was kept."""
+    version, gauss = facts["python"]
+    random.setstate((version, tuple(arrays["random/python"].tolist()), gauss))
+    np.random.set_state(decode(facts["numpy"], arrays))
+    torch.set_rng_state(torch.from_numpy(arrays["random/torch"]))
