@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions
-from fedrebasin.corrections.queries import Query, drive
+from fedrebasin.corrections.queries import Query, drive, find_huge
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.strategies.messages import node_of_message
 from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, epsilon_of, read_answer, write_query
@@ -126,20 +126,25 @@ class Queries:
                     raise RebasinError(f"nothing within {self._timeout:g} s")
                 reply = of_node.pop(node)
                 answers[place] = query.read(read_answer(reply))
-                epsilons[node] = epsilon_of(reply)
+                epsilons[place] = epsilon_of(reply)
             except RebasinError as error:
-                log(
-                    WARNING,
-                    "rebasin: node %d answered a query with %s; left out of the correction of round %d",
-                    *(node, error, self._server_round),
-                )
-                del present[place]
+                self._leave_out(present, place, error)
+        for place, usual in find_huge({place: query.size(found) for place, found in answers.items()}).items():
+            size = query.size(answers.pop(place))
+            self._leave_out(present, place, f"activations of size {size:.3g}, where the other nodes have {usual:.3g}")
         if not answers:
             raise RebasinError("no node gave an answer that can be used")
-        stated = [epsilon for epsilon in epsilons.values() if epsilon is not None]
+        stated = [epsilon for place in answers if (epsilon := epsilons[place]) is not None]
         if len(stated) == len(answers):  # where one node adds no noise, there is no bound for all
             self.metrics["rebasin-query-epsilon"] = max(stated)
         return answers
+
+    def _leave_out(self, present: dict[int, int], place: int, reason: object) -> None:
+        log(
+            WARNING,
+            "rebasin: node %d answered a query with %s; left out of the correction of round %d",
+            *(present.pop(place), reason, self._server_round),
+        )
 
 
 def build_queries(

@@ -42,7 +42,11 @@ def end(seed: int) -> State:
 
 
 def client(
-    seed: int, change: Callable[[Message, Message], Message] | None = None, privacy: Privacy | None = None
+    seed: int,
+    change: Callable[[Message, Message], Message] | None = None,
+    *,
+    privacy: Privacy | None = None,
+    scale: float = 1.0,
 ) -> Node:
     """A ClientApp that trains (returns its end) and answers queries; ``change`` spoils what it answers."""
     app = ClientApp()
@@ -51,7 +55,8 @@ def client(
     def train(message: Message, context: Context) -> Message:
         return answer(message, end(seed), EXAMPLES[seed])
 
-    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: data(seed), privacy=privacy))
+    batches = [(scale * x, y) for x, y in data(seed)]
+    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: batches, privacy=privacy))
     context = Context(run_id=1, node_id=seed + 1, node_config={}, state=RecordDict(), run_config={})
 
     def node(message: Message) -> Message:

@@ -111,6 +111,17 @@ def test_one_bad_answer_leaves_its_node_out_and_costs_nothing_else(
 
 
 @pytest.mark.parametrize("correction", FEDERATED)
+def test_a_node_whose_activations_are_of_another_order_is_left_out(correction: str, warnings: list[str]) -> None:
+    found, metrics, _ = play(correction, {1: client(0), 2: client(1, scale=1e5), 3: client(2)})
+    same(found, expected(correction, (0, 2)))
+    assert metrics["rebasin-query-left-out"] == 1
+    (line,) = ours(warnings)
+    assert re.match(
+        r"rebasin: node 2 answered a query with activations of size \S+, where the other nodes have \d", line
+    )
+
+
+@pytest.mark.parametrize("correction", FEDERATED)
 def test_a_node_that_is_late_is_left_out(correction: str, warnings: list[str]) -> None:
     found, metrics, _ = play(correction, lost=(3,))
     same(found, expected(correction, (0, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations, pack, unpack
 from fedrebasin.corrections.passes import Memory, Runner
-from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors
+from fedrebasin.corrections.queries import FLOOR, About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
 from fedrebasin.corrections.working import extract
 from fedrebasin.errors import CalibrationError, RebasinError
 
@@ -83,8 +84,8 @@ def federated_least_squares(case: Case) -> Correction:
         names = read_until(uses, _names(state, step), state)
         part = {name: state[name] for name in names}
         if isinstance(step, Norm):
-            size = state[step.key].shape[0]
-            measured: dict[int, Moments] = yield Query(KIND, {"step": step.key}, part, (), _moments_reader(size))
+            read, size = _moments_reader(len(state[step.key])), lambda one: rms_of([one])
+            measured: dict[int, Moments] = yield Query(KIND, {"step": step.key}, part, (), read, size)
             moments = Moments()
             for found in measured.values():
                 moments.join(found)
@@ -93,7 +94,9 @@ def federated_least_squares(case: Case) -> Correction:
         start = read_map(model, step)
         last = case.options.label_prior and step is steps[-1]
         about: About = {"step": step.weight, "split": ridge is None, "label-prior": last}
-        answers: dict[int, Equations] = yield Query(KIND, about, part, names, _reader(start, split=ridge is None))
+        answers: dict[int, Equations] = yield Query(
+            KIND, about, part, names, _reader(start, split=ridge is None), _size
+        )
         fit, check = NormalEquations(), NormalEquations()
         for own_fit, own_check in answers.values():
             fit, check = fit + own_fit, check + own_check
@@ -167,7 +170,7 @@ def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
     device = start.matrix.device
     shapes = {"count": (), "gram": (inputs * (inputs + 1) // 2,), "cross": (outputs, inputs), "x": (inputs,)}
     shapes["e"] = (outputs,)
-    places = torch.tensor([row * inputs - row * (row - 1) // 2 for row in range(inputs)], device=device)
+    places = _diagonal(inputs).to(device)
 
     def read(answer: Answer) -> Equations:
         found = [NormalEquations(), NormalEquations()]
@@ -185,6 +188,20 @@ def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
         return found[0], found[1]
 
     return read
+
+
+def _size(found: Equations) -> float:
+    """The largest of what the sums say of inputs and goals, as root mean squares; Gram matrices are packed."""
+    sums, inputs = found[0], len(found[0].x)
+    rms = math.sqrt(float(sums.gram[_diagonal(inputs).to(sums.gram.device)].mean()) / sums.count)
+    products = float(sums.cross.square().mean().sqrt()) / sums.count
+    goals = float(sums.e.square().mean().sqrt()) / sums.count
+    return max(rms, goals, products / max(rms, FLOOR))
+
+
+def _diagonal(size: int) -> Tensor:
+    """Where the diagonal of a packed matrix lies."""
+    return torch.tensor([row * size - row * (row - 1) // 2 for row in range(size)])
 
 
 def _moments_reader(size: int) -> Callable[[Answer], Moments]:

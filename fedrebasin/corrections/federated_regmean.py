@@ -65,7 +65,9 @@ def federated_regmean(case: Case) -> Correction:
     sizes = {layer.weight: read_map(model, layer).matrix.shape[1] + 1 for layer in layers}
     last = layers[-1]
     names = read_until(case.uses(model), [last.weight], dict(case.merged))
-    answers: dict[int, Expanded] = yield Query(KIND, {"limit": limit}, {}, names, _reader(sizes, limit))
+    answers: dict[int, Expanded] = yield Query(
+        KIND, {"limit": limit}, {}, names, _reader(sizes, limit), lambda grams: max(map(_rms, grams.values()))
+    )
     shares = case.shares(answers)
     return regmean(
         *(case.net, case.merged, [case.ends[place] for place in answers], [_batch(case)]),
@@ -103,6 +105,10 @@ def _reader(sizes: dict[str, int], limit: int) -> Callable[[Answer], Expanded]:
         return Expanded(sketches, sizes)
 
     return read
+
+
+def _rms(gram: Tensor) -> float:
+    return float((gram.diagonal()[:-1].mean() / gram[-1, -1]).sqrt())
 
 
 def _batch(case: Case) -> Tensor:

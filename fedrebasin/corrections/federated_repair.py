@@ -12,7 +12,7 @@ from fedrebasin.corrections.affine import Affine, fuse
 from fedrebasin.corrections.first_uses import read_until
 from fedrebasin.corrections.moments import Moments, all_moments, input_moments, output_moments, site_moments
 from fedrebasin.corrections.privacy import ClippedMoments
-from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors
+from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
 from fedrebasin.corrections.sites import Site, find_sites
 from fedrebasin.corrections.working import extract
 from fedrebasin.errors import RebasinError
@@ -89,6 +89,7 @@ def federated_repair(case: Case) -> Correction:
             {name: state[name] for name in needed},
             read_until(uses, _names(model, asked), state) if asked else (),
             _reader(model, group, asked),
+            lambda measured: rms_of([*measured[0].values(), *measured[1].values()]),
         )
         answers: dict[int, tuple[Measured, Measured]] = yield query
         goals = goals or {place: theirs for place, (_, theirs) in answers.items()}

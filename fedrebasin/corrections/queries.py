@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import Batches, count_inputs, split_inputs
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.first_uses import Uses, first_uses
+from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.working import working_copy
 from fedrebasin.errors import RebasinError
@@ -30,6 +31,8 @@ Answer = dict[str, Tensor]
 About = Mapping[str, str | int | float | bool | list[str]]
 #: sums beyond this are no activations
 LARGEST = 1e30
+#: an answer that is so many times as large as the others' is left out
+FACTOR, FLOOR = 1e3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Query:
         What it needs of its own aligned model.
     read : callable
         Turns an answer into what the correction computes with; raises :class:`RebasinError` for one that cannot be.
+    size : callable
+        How large, as a root mean square, what was read says that activations are: see :func:`find_huge`.
     """
 
     kind: str
@@ -100,6 +105,7 @@ class Query:
     merged: State
     end_names: tuple[str, ...]
     read: Callable[[Answer], Any] = field(compare=False, repr=False)
+    size: Callable[[Any], float] = field(compare=False, repr=False)
 
 
 #: yields questions, takes the answers by the place of the node's end, returns the corrected state dict
@@ -177,7 +183,7 @@ def drive(correction: Correction, ask: Callable[[Query], dict[int, Any]]) -> Sta
     Examples
     --------
     >>> def ask_once() -> Correction:
-    ...     answers = yield Query("size", {}, {}, (), lambda answer: answer)
+    ...     answers = yield Query("size", {}, {}, (), lambda answer: answer, float)
     ...     return {"sum": answers[0] + answers[1]}
     >>> drive(ask_once(), lambda query: {0: torch.tensor(1), 1: torch.tensor(2)})
     {'sum': tensor(3)}
@@ -212,3 +218,30 @@ def check_tensors(answer: Answer, shapes: Mapping[str, tuple[int, ...]]) -> None
             raise RebasinError(f"{name!r} = {int(tensor)}; a count from 0 is expected")
         if dtype == torch.float64 and not bool((tensor.abs() < LARGEST).all()):
             raise RebasinError(f"{name!r} with a NaN, an infinity or a number of {LARGEST:g} and more")
+
+
+def find_huge(sizes: Mapping[int, float]) -> dict[int, float]:
+    """Answers of more than ``FACTOR`` times the size of the lower median of all, with that median.
+
+    The median is the lower one so that of two answers the huge one is not its own yardstick; sizes below ``FLOOR``
+    are no yardstick either: units may be dead on one node's data.
+
+    Examples
+    --------
+    >>> find_huge({0: 1.0, 1: 2.0, 2: 5e6}), find_huge({0: 1e-9, 1: 2.0}), find_huge({0: 5e6})
+    ({2: 2.0}, {}, {})
+    """
+    if len(sizes) < 2:
+        return {}
+    median = max(FLOOR, sorted(sizes.values())[(len(sizes) - 1) // 2])
+    return {place: median for place, size in sizes.items() if size > FACTOR * median}
+
+
+def rms_of(moments: Iterable[Moments]) -> float:
+    """The largest root mean square of a channel that moments tell of.
+
+    >>> from fedrebasin.corrections.moments import Moments
+    >>> rms_of([Moments.of(2, torch.tensor([3.0]).double(), torch.tensor([32.0]).double())])
+    5.0
+    """
+    return max(float((one.mean.square() + one.std.square()).max().sqrt()) for one in moments)
