@@ -121,6 +121,19 @@ def test_a_node_whose_activations_are_of_another_order_is_left_out(correction: s
     )
 
 
+def test_an_error_is_its_senders_whatever_node_flower_names(warnings: list[str]) -> None:
+    def lost(message: Message, reply: Message) -> Message:
+        error = fail(message, "lost")
+        error.metadata.__dict__["_src_node_id"] = 1  # as the SuperLink writes for a node that is gone
+        return error
+
+    found, _, grid = play("federated-least-squares", {1: client(0), 2: client(1, lost), 3: client(2)})
+    same(found, expected("federated-least-squares", (0, 2)))
+    assert grid.queries == [[1, 2, 3], [1, 3], [1, 3]]
+    (line,) = ours(warnings)
+    assert line.startswith("rebasin: node 2 answered a query with the error 'lost'")
+
+
 @pytest.mark.parametrize("correction", FEDERATED)
 def test_a_node_that_is_late_is_left_out(correction: str, warnings: list[str]) -> None:
     found, metrics, _ = play(correction, lost=(3,))
