@@ -51,10 +51,13 @@ def compare(
         str,
         typer.Option(
             help="none, repair, reset-batchnorm, rescale, reshift, closed-form, bias-normalisation, least-squares, "
-            "regmean or distill; a strategy's +NAME wins."
+            "regmean or distill; on the clients' own data federated-repair[-at-once], federated-least-squares[-prior], "
+            "federated-regmean; a strategy's +NAME wins."
         ),
     ] = "none",
-    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 1000,
+    calibration: Annotated[
+        int, typer.Option(min=1, help="Images for corrections (federated: of each node) and matching.")
+    ] = 1000,
     server_lr: Annotated[float, typer.Option(help="FedAdam's, FedYogi's and FedAdagrad's eta.")] = 0.01,
     proximal_mu: Annotated[float, typer.Option(help="FedProx's mu.")] = 0.01,
     device: Device = "cpu",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrebasin.corrections import methods as correction_methods
+from fedrebasin.corrections.federated import FEDERATED, FederatedOptions
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS, check_joint
 
@@ -30,7 +31,12 @@ FLOWER = {
 COMMON_START = "fedavg@common"
 REFERENCES = ("auto", "global", "largest", "merge-many")
 MATCHINGS = tuple(METHODS)
-CORRECTIONS = ("none", *correction_methods.CORRECTIONS)
+#: name of a federated correction with other options than its usual ones -> (correction, options)
+VARIANTS = {
+    "federated-repair-at-once": ("federated-repair", FederatedOptions(sequential=False)),
+    "federated-least-squares-prior": ("federated-least-squares", FederatedOptions(label_prior=True)),
+}
+CORRECTIONS = ("none", *correction_methods.CORRECTIONS, *FEDERATED, *VARIANTS)
 _NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
 
 
@@ -136,8 +142,13 @@ def make_strategy(
         "seed": seed,
         "device": device,
     }
-    if chosen != "none" or METHODS[matching].inputs:
-        options |= {"correction": None if chosen == "none" else chosen, "calibration": calibration}
+    federated = chosen in FEDERATED or chosen in VARIANTS
+    if chosen in VARIANTS:
+        options["correction"], options["federated"] = VARIANTS[chosen]
+    elif chosen != "none" or METHODS[matching].inputs:
+        options["correction"] = None if chosen == "none" else chosen
+    if METHODS[matching].inputs or not (chosen == "none" or federated):
+        options["calibration"] = calibration
     if METHODS[matching].targets:
         options["loss"] = F.cross_entropy
     if plain == "fedrebasin":

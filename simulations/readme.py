@@ -27,8 +27,9 @@ def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` one benchmark's;
-    every NAME is a folder of ``simulations/results/``.
+    other, ``federated`` their first rounds side by side with the bytes of queries, ``zoo`` some rows of
+    ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` one benchmark's; every NAME is a folder of
+    ``simulations/results/``.
 
     Examples
     --------
@@ -42,7 +43,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
         if kind in TABLES:
             rendered = _markdown(*TABLES[kind](results[0]))
         else:
-            rendered = {"disjoint": _disjoint, "rounds": _rounds, "zoo": _zoo}[kind](results)
+            rendered = {"disjoint": _disjoint, "rounds": _rounds, "federated": _federated, "zoo": _zoo}[kind](results)
         return f"{match[1]}{rendered}\n{match[3]}"
 
     return _MARKED.sub(table, text)
@@ -82,6 +83,25 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
         for label, accuracies, losses in baseline_rows(one):
             rows.append([where, f"{label} (loss {plain(losses)})", percent(accuracies), "", ""])
     return _markdown(columns, rows)
+
+
+def _federated(results: Sequence[Mapping[str, Any]]) -> str:
+    columns, rows = ["test loss / top-1 % after round 1, kB of queries a client"], dict[str, dict[int, str]]()
+    for place, one in enumerate(results):
+        settings = one["settings"]
+        network = f"{settings['model']} of width {settings['width']}"
+        columns.append(f"{settings['data']}, {network}, {one['nodes']} clients, {settings['partition']}")
+        for name in strategies(one):
+            cell = f"{plain(by_round(one, name, 'loss', 1))} / {percent(by_round(one, name, 'accuracy', 1))}"
+            total = by_round(one, name, "rebasin-query-bytes", 1)[0]
+            cell += f", {total / one['nodes'] / 1e3:,.0f} kB" if total else ""
+            label = f"**{label_of(name)}**" if "+federated" in name else label_of(name)
+            rows.setdefault(label, {})[place] = cell
+        for label, accuracies, losses in baseline_rows(one):
+            label = label.replace(f"{one['nodes']} clients", "the clients' logits")
+            rows.setdefault(label, {})[place] = f"{plain(losses)} / {percent(accuracies)}"
+    cells = [[label, *(row.get(place, "-") for place in range(len(results)))] for label, row in rows.items()]
+    return _markdown(columns, cells)
 
 
 def _zoo(results: Sequence[Mapping[str, Any]]) -> str:

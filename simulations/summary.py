@@ -226,7 +226,10 @@ def _method(results: Results) -> str:
             "and every strategy merged the same weights. FedProx's term is off in that round."
         )
     names = strategies(results)
-    if any("+" in name for name in names) or settings["correction"] != "none":
+    used = {name.partition("+")[2] or settings["correction"] for name in names if "rebasin" in name} - {"none"}
+    if any(name.startswith("federated-") for name in used):
+        text += f" Federated corrections used up to {settings['calibration']} of each client's own training images."
+    if not all(name.startswith("federated-") for name in used):
         text += f" Corrections used {settings['calibration']} training images without labels on the server."
     method = METHODS[settings["matching"]]
     if method.inputs:

@@ -8,14 +8,18 @@ from logging import WARNING
 from typing import Any
 
 import torch
+from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
 from fedrebasin.corrections import methods
+from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS, Setting
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
+from fedrebasin.strategies.federated import Queries
+from fedrebasin.strategies.records import cast_arrays, record_to_state, state_to_record
 
 State = dict[str, Tensor]
 Device = torch.device | None
@@ -68,13 +72,13 @@ def check_calibration(
     ...
     fedrebasin.errors.CalibrationError: correction='repair' needs calibration, a collection of input batches; ...
     """
-    if correction is not None and calibration is None and CORRECTIONS[correction].inputs:
+    if correction in CORRECTIONS and calibration is None and CORRECTIONS[correction].inputs:
         raise CalibrationError(
             f"correction={correction!r} needs calibration, a collection of input batches; give calibration=batches"
         )
     if calibration is not None:
         next(iter(Batches(calibration, inputs=inputs)))
-    if correction is None:
+    if correction not in CORRECTIONS:  # none, or a federated one, which needs no calibration
         return
     if model is None:
         raise UsageError(
@@ -91,6 +95,42 @@ def check_calibration(
         raise
     except Exception as error:
         raise CalibrationError(f"calibration: the model cannot run on its first batch: {error}") from error
+
+
+def needs_ends(correction: str | None) -> bool:
+    """Tell whether a correction looks at the aligned replies.
+
+    Examples
+    --------
+    >>> needs_ends("repair"), needs_ends("federated-repair"), needs_ends("reset-batchnorm"), needs_ends(None)
+    (True, True, False, False)
+    """
+    return correction in FEDERATED or (correction in CORRECTIONS and CORRECTIONS[correction].ends)
+
+
+def correct_record(
+    correction: str | None,
+    setting: Setting,
+    model: ArrayRecord,
+    ends: Sequence[State],
+    nodes: Sequence[int],
+    queries: Queries | None,
+) -> ArrayRecord | None:
+    """Correct the merged model on the server's data, or by ``queries`` to the nodes that sent the ends.
+
+    Returns
+    -------
+    ArrayRecord or None
+        With the dtypes and order of ``model``; ``None`` where nothing is corrected.
+    """
+    if correction is None:
+        return None
+    merged = record_to_state(model)
+    if queries is None:
+        corrected = correct(correction, setting, merged, ends)
+    else:
+        corrected = queries.correct(merged, ends, setting.coefficients or [], nodes)
+    return None if corrected is None else cast_arrays(state_to_record(corrected), model)
 
 
 def correct(correction: str, setting: Setting, merged: State, ends: Sequence[State]) -> State | None:

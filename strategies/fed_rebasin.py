@@ -11,6 +11,7 @@ from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fedrebasin import PermutationSpec
+from fedrebasin.corrections.federated import FederatedOptions
 from fedrebasin.strategies.network import Model
 from fedrebasin.strategies.rebasin import Rebasin
 
@@ -22,7 +23,7 @@ class FedRebasin(Rebasin):
 
     Parameters
     ----------
-    model, example_inputs, spec, calibration, reference, matching, correction, select, ...
+    model, example_inputs, spec, calibration, reference, matching, correction, federated, select, ...
         As in :class:`Rebasin`.
     fraction_train, fraction_evaluate : float
         Share of the connected nodes that train, and that evaluate.
@@ -57,6 +58,7 @@ class FedRebasin(Rebasin):
         reference: str = "auto",
         matching: str = "weight",
         correction: str | None = "default",
+        federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
         beside: Sequence[str] = (),
@@ -97,6 +99,7 @@ class FedRebasin(Rebasin):
             reference=reference,
             matching=matching,
             correction=correction,
+            federated=federated,
             select=select,
             loss=loss,
             beside=beside,

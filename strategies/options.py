@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.serverapp.strategy.bulyan import Bulyan
 
+from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS, check_joint
@@ -27,13 +28,13 @@ JOINT_REFERENCES = ("merge-many",)
 BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
-    "correction": (None, *CORRECTIONS),
+    "correction": (None, *CORRECTIONS, *FEDERATED),
     "select": (None,),
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": ("medoid", "cycle-consistent", "straight-through-many"),
     "matching": ("learned",),
-    "correction": ("federated-repair", "federated-least-squares", "federated-regmean"),
+    "correction": (),
     "select": ("calibration",),
 }
 PRIVACY = (
@@ -149,6 +150,12 @@ def check_guarded(guard: str, reference: str, correction: str | None) -> None:
             f"reference={reference!r}: under {guard} one client's permutation would depend on the other clients' raw "
             "models, before clipping or selection, so that nothing bounds one client's influence; use "
             "reference='global', or leave it 'auto'"
+        )
+    if guard and correction in FEDERATED:
+        raise UsageError(
+            f"correction={correction!r}: under {guard} its queries would bring in what clients compute from their raw "
+            "models and data, without noise and outside the privacy accounting or the selection; use "
+            "correction='reset-batchnorm' with calibration data on the server"
         )
     if guard and correction in CORRECTIONS and CORRECTIONS[correction].ends:
         raise UsageError(

@@ -15,14 +15,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedrebasin import PermutationSpec
-from fedrebasin.corrections.methods import CORRECTIONS, Setting
+from fedrebasin.corrections.federated import FederatedOptions
+from fedrebasin.corrections.methods import Setting
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
 from fedrebasin.strategies.beside import Beside, check_beside
-from fedrebasin.strategies.buffers import State, merge_buffers
+from fedrebasin.strategies.buffers import merge_buffers
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
-from fedrebasin.strategies.correction import check_calibration, correct, default_correction
+from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
+from fedrebasin.strategies.federated import TIMEOUT, build_queries
 from fedrebasin.strategies.matcher import build_matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
@@ -36,7 +38,7 @@ from fedrebasin.strategies.options import (
     read_attribute,
 )
 from fedrebasin.strategies.part import check_home, narrow
-from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
+from fedrebasin.strategies.records import record_to_state, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen
 
 
@@ -66,6 +68,7 @@ class Rebasin(Strategy):
     correction : str or None
         A name of ``CORRECTIONS``; all but ``"bias-normalisation"`` need ``calibration``. ``"default"`` is ``"repair"``
         with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
+        A name of ``FEDERATED`` asks the clients, which register ``answer_queries``, about their own data instead.
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
     beside : sequence of str
@@ -77,6 +80,8 @@ class Rebasin(Strategy):
     home : {"fixed", "relabelled"}
         Where ``initial_arrays`` are a part of the model, units that are tied to the rest are fixed; or they move, which
         only clients that relabel the rest by those permutations can bear.
+    federated : FederatedOptions, optional
+        How a federated correction works.
     select : None
         Not built yet.
     checkpoint_dir : path, optional
@@ -99,7 +104,8 @@ class Rebasin(Strategy):
     ``partition-id`` if all have one, so that sums do not depend on who was first. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
-    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies).
+    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies); of a federated correction also
+    ``rebasin-query-rounds``, ``rebasin-query-bytes`` (both ways, all nodes) and ``rebasin-query-left-out`` (nodes).
 
     References
     ----------
@@ -126,6 +132,7 @@ class Rebasin(Strategy):
         reference: str = "auto",
         matching: str = "weight",
         correction: str | None = "default",
+        federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
         beside: Sequence[str] = (),
@@ -156,6 +163,7 @@ class Rebasin(Strategy):
         self._matcher = build_matcher(
             matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
         )
+        self._queries = build_queries(correction, self.model, example_inputs, federated, self.device)
         self.strategy = strategy
         self.calibration = calibration
         self.example_inputs = example_inputs
@@ -174,6 +182,7 @@ class Rebasin(Strategy):
         )
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
+        self._timeout: float = TIMEOUT
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
 
@@ -201,7 +210,7 @@ class Rebasin(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float = TIMEOUT,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
@@ -213,6 +222,7 @@ class Rebasin(Strategy):
         UsageError
             If the folder cannot be written, or what lies in it cannot be read or is of another run.
         """
+        self._timeout = timeout
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         if self.checkpoint_dir is None:
             return super().start(grid, initial_arrays, num_rounds, *rest)
@@ -238,6 +248,8 @@ class Rebasin(Strategy):
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._beside.attach(messages)
         self._messages = messages
+        if self._queries is not None:
+            self._queries.prepare(server_round, grid, messages, self._timeout)
         return messages
 
     def aggregate_train(
@@ -262,7 +274,7 @@ class Rebasin(Strategy):
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
-        keep_ends = outside or (self.correction is not None and CORRECTIONS[self.correction].ends)
+        keep_ends = outside or needs_ends(self.correction)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         self._beside.settle(self.spec, alignment.perms, screened.replies, coefficients)
@@ -278,7 +290,11 @@ class Rebasin(Strategy):
             return None, metrics
         buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        corrected = self._correct(model, aligned.ends, coefficients)
+        corrected: ArrayRecord | None = None
+        if self.model is not None:
+            setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
+            senders = [reply.node for reply in screened.replies]
+            corrected = correct_record(self.correction, setting, model, aligned.ends, senders, self._queries)
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model)
@@ -287,6 +303,7 @@ class Rebasin(Strategy):
         metrics["rebasin-objective-gain"] = alignment.objective_gain
         metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
         metrics["rebasin-left-out"] = screened.left_out
+        metrics.update({} if self._queries is None else self._queries.metrics)
         return model, metrics
 
     def configure_evaluate(
@@ -298,10 +315,3 @@ class Rebasin(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the inner strategy aggregate the evaluation."""
         return self.strategy.aggregate_evaluate(server_round, replies)
-
-    def _correct(self, model: ArrayRecord, ends: list[State], coefficients: list[float]) -> ArrayRecord | None:
-        if self.correction is None or self.model is None:
-            return None
-        setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
-        corrected = correct(self.correction, setting, record_to_state(model), ends)
-        return None if corrected is None else cast_arrays(state_to_record(corrected), model)

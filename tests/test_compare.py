@@ -58,6 +58,8 @@ def test_every_strategy_of_flower_samples_all_nodes_and_leaves_evaluation_to_the
         ("fedrebasin", None, "FedAvg"),
         ("fedrebasin+repair", "repair", "FedAvg"),
         ("rebasin:fedadam", None, "FedAdam"),
+        ("fedrebasin+federated-regmean", "federated-regmean", "FedAvg"),
+        ("rebasin:fedavgm+federated-least-squares-prior", "federated-least-squares", "FedAvgM"),
         ("rebasin:fedprox+reset-batchnorm", "reset-batchnorm", "FedProx"),
     ],
 )

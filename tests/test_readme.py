@@ -77,3 +77,15 @@ def test_the_flower_example_makes_a_strategy() -> None:
     exec(compile(code, "README.md", "exec"), names)
     assert start.startswith("strategy.start(grid=grid, initial_arrays=ArrayRecord(")
     assert list(names["strategy"].spec.perm_shapes) == ["conv"]
+
+
+def test_the_example_of_a_federated_correction_registers_a_handler_and_makes_a_strategy() -> None:
+    block = next(block for block in BLOCKS if "answer_queries" in block)
+    names: dict[str, Any] = {
+        "Net": lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)),
+        "inputs": (torch.randn(2, 4),),
+        "my_batches": lambda context: [torch.randn(8, 4)],
+    }
+    exec(compile(block, "README.md", "exec"), names)
+    assert "query.rebasin" in names["app"]._registered_funcs
+    assert names["strategy"].correction == "federated-least-squares"

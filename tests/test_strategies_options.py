@@ -18,7 +18,7 @@ from test_strategies_exact import spec_of
 from fedrebasin import trace
 from fedrebasin.errors import InvalidSpecError, RebasinError, SpecMismatchError, UsageError
 from fedrebasin.layout import Fixed
-from fedrebasin.strategies import FedRebasin, Rebasin
+from fedrebasin.strategies import FederatedOptions, FedRebasin, Rebasin
 from fedrebasin.strategies.records import state_to_record
 
 __all__ = ["warnings"]
@@ -73,8 +73,16 @@ def dp_clients(inner: Strategy) -> Strategy:
             "reference='merge-many' is built for matching='weight' alone; with matching='activation' use",
         ),
         (
-            {"correction": "federated-repair"},
-            "'federated-repair' is not built yet; values built now: None, 'repair', 'reset-batchnorm', 'rescale', ",
+            {"correction": "federated-mean"},
+            "correction: expected one of None, 'repair', .*'federated-regmean'; got",
+        ),
+        (
+            {"correction": "federated-repair", "model": None},
+            "correction='federated-repair' runs the model's layers, and a spec alone cannot; give model= and example",
+        ),
+        (
+            {"federated": FederatedOptions()},
+            "federated: options for federated-repair, federated-least-squares, federated-regmean alone; got",
         ),
         ({"correction": "least-squares"}, "correction='least-squares' needs calibration"),
         ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),

@@ -146,7 +146,7 @@ def refresh(module: nn.Module, into: Moments) -> Moments:
     if module.running_mean is not None and module.running_var is not None:
         module.running_mean.copy_(into.mean)
         module.running_var.copy_(variance * into.count / max(1, into.count - 1))
-    output._squares = scale.square() * variance / (variance + module.eps) * into.count
+    output.squares = scale.square() * variance / (variance + module.eps) * into.count
     return output
 
 

@@ -126,10 +126,10 @@ def least_squares(
     for index, step in enumerate(steps):
         source: Iterable[Batch] = held if held is not None else ((args, kwargs) for args, kwargs, _ in batches)
         if isinstance(step, Norm):
-            _refresh(ours, index, step, source)
+            refresh_norm(model, step, step_moments(ours, index, step, source))
             continue
         start = read_map(model, step)
-        fit, check = _equations(ours, theirs, shares, index, step, start, source, split=ridge is None)
+        fit, check = layer_equations(ours, theirs, shares, index, step, start, source, split=ridge is None)
         total = fit + check if check.count else fit
         if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
             raise CalibrationError(
@@ -158,7 +158,7 @@ def steps_of(model: nn.Module, batches: Batches, method: str) -> list[Step]:
     return steps
 
 
-def _equations(
+def layer_equations(
     ours: Runner,
     theirs: Sequence[Runner],
     shares: Sequence[float],
@@ -204,13 +204,18 @@ def choose_ridge(fit: NormalEquations, check: NormalEquations, *, intercept: boo
     return min(RIDGES, key=lambda ridge: check.excess(*fit.solve(ridge, intercept=intercept)))
 
 
-def _refresh(ours: Runner, index: int, norm: Norm, source: Iterable[Batch]) -> None:
-    """Give a BatchNorm that stands alone the statistics of its input."""
-    module = ours.model.get_submodule(norm.norm)
-    assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+def step_moments(ours: Runner, index: int, norm: Norm, source: Iterable[Batch]) -> Moments:
+    """Moments of the input of a BatchNorm that stands alone."""
     moments = Moments()
     for number, batch in enumerate(source):
         moments.add(ours.input(index, number, batch), dim=1)
     moments.check(norm.norm)
+    return moments
+
+
+def refresh_norm(model: nn.Module, norm: Norm, moments: Moments) -> None:
+    """Give a BatchNorm that stands alone the statistics of its input."""
+    module = model.get_submodule(norm.norm)
+    assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     module.running_mean.copy_(moments.mean)
     module.running_var.copy_(moments.std.square() * moments.count / max(1, moments.count - 1))

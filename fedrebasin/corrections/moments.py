@@ -29,29 +29,40 @@ class Moments:
     def __init__(self) -> None:
         self.count = 0
         self.mean = torch.zeros(0, dtype=torch.float64)
-        self._squares = torch.zeros(0, dtype=torch.float64)
+        self.squares = torch.zeros(0, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, count: int, mean: Tensor, squares: Tensor) -> Moments:
+        """Moments that were measured elsewhere; ``squares`` sums the squared deviations from ``mean``."""
+        moments = cls()
+        moments.count, moments.mean, moments.squares = count, mean, squares
+        return moments
 
     def add(self, activations: Tensor, dim: int) -> None:
         """Add activations whose channels lie along ``dim`` (Chan et al.'s update)."""
         rows = activations.detach().movedim(dim, 0).flatten(1).double()
-        count, mean = rows.shape[1], rows.mean(1)
-        squares = (rows - mean.unsqueeze(1)).square().sum(1)
+        mean = rows.mean(1)
+        self.join(Moments.of(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().sum(1)))
+
+    def join(self, other: Moments) -> None:
+        """Add what others measured."""
+        count, mean, squares = other.count, other.mean, other.squares
         if self.count == 0:
-            self.count, self.mean, self._squares = count, mean, squares
+            self.count, self.mean, self.squares = count, mean, squares
             return
         total, delta = self.count + count, mean - self.mean
-        self._squares = self._squares + squares + delta.square() * (self.count * count / total)
+        self.squares = self.squares + squares + delta.square() * (self.count * count / total)
         self.mean = self.mean + delta * (count / total)
         self.count = total
 
     @property
     def std(self) -> Tensor:
         """Standard deviation per channel (biased)."""
-        return (self._squares / max(1, self.count)).sqrt()
+        return (self.squares / max(1, self.count)).sqrt()
 
     def check(self, name: str) -> None:
         """Raise :class:`CalibrationError` if an activation was NaN or infinite."""
-        if not bool(self.mean.isfinite().all() and self._squares.isfinite().all()):
+        if not bool(self.mean.isfinite().all() and self.squares.isfinite().all()):
             raise CalibrationError(
                 f"calibration: the activations of {name!r} hold a NaN or an infinity; check the models and the inputs"
             )
@@ -61,12 +72,18 @@ class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
     """The forward pass has run as far as it is needed."""
 
 
-def output_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
+#: what makes the moments that a pass fills
+Maker = Callable[[], Moments]
+
+
+def output_moments(
+    model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker = Moments
+) -> dict[str, Moments]:
     """Moments of every site's output, in one pass."""
-    return _measure(model, batches, sites, of_input=frozenset(), stop=False)
+    return _measure(model, batches, sites, make, of_input=frozenset(), stop=False)
 
 
-def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> dict[str, Moments]:
+def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker = Moments) -> dict[str, Moments]:
     """Moments of every BatchNorm's input and every other site's output, in one pass.
 
     In that pass BatchNorms go by the batch's statistics, so that what lies behind one does not see those of another
@@ -80,7 +97,7 @@ def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> di
         norm.train()
     names = frozenset(site.name for site in sites if isinstance(model.get_submodule(site.name), _BatchNorm))
     try:
-        return _measure(model, batches, sites, of_input=names, stop=False)
+        return _measure(model, batches, sites, make, of_input=names, stop=False)
     except ValueError as error:
         if isinstance(error, CalibrationError):
             raise
@@ -91,21 +108,21 @@ def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site]) -> di
             norm.eval()
 
 
-def input_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
+def input_moments(model: nn.Module, batches: Batches, site: Site, make: Maker = Moments) -> Moments:
     """Moments of one site's input along its channels; the pass stops there."""
-    return _measure(model, batches, [site], of_input=frozenset({site.name}), stop=True)[site.name]
+    return _measure(model, batches, [site], make, of_input=frozenset({site.name}), stop=True)[site.name]
 
 
-def site_moments(model: nn.Module, batches: Batches, site: Site) -> Moments:
+def site_moments(model: nn.Module, batches: Batches, site: Site, make: Maker = Moments) -> Moments:
     """Moments of one site's output; the pass stops there."""
-    return _measure(model, batches, [site], of_input=frozenset(), stop=True)[site.name]
+    return _measure(model, batches, [site], make, of_input=frozenset(), stop=True)[site.name]
 
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, batches: Batches, sites: Sequence[Site], *, of_input: frozenset[str], stop: bool
+    model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker, *, of_input: frozenset[str], stop: bool
 ) -> dict[str, Moments]:
-    found = {site.name: Moments() for site in sites}
+    found = {site.name: make() for site in sites}
 
     def record(site: Site) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:

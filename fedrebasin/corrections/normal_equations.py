@@ -29,6 +29,30 @@ def gram_product(X: Tensor) -> Tensor:
     return found
 
 
+def pack(symmetric: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix (m, m), row after row: m (m + 1) / 2 numbers.
+
+    >>> pack(torch.tensor([[1, 2], [2, 3]]))
+    tensor([1, 2, 3])
+    """
+    return torch.cat([row[place:] for place, row in enumerate(symmetric)])
+
+
+def unpack(packed: Tensor, size: int) -> Tensor:
+    """The symmetric matrix (size, size) with that upper triangle.
+
+    >>> unpack(torch.tensor([1, 2, 3]), 2)
+    tensor([[1, 2],
+            [2, 3]])
+    """
+    found, start = packed.new_empty(size, size), 0
+    for place in range(size):
+        row = packed[start : start + size - place]
+        found[place, place:] = found[place:, place] = row
+        start += size - place
+    return found
+
+
 class NormalEquations:
     """Sums of ``X X^T``, ``X E^T``, ``X``, ``E`` and a count, and the ridge solutions that follow from them.
 
@@ -60,6 +84,14 @@ class NormalEquations:
         total.count = self.count + other.count
         for name in ("gram", "cross", "x", "e"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def lower_goals(self, by: Tensor) -> NormalEquations:
+        """The equations with ``E - by`` for ``E``; ``by`` (out,)."""
+        total = NormalEquations()
+        total.count, total.gram, total.x = self.count, self.gram, self.x
+        if self.count:
+            total.cross, total.e = self.cross - torch.outer(by, self.x), self.e - self.count * by
         return total
 
     @property

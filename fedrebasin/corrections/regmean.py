@@ -29,7 +29,7 @@ def regmean(
     calibration: Iterable[Any],
     *,
     coefficients: Sequence[float] | None = None,
-    grams: Sequence[Grams] | None = None,
+    grams: Sequence[Mapping[str, Tensor]] | None = None,
     off_diagonal: float = 0.9,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def input_grams(
     return found
 
 
-def _gram_of(found: Grams, layer: Layer, size: int, place: int) -> Tensor:
+def _gram_of(found: Mapping[str, Tensor], layer: Layer, size: int, place: int) -> Tensor:
     gram = found.get(layer.weight)
     if gram is None or gram.shape != (size, size):
         came = "none" if gram is None else f"one of {tuple(gram.shape)}"

@@ -78,7 +78,29 @@ def clients(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
+def own_data(result: Result) -> tuple[Sequence[str], Rows]:
+    """``federated.py``: one column a split and way to merge, test loss and accuracy in %."""
+    heads = list(dict.fromkeys((row["nodes"], row["partition"], row["merge"]) for row in result["rows"]))
+    cells = {(row["nodes"], row["partition"], row["merge"], row["correction"]): row for row in result["rows"]}
+    rows = []
+    for correction in dict.fromkeys(row["correction"] for row in result["rows"]):
+        line = ["no correction" if correction == "-" else correction]
+        for head in heads:
+            row = cells.get((*head, correction))
+            accuracy = None if row is None else [100 * value for value in row["accuracy"]]
+            line.append("-" if row is None else f"{_spread(row['loss'], 3)} / {_spread(accuracy or [], 1)}")
+        rows.append(line)
+    columns = [f"{nodes} clients, {partition}, {merge}" for nodes, partition, merge in heads]
+    return [f"{result['data']}, {result['model']} of width {result['width']}", *columns], rows
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 TABLES = {
+    "own-data": own_data,
     "speed": speed,
     "quality": quality,
     "methods": methods,

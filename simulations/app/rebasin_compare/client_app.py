@@ -1,4 +1,4 @@
-"""The client: trains on its own rows, from its own start or from the model that the server sent."""
+"""The client: trains on its own rows, from its own start or the server's model, and answers queries about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from fedrebasin.simulations.handover import take_over
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.settings import from_run_config
 from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+from fedrebasin.simulations.training import select_device
 from fedrebasin.simulations.watch import ABOUT
+from fedrebasin.strategies import answer_queries
 
 app = ClientApp()
 
@@ -83,3 +85,23 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     return Message(content=content, reply_to=message)
+
+
+@app.query("rebasin")
+def query(message: Message, context: Context) -> Message:
+    torch.set_num_threads(1)
+    settings = from_run_config(context.run_config)
+    node, nodes = (int(str(context.node_config[key])) for key in ("partition-id", "num-partitions"))
+    seed = int(str(message.content.config_records["config"]["seed"]))
+    data = take_over(settings.data, str(context.run_config["data-file"]))
+    rows = partition_rows(data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed)[node]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    chosen = rows[order[: settings.calibration]]
+    answer = answer_queries(
+        model=lambda: initial_model(settings, data, seed=seed),
+        batches=lambda message, context: [
+            (data.normalise(data.train_images[part]), data.train_labels[part]) for part in torch.split(chosen, 250)
+        ],
+        device=select_device(settings.device),
+    )
+    return answer(message, context)

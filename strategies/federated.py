@@ -1,0 +1,189 @@
+"""The server's side of the federated corrections: query rounds from inside the aggregation, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from logging import INFO, WARNING
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from torch import Tensor, nn
+
+from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions
+from fedrebasin.corrections.queries import Query, drive, find_huge
+from fedrebasin.errors import CalibrationError, RebasinError, UsageError
+from fedrebasin.strategies.messages import node_of_message
+from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, epsilon_of, read_answer, write_query
+from fedrebasin.strategies.records import state_to_record
+
+State = dict[str, Tensor]
+#: Flower's own default for a round
+TIMEOUT = 3600.0
+
+
+class Queries:
+    """Asks the nodes of a round about their own data and corrects the merged model by their answers.
+
+    A node that fails, is late, refuses or sends what cannot be used is left out for the rest of the round, with one log
+    line; where none is left, or the correction fails, the model stays as it is.
+
+    Attributes
+    ----------
+    metrics : dict
+        Of the last call: ``rebasin-query-rounds``, ``rebasin-query-bytes`` (arrays as serialised, both ways, to and
+        from all nodes), ``rebasin-query-left-out`` (nodes); if all nodes add noise, ``rebasin-query-epsilon``: the
+        largest that one of them states for its answers in this run.
+    """
+
+    def __init__(
+        self,
+        correction: str,
+        net: nn.Module,
+        example_inputs: Any,
+        options: FederatedOptions,
+        device: torch.device | None,
+    ) -> None:
+        self.correction = correction
+        self.metrics: dict[str, int | float] = {}
+        self._net, self._example, self._options, self._device = net, example_inputs, options, device
+        self._configs: dict[int, dict[str, ConfigRecord]] = {}
+        self._grid: Grid | None = None
+        self._server_round, self._timeout = 0, TIMEOUT
+        self._sent = self._received = 0
+
+    def prepare(self, server_round: int, grid: Grid, messages: Iterable[Message], timeout: float) -> None:
+        """Keep the grid of a round, what its nodes are told in training, and how many seconds a query round waits."""
+        self._server_round, self._grid, self._timeout = server_round, grid, timeout
+        self._configs = {
+            message.metadata.dst_node_id: dict(message.content.config_records.items()) for message in messages
+        }
+
+    def correct(
+        self, merged: State, ends: Sequence[State], coefficients: Sequence[float], nodes: Sequence[int]
+    ) -> State | None:
+        """Correct the merged model, or log why not and return ``None``.
+
+        Parameters
+        ----------
+        merged : state dict
+        ends : sequence of state dict
+            The aligned replies.
+        coefficients : sequence of float
+        nodes : sequence of int
+            The node that sent each end.
+        """
+        self.metrics = {"rebasin-query-rounds": 0, "rebasin-query-bytes": 0, "rebasin-query-left-out": 0}
+        self._sent = self._received = 0
+        case = Case(self._net, merged, ends, coefficients, self._example, self._options, self._device)
+        present = dict(enumerate(nodes))
+        try:
+            found = drive(FEDERATED[self.correction](case), lambda query: self._ask(query, ends, present))
+        except Exception as error:  # noqa: BLE001 - the network, the user's model and numbers may raise anything
+            log(WARNING, "rebasin: %s failed (%s: %s); this round is not corrected", *self._failure(error))
+            return None
+        finally:
+            self.metrics["rebasin-query-bytes"] = self._sent + self._received
+            self.metrics["rebasin-query-left-out"] = len(nodes) - len(present)
+            log(
+                INFO,
+                "aggregate_train: %s asked %d nodes in %d query rounds; %.1f kB sent, %.1f kB received",
+                *(self.correction, len(nodes), self.metrics["rebasin-query-rounds"]),
+                *(self._sent / 1e3, self._received / 1e3),
+            )
+        bad = next((name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())), None)
+        if bad is not None:
+            log(WARNING, "rebasin: %s made %r infinite or NaN; this round is not corrected", self.correction, bad)
+            return None
+        return found
+
+    def _failure(self, error: Exception) -> tuple[str, str, Exception]:
+        return self.correction, type(error).__name__, error
+
+    def _ask(self, query: Query, ends: Sequence[State], present: dict[int, int]) -> dict[int, Any]:
+        """One query round; nodes whose answers cannot be used are taken out of ``present``."""
+        if self._grid is None:
+            raise RebasinError("no grid: configure_train has not been called")
+        merged, group, messages = state_to_record(query.merged), str(self._server_round), []
+        for place, node in present.items():
+            end = state_to_record({name: ends[place][name] for name in query.end_names})
+            content = write_query(query, merged, end, self._configs.get(node, {}))
+            messages.append(Message(content, dst_node_id=node, message_type=MESSAGE_TYPE, group_id=group))
+        self._sent += sum(bytes_of(message) for message in messages)
+        self.metrics["rebasin-query-rounds"] += 1
+        replies = list(self._grid.send_and_receive(messages, timeout=self._timeout))
+        self._received += sum(bytes_of(reply) for reply in replies)
+        asked = node_of_message(messages)
+        of_node: dict[int, Message] = {}
+        for reply in replies:
+            of_node.setdefault(asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id), reply)
+        answers, epsilons = {}, dict[int, float | None]()
+        for place, node in list(present.items()):
+            try:
+                if node not in of_node:
+                    raise RebasinError(f"nothing within {self._timeout:g} s")
+                reply = of_node.pop(node)
+                answers[place] = query.read(read_answer(reply))
+                epsilons[place] = epsilon_of(reply)
+            except RebasinError as error:
+                self._leave_out(present, place, error)
+        for place, usual in find_huge({place: query.size(found) for place, found in answers.items()}).items():
+            size = query.size(answers.pop(place))
+            self._leave_out(present, place, f"activations of size {size:.3g}, where the other nodes have {usual:.3g}")
+        if not answers:
+            raise RebasinError("no node gave an answer that can be used")
+        stated = [epsilon for place in answers if (epsilon := epsilons[place]) is not None]
+        if len(stated) == len(answers):  # where one node adds no noise, there is no bound for all
+            self.metrics["rebasin-query-epsilon"] = max(stated)
+        return answers
+
+    def _leave_out(self, present: dict[int, int], place: int, reason: object) -> None:
+        log(
+            WARNING,
+            "rebasin: node %d answered a query with %s; left out of the correction of round %d",
+            *(present.pop(place), reason, self._server_round),
+        )
+
+
+def build_queries(
+    correction: str | None,
+    net: nn.Module | None,
+    example_inputs: Any,
+    options: FederatedOptions | None,
+    device: torch.device | None,
+) -> Queries | None:
+    """Prepare a federated correction and see that the network has what it corrects; ``None`` for another one.
+
+    Raises
+    ------
+    UsageError
+        If the model is missing, or options are given to another correction.
+    RebasinError
+        If the network has nothing to correct.
+
+    Examples
+    --------
+    >>> build_queries("repair", nn.Linear(2, 1), None, None, None) is None
+    True
+    """
+    if correction not in FEDERATED:
+        if options is not None:
+            raise UsageError(f"federated: options for {', '.join(FEDERATED)} alone; got correction={correction!r}")
+        return None
+    assert correction is not None
+    if net is None:
+        raise UsageError(
+            f"correction={correction!r} runs the model's layers, and a spec alone cannot; give model= and "
+            "example_inputs= too, or correction=None"
+        )
+    options = FederatedOptions() if options is None else options
+    state = net.state_dict()
+    try:
+        next(FEDERATED[correction](Case(net, state, [state], [1.0], example_inputs, options, device)))
+    except RebasinError:
+        raise
+    except Exception as error:
+        raise CalibrationError(f"example_inputs: the model cannot run on them: {error}") from error
+    return Queries(correction, net, example_inputs, options, device)
