@@ -22,6 +22,7 @@ from fedrebasin.errors import (
     TraceError,
     UnsupportedOpError,
 )
+from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import (
     ManyMatching,
     Matching,
@@ -36,6 +37,7 @@ from fedrebasin.matching import (
 from fedrebasin.merge import align, interpolate, merge, merge_modules
 from fedrebasin.perms import compose, identity_perms, invert, moved_fraction, random_perms
 from fedrebasin.permute import permute
+from fedrebasin.selection import Selection, select_candidate
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
@@ -49,6 +51,7 @@ __all__ = [
     "Matching",
     "PermutationSpec",
     "RebasinError",
+    "Selection",
     "SpecMismatchError",
     "TraceError",
     "UnsupportedOpError",
@@ -80,7 +83,9 @@ __all__ = [
     "rescale",
     "reset_batchnorm",
     "reshift",
+    "select_candidate",
     "sinkhorn_matching",
+    "split_calibration",
     "straight_through_matching",
     "trace",
     "weight_matching",

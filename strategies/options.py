@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flwr.serverapp.strategy import (
@@ -21,19 +21,21 @@ from flwr.serverapp.strategy.bulyan import Bulyan
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS, check_joint
+from fedrebasin.selection import names_of
 
+Correction = str | Sequence[str] | None  # several only where something chooses among them
 JOINT_REFERENCES = ("merge-many",)
 BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
     "correction": (None, *CORRECTIONS),
-    "select": (None,),
+    "select": (None, "calibration"),
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": ("medoid", "cycle-consistent", "straight-through-many"),
     "matching": ("learned",),
     "correction": ("federated-repair", "federated-least-squares", "federated-regmean"),
-    "select": ("calibration",),
+    "select": (),
 }
 PRIVACY = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
 CLIENT_SIDE_PRIVACY = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
@@ -59,7 +61,7 @@ def check_option(name: str, value: object) -> None:
 
 
 def check_options(
-    reference: str, matching: str, correction: str | None, *, select: object, checkpoint_dir: object
+    reference: str, matching: str, correction: Correction, *, select: object, checkpoint_dir: object
 ) -> None:
     """Refuse what is not built, and a reference that the matching cannot be used with.
 
@@ -72,11 +74,13 @@ def check_options(
     """
     check_option("reference", reference)
     check_option("matching", matching)
+    check_option("select", select)
     if correction != "default":
-        check_option("correction", correction)
-    for name, value in (("select", select), ("checkpoint_dir", checkpoint_dir)):
-        if value is not None:
-            raise UsageError(f"{name}={value!r} is not built yet; values built now: None")
+        for name in [correction] if isinstance(correction, str | None) else correction:
+            check_option("correction", name)
+        names_of(correction, several=select is not None)
+    if checkpoint_dir is not None:
+        raise UsageError(f"checkpoint_dir={checkpoint_dir!r} is not built yet; values built now: None")
     check_joint(matching, reference)
 
 
@@ -134,15 +138,20 @@ def check_strategy(strategy: object) -> None:
             raise UsageError(f"strategy: {name} aggregates trees, which have no hidden units to align")
 
 
-def check_guarded(guard: str, reference: str, correction: str | None) -> None:
+def check_guarded(guard: str, reference: str, correction: Correction, select: str | None = None) -> None:
     """Refuse, inside differential privacy or selection, what looks at the raw models of several clients."""
+    if guard and select is not None:
+        raise UsageError(
+            f"select={select!r}: under {guard} it would compare with the clients' raw models, and might keep one of "
+            "them, past clipping or selection; leave select out"
+        )
     if guard and reference not in ("auto", "global"):
         raise UsageError(
             f"reference={reference!r}: under {guard} one client's permutation would depend on the other clients' raw "
             "models, before clipping or selection, so that nothing bounds one client's influence; use "
             "reference='global', or leave it 'auto'"
         )
-    if guard and correction in CORRECTIONS and CORRECTIONS[correction].ends:
+    if guard and isinstance(correction, str) and correction in CORRECTIONS and CORRECTIONS[correction].ends:
         raise UsageError(
             f"correction={correction!r}: under {guard} it would bring in the clients' raw models, past clipping or "
             "selection; use correction='reset-batchnorm', which needs the calibration data alone"

@@ -17,14 +17,16 @@ from flwr.serverapp.strategy import Strategy
 from fedrebasin import PermutationSpec
 from fedrebasin.corrections.methods import CORRECTIONS, Setting
 from fedrebasin.errors import RebasinError, UsageError
+from fedrebasin.selection import names_of
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
 from fedrebasin.strategies.buffers import State, merge_buffers
 from fedrebasin.strategies.correction import check_calibration, correct, default_correction
-from fedrebasin.strategies.matcher import build_matcher
+from fedrebasin.strategies.matcher import build_matcher, uses_loss
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
 from fedrebasin.strategies.options import (
+    Correction,
     chain,
     check_guarded,
     check_not_wrapped_by_privacy,
@@ -35,6 +37,7 @@ from fedrebasin.strategies.options import (
 )
 from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
 from fedrebasin.strategies.replies import ReplyScreen
+from fedrebasin.strategies.selection import Round, build_selector, plain_replies
 
 
 class Rebasin(Strategy):
@@ -109,7 +112,7 @@ class Rebasin(Strategy):
         calibration: Any = None,
         reference: str = "auto",
         matching: str = "weight",
-        correction: str | None = "default",
+        correction: Correction = "default",
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -122,18 +125,29 @@ class Rebasin(Strategy):
         self.guard = guarded_by(strategy)
         self.device = find_device(device)
         check_options(reference, matching, correction, select=select, checkpoint_dir=checkpoint_dir)
-        check_guarded(self.guard, reference, correction)
+        check_guarded(self.guard, reference, correction, select)
         if self.guard and reference == "auto":
             log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)
         self.model, self.spec = build_network(model, example_inputs, spec, seed)
         if correction == "default":
             correction = default_correction(self.model, calibration, guarded=bool(self.guard))
-        check_calibration(
-            *(correction, self.model, calibration),
-            inputs=self.spec.inputs,
+        corrections = names_of(correction, several=select is not None)
+        self._selector = build_selector(
+            *(select, corrections, self.model, calibration),
+            loss=loss,
             example_inputs=example_inputs,
+            seed=seed,
             device=self.device,
         )
+        if self._selector is not None:
+            calibration, loss = self._selector.fit, loss if uses_loss(matching) else None
+        for one in corrections or (None,):
+            check_calibration(
+                *(one, self.model, calibration),
+                inputs=self.spec.inputs,
+                example_inputs=example_inputs,
+                device=self.device,
+            )
         self._matcher = build_matcher(
             matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
         )
@@ -143,6 +157,8 @@ class Rebasin(Strategy):
         self.reference = reference
         self.matching = matching
         self.correction = correction
+        self.select = select
+        self._keeps_ends = select is not None or any(CORRECTIONS[one].ends for one in corrections)
         self.seed = seed
         self.arrayrecord_key = str(read_attribute(strategy, "arrayrecord_key", "arrays"))
         train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
@@ -164,6 +180,7 @@ class Rebasin(Strategy):
         log(INFO, "\t│\t├── reference: %s", self.reference)
         log(INFO, "\t│\t├── matching: %s", self.matching)
         log(INFO, "\t│\t├── correction: %s", self.correction)
+        log(INFO, "\t│\t├── select: %s", self.select)
         log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
         log(INFO, "\t│\t├── seed: %s", self.seed)
         log(INFO, "\t│\t└── device: %s", self.device)
@@ -210,7 +227,8 @@ class Rebasin(Strategy):
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
-        keep_ends = outside or (self.correction is not None and CORRECTIONS[self.correction].ends)
+        keep_ends = outside or self._keeps_ends
+        plain = plain_replies(screened.replies, self.strategy, moves=alignment.moves, outside=outside)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         seconds = time.perf_counter() - started
@@ -225,7 +243,13 @@ class Rebasin(Strategy):
             return None, metrics
         buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        corrected = self._correct(model, aligned.ends, coefficients)
+        figures: dict[str, float] = {}
+        if self._selector is None:
+            corrected = self._correct(model, aligned.ends, coefficients)
+        else:
+            nodes = [reply.node for reply in screened.replies]
+            found = Round(sent, model, plain, aligned.ends, nodes, coefficients)
+            corrected, figures = self._selector.choose(found)
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model)
@@ -234,6 +258,7 @@ class Rebasin(Strategy):
         metrics["rebasin-objective-gain"] = alignment.objective_gain
         metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
         metrics["rebasin-left-out"] = screened.left_out
+        metrics.update(figures)
         return model, metrics
 
     def configure_evaluate(
@@ -247,7 +272,7 @@ class Rebasin(Strategy):
         return self.strategy.aggregate_evaluate(server_round, replies)
 
     def _correct(self, model: ArrayRecord, ends: list[State], coefficients: list[float]) -> ArrayRecord | None:
-        if self.correction is None or self.model is None:
+        if not isinstance(self.correction, str) or self.model is None:
             return None
         setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
         corrected = correct(self.correction, setting, record_to_state(model), ends)

@@ -77,11 +77,11 @@ def dp_clients(inner: Strategy) -> Strategy:
             "'federated-repair' is not built yet; values built now: None, 'repair', 'reset-batchnorm', 'rescale', ",
         ),
         ({"correction": "least-squares"}, "correction='least-squares' needs calibration"),
-        ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),
+        ({"select": "labels"}, "select: expected one of None, 'calibration'; got 'labels'$"),
         ({"checkpoint_dir": "runs"}, "checkpoint_dir='runs' is not built yet; values built now: None$"),
         (
             {"loss": torch.nn.functional.cross_entropy},
-            "loss: only matching='straight-through' and 'sinkhorn' use it so far; leave it out with matching='weight'",
+            "loss: only matching='straight-through' and 'sinkhorn' and select='calibration' use it; leave it out with",
         ),
         ({"correction": "repair"}, "correction='repair' needs calibration"),
         (
