@@ -79,7 +79,8 @@ def split_calibration(
     taken = _spread(held_total, [sizes[place] for place in order])
     counts = dict(zip(order, taken, strict=True))
     piece = max(1, held_total // _PIECES)
-    fit, held_out = [], []
+    fit: list[Any] = []
+    held_out: list[Any] = []
     for place, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
         count = counts[place]
         if count in (0, size) and not (by_rows and count):
@@ -88,7 +89,7 @@ def split_calibration(
         drawn = torch.randperm(size, generator=generator)
         if count < size:
             fit.append(_take(batch, drawn[count:].sort().values))
-        held_out += [_take(batch, rows) for rows in drawn[:count].sort().values.split(piece)]
+        held_out += [_take(batch, rows) for rows in torch.split(drawn[:count].sort().values, piece)]
     return fit, held_out
 
 

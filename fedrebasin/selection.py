@@ -177,7 +177,8 @@ class _Contest:
 
     def __init__(self, model: nn.Module, yardstick: ByLoss | ByAgreement) -> None:
         self.model, self.yardstick = model, yardstick
-        self.name, self.state, self.values = "", {}, torch.tensor([])
+        self.name, self.values = "", torch.tensor([])
+        self.state: dict[str, Tensor] = {}
         self.figures: dict[str, float] = {}
 
     def enter(self, name: str, candidate: Candidate) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from fedrebasin import merge, split_calibration
 from fedrebasin.corrections.methods import Setting
 from fedrebasin.errors import CalibrationError, UsageError
-from fedrebasin.selection import Candidate, Loss, Selection, corrected, select_candidate
+from fedrebasin.selection import Candidate, Selection, corrected, select_candidate
+from fedrebasin.strategies.alignment import shares
 from fedrebasin.strategies.buffers import merge_buffers
 from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
 from fedrebasin.strategies.replies import Reply
+from fedrebasin.yardsticks import Loss
 
 State = dict[str, Tensor]
 #: how the best of the replies themselves is called
@@ -41,16 +43,14 @@ class Round:
         The replies as they came; empty where their average is no candidate.
     ends : list of state dict
         The aligned replies.
-    nodes : list of int
-    coefficients : list of float
+    replies : list of Reply
     """
 
     sent: ArrayRecord
     model: ArrayRecord
     plain: list[ArrayRecord]
     ends: list[State]
-    nodes: list[int]
-    coefficients: list[float]
+    replies: list[Reply]
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,21 @@ class Selector:
         return cast_arrays(state_to_record(selection.state), found.model), figures
 
     def _select(self, found: Round) -> Selection:
-        setting = Setting(self.model, self.fit, found.coefficients, self.example_inputs, self.seed, self.device)
+        coefficients = shares(found.replies)
+        setting = Setting(self.model, self.fit, coefficients, self.example_inputs, self.seed, self.device)
         candidates: dict[str, Candidate] = {}
         if found.plain:
             states = [record_to_state(record) for record in found.plain]
-            candidates |= corrected("plain", _average(states, found.coefficients), states, setting, self.corrections)
+            candidates |= corrected("plain", _average(states, coefficients), states, setting, self.corrections)
         aligned = record_to_state(found.model)
         candidates |= corrected("aligned", aligned, found.ends, setting, self.corrections)
-        clients: dict[str, Candidate] = {f"node {node}": end for node, end in zip(found.nodes, found.ends, strict=True)}
+        clients: dict[str, Candidate] = {
+            f"node {reply.node}": end for reply, end in zip(found.replies, found.ends, strict=True)
+        }
         return select_candidate(
             *(self.model, candidates, self.held_out),
             ends=found.ends,
-            coefficients=found.coefficients,
+            coefficients=coefficients,
             alone={**clients, SENT: record_to_state(found.sent)},
             loss=self.loss,
             device=self.device,

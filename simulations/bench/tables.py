@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedrebasin.simulations.bench import selection_tables
+
 Result = Mapping[str, Any]
 Rows = list[list[str]]
 
@@ -76,4 +78,10 @@ def clients(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
-TABLES = {"speed": speed, "quality": quality, "methods": methods, "clients": clients}
+TABLES = {
+    "speed": speed,
+    "quality": quality,
+    "methods": methods,
+    "clients": clients,
+    **selection_tables.TABLES,
+}
