@@ -11,7 +11,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedrebasin.simulations.cli_options import DataPath, Device, Matching, Model, Norm, Output, Seeds, Width
+from fedrebasin.simulations.cli_options import DataPath, Device, Matching, Model, Norm, Output, Seeds, Select, Width
 
 app = typer.Typer(
     name="fedrebasin",
@@ -51,9 +51,10 @@ def compare(
         str,
         typer.Option(
             help="none, repair, reset-batchnorm, rescale, reshift, closed-form, bias-normalisation, least-squares, "
-            "regmean or distill; a strategy's +NAME wins."
+            "regmean or distill; a strategy's +NAME wins; with --select several, with commas between."
         ),
     ] = "none",
+    select: Select = "none",
     calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 1000,
     server_lr: Annotated[float, typer.Option(help="FedAdam's, FedYogi's and FedAdagrad's eta.")] = 0.01,
     proximal_mu: Annotated[float, typer.Option(help="FedProx's mu.")] = 0.01,
@@ -79,6 +80,7 @@ def compare(
             reference=reference,
             matching=matching,
             correction=correction,
+            select=select,
             calibration=calibration,
             server_lr=server_lr,
             proximal_mu=proximal_mu,

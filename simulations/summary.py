@@ -228,6 +228,11 @@ def _method(results: Results) -> str:
     names = strategies(results)
     if any("+" in name for name in names) or settings["correction"] != "none":
         text += f" Corrections used {settings['calibration']} training images without labels on the server."
+    if settings.get("select", "none") != "none":  # files of earlier versions have no such setting
+        text += (
+            " Re-basin strategies kept the best of each round's models by agreement with the clients' ensemble, on a "
+            f"quarter of {settings['calibration']} training images that no correction used."
+        )
     method = METHODS[settings["matching"]]
     if method.inputs:
         labels = "their labels" if method.targets else "no labels"
