@@ -24,19 +24,17 @@ from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
 from fedrebasin.simulations.bench.selection_rounds import play_rounds
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
-from fedrebasin.simulations.results import provenance, save_results
+from fedrebasin.simulations.results import load_results, provenance, save_results
 
 State = dict[str, Tensor]
 #: width, share of the classes that go to the other half, whose images calibrate, how many
 CASES = (
     (512, 0.05, "server", 347),
     (512, 0.2, "server", 347),
+    (16, 0.2, "server", 347),
+    (512, 0.05, "clients", 1347),
     (512, 0.05, "server", 100),
     (512, 0.2, "server", 100),
-    (512, 0.05, "clients", 1347),
-    (512, 0.2, "clients", 1347),
-    (16, 0.05, "server", 347),
-    (16, 0.2, "server", 347),
 )
 SERVERS = 347
 #: what is tried after the plain and the aligned average; reset-batchnorm has nothing to do in a network without norms
@@ -139,7 +137,8 @@ def measure_case(data: Dataset, case: tuple[int, float, str, int], seed: int, fo
     kept = {
         corrections: {
             "labels" if labels else "no labels": {
-                ends: bench.kept(made, names, ends, labels=labels) for ends in ("none", "equal", "rule")
+                ends: bench.kept(made, names, ends, labels=labels)
+                for ends in (("none", "equal", "rule") if corrections == "repair" else ("rule",))
             }
             for labels in (True, False)
         }
@@ -157,23 +156,34 @@ def measure_case(data: Dataset, case: tuple[int, float, str, int], seed: int, fo
 
 
 def main() -> None:
-    """Measure every case, then the rounds."""
+    """Measure every case that the file does not hold yet, then the rounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases, from the first")
     options = parser.parse_args()
     started, data = time.time(), load_dataset("digits", None)
-    rows = []
+    earlier = load_results(options.output) if options.output.exists() else {"rows": [], "rounds": []}
+    rows, rounds = earlier["rows"], earlier["rounds"]
+    spent = earlier["provenance"]["seconds"] if rows else 0.0
+
+    def save() -> None:
+        command = "python -m fedrebasin.simulations.bench.selection --output FILE"
+        facts = provenance(command, range(options.seeds), started - spent)
+        facts = {"experiment": "bench-selection", "provenance": facts, "columns": COLUMNS, "sets": SETS}
+        save_results(options.output, {**facts, "rows": rows, "rounds": rounds})
+
+    done = {tuple(row[key] for key in ("width", "held", "calibration", "images", "seed")) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES[: options.cases]:
             for seed in range(options.seeds):
-                rows.append(measure_case(data, case, seed, Path(folder)))
+                if (*case, seed) not in done:
+                    rows.append(measure_case(data, case, seed, Path(folder)))
+                    save()
             print(case, "done", flush=True)
-    rounds = play_rounds(data, range((options.seeds + 1) // 2))
-    facts = provenance("python -m fedrebasin.simulations.bench.selection --output FILE", range(options.seeds), started)
-    result = {"experiment": "bench-selection", "provenance": facts, "columns": COLUMNS, "sets": SETS}
-    save_results(options.output, {**result, "rows": rows, "rounds": rounds})
+    if not rounds:
+        rounds = play_rounds(data, range((options.seeds + 1) // 2))
+        save()
 
 
 if __name__ == "__main__":
