@@ -36,6 +36,7 @@ class Selection:
     ----------
     name : str
     state : dict of str to Tensor
+        As it was given or made.
     measure : {"loss", "divergence", "distance"}
         Divergence and distance are from the ensemble of the ends.
     figures : dict of str to float
@@ -45,7 +46,7 @@ class Selection:
     """
 
     name: str
-    state: dict[str, Tensor]
+    state: State
     measure: str
     figures: dict[str, float]
     examples: int
@@ -178,7 +179,7 @@ class _Contest:
     def __init__(self, model: nn.Module, yardstick: ByLoss | ByAgreement) -> None:
         self.model, self.yardstick = model, yardstick
         self.name, self.values = "", torch.tensor([])
-        self.state: dict[str, Tensor] = {}
+        self.state: State = {}
         self.figures: dict[str, float] = {}
 
     def enter(self, name: str, candidate: Candidate) -> None:
@@ -196,7 +197,7 @@ class _Contest:
             return
         self.figures[name] = figure
         if not self.state or figure < self.figures[self.name]:
-            self.name, self.state, self.values = name, dict(state), values
+            self.name, self.state, self.values = name, state, values
 
 
 def _yardstick(

@@ -63,12 +63,17 @@ class Rebasin(Strategy):
     matching : str
         A name of ``METHODS``. Those on data need ``model`` and ``calibration``, ``"sinkhorn"`` too if a loss is given.
         All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
-    correction : str or None
+    correction : str, sequence of str or None
         A name of ``CORRECTIONS``; all but ``"bias-normalisation"`` need ``calibration``. ``"default"`` is ``"repair"``
         with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
+        Several names with ``select``.
+    select : {None, "calibration"}
+        Hand back the best of a round's models, plain, aligned and corrected (``selection.py``), measured on a quarter
+        of ``calibration`` that nothing else sees; the data is then read once, at construction, and held in memory.
     loss : callable, optional
-        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
-    select, checkpoint_dir : None
+        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``, and for
+        ``select``, which goes by agreement with the replies' ensemble without it.
+    checkpoint_dir : None
         Not built yet.
     seed : int
     device : torch.device or str, optional
@@ -86,7 +91,8 @@ class Rebasin(Strategy):
     the next round. Buffers never enter the inner strategy. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
-    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies).
+    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies); with ``select`` those of
+    ``selection.py``.
 
     References
     ----------
@@ -177,10 +183,8 @@ class Rebasin(Strategy):
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
         log(INFO, "\t├──> Rebasin settings:")
-        log(INFO, "\t│\t├── reference: %s", self.reference)
-        log(INFO, "\t│\t├── matching: %s", self.matching)
-        log(INFO, "\t│\t├── correction: %s", self.correction)
-        log(INFO, "\t│\t├── select: %s", self.select)
+        for name in ("reference", "matching", "correction", "select"):
+            log(INFO, "\t│\t├── %s: %s", name, getattr(self, name))
         log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
         log(INFO, "\t│\t├── seed: %s", self.seed)
         log(INFO, "\t│\t└── device: %s", self.device)

@@ -1,4 +1,12 @@
-"""``select="calibration"``: which model a round hands back, measured on data that nothing else has seen."""
+"""``select="calibration"``: which model a round hands back, measured on data that nothing else has seen.
+
+Candidates are what the inner strategy made of the aligned replies, and in a round apart, or around FedAvg and FedProx,
+the average of the replies as they came; each as it is and with every correction. Where there are targets and a loss,
+each reply alone and the model that was sent compete too, and have to be better beyond chance. Metrics:
+``rebasin-selected``, the place of what is kept in ``Selector.names``, and ``rebasin-MEASURE-CANDIDATE`` for each
+candidate, where MEASURE is ``loss``, or without one ``divergence`` or ``distance`` (from the ensemble). A round holds
+its replies in memory up to twice more, as they came and aligned.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +107,7 @@ class Selector:
         figures = _metrics(selection, self.names)
         if selection.name == "aligned":
             return None, figures
-        return cast_arrays(state_to_record(selection.state), found.model), figures
+        return cast_arrays(state_to_record(dict(selection.state)), found.model), figures
 
     def _select(self, found: Round) -> Selection:
         coefficients = shares(found.replies)
