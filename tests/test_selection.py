@@ -51,6 +51,11 @@ def test_the_best_by_loss_is_kept_whatever_its_place() -> None:
         assert all(torch.equal(found.state[name], best[name]) for name in best)
 
 
+def test_of_equal_candidates_the_first_is_kept() -> None:
+    candidates = {name: linear(2.0) for name in ("first", "second")}
+    assert select_candidate(NET, candidates, batches(), ends=[linear(1.0)]).name == "first"
+
+
 def test_figures_are_mean_losses_over_batches_of_unequal_size() -> None:
     state, data = linear(1.0, 3), [*labelled(linear(1.0), size=7, count=2), *labelled(linear(1.0), size=1, count=1)]
     found = select_candidate(NET, {"one": state}, data, loss=F.cross_entropy)
