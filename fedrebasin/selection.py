@@ -37,8 +37,8 @@ class Selection:
     name : str
     state : dict of str to Tensor
         As it was given or made.
-    measure : {"loss", "divergence", "distance"}
-        Divergence and distance are from the ensemble of the ends.
+    measure : {"loss", "distance"}
+        The distance is from the ensemble of the ends.
     figures : dict of str to float
         Of every candidate, in order; lower is better. NaN: it could not be made, or is not finite.
     examples : int

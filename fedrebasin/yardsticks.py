@@ -38,16 +38,20 @@ class ByLoss:
 class ByAgreement:
     """How far a network's (first) output is from the ensemble's, in the mean over each batch.
 
-    Rows of two or more numbers, ``(n, classes)``, are taken as logits (or as probabilities, where they are such), and
-    ``kind`` is ``"divergence"``: ``KL(softmax(sum_k c_k z_k) || p)``. Otherwise it is ``"distance"``: the mean squared
+    Rows of two or more numbers, ``(n, classes)``, are taken as logits (or as probabilities, where they are such): the
+    measure is the squared distance ``|p - softmax(sum_k c_k z_k)|^2``. For other outputs it is the mean squared
     difference to ``sum_k c_k z_k``, as a share of the ensemble's variance.
 
     Notes
     -----
     Why the mean of logits and not of probabilities: ends that saw few examples of a class are sure of themselves where
     they are wrong, the mean of probabilities is blunt there, and a candidate that is blunt too (a distilled one, or an
-    average whose activations have collapsed) agrees with it best. ``simulations/bench/selection.py`` measures both.
+    average whose activations have collapsed) agrees with it best. Why a squared distance and no divergence, which is
+    dear where one side is sure: how sure a merge is depends on its correction. ``simulations/bench/selection.py``
+    measures these and others.
     """
+
+    kind = "distance"
 
     def __init__(self, model: nn.Module, batches: Batches, ends: Sequence[State], weights: Sequence[float]) -> None:
         self.batches = batches
@@ -57,22 +61,18 @@ class ByAgreement:
             load(model, end)
             said = [weight * output for output in self._outputs(model)]
             self.goals = [a + b for a, b in zip(self.goals, said, strict=True)] if self.goals else said
-        rows = all(goal.ndim == 2 and goal.shape[1] > 1 for goal in self.goals)
-        self.kind = "divergence" if rows else "distance"
+        self.classes = all(goal.ndim == 2 and goal.shape[1] > 1 for goal in self.goals)
         numbers = torch.cat([goal.flatten() for goal in self.goals])
         self.variance = float(numbers.var(correction=0)) or 1.0
 
     def __call__(self, model: nn.Module) -> Tensor:
         """One number for each batch, float64; lower is better."""
         pairs = zip(self.goals, self._outputs(model), strict=True)
-        far = self._divergence if self.kind == "divergence" else self._distance
-        return torch.stack([far(goal, output) for goal, output in pairs]).cpu()
-
-    def _divergence(self, goal: Tensor, output: Tensor) -> Tensor:
-        log_q, log_p = goal.log_softmax(1), output.log_softmax(1)
-        return (log_q.exp() * (log_q - log_p)).sum(1).mean()
+        return torch.stack([self._distance(goal, output) for goal, output in pairs]).cpu()
 
     def _distance(self, goal: Tensor, output: Tensor) -> Tensor:
+        if self.classes:
+            return (output.softmax(1) - goal.softmax(1)).square().sum(1).mean()
         return (output - goal).square().mean() / self.variance
 
     @torch.no_grad()

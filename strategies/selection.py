@@ -4,7 +4,7 @@ Candidates are what the inner strategy made of the aligned replies, and in a rou
 the average of the replies as they came; each as it is and with every correction. Where there are targets and a loss,
 each reply alone and the model that was sent compete too, and have to be better beyond chance. Metrics:
 ``rebasin-selected``, the place of what is kept in ``Selector.names``, and ``rebasin-MEASURE-CANDIDATE`` for each
-candidate, where MEASURE is ``loss``, or without one ``divergence`` or ``distance`` (from the ensemble). A round holds
+candidate, where MEASURE is ``loss``, or without one ``distance`` (from the ensemble). A round holds
 its replies in memory up to twice more, as they came and aligned.
 """
 

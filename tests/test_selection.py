@@ -70,16 +70,16 @@ def test_without_a_loss_targets_are_not_looked_at_and_agreement_decides() -> Non
     by_agreement = select_candidate(NET, candidates, labelled(true), ends=[said])
     no_targets = select_candidate(NET, candidates, batches(), ends=[said], loss=F.cross_entropy)
     assert (by_loss.name, by_agreement.name, no_targets.name) == ("true", "said", "said")
-    assert by_agreement.measure == no_targets.measure == "divergence"
+    assert by_agreement.measure == no_targets.measure == "distance"
     assert by_agreement.figures["said"] == pytest.approx(0, abs=1e-12)
 
 
-def test_agreement_is_the_divergence_from_the_weighted_mean_of_logits() -> None:
+def test_agreement_is_the_distance_from_the_probabilities_of_the_weighted_mean_of_logits() -> None:
     ends, coefficients, state = [linear(1.0, seed) for seed in range(3)], [1.0, 2.0, 5.0], linear(1.5, 9)
     found = select_candidate(NET, {"one": state}, batches(), ends=ends, coefficients=coefficients)
     x = torch.cat(batches())
     mean = sum(c / 8 * logits(end, x) for c, end in zip(coefficients, ends, strict=True))
-    expected = F.kl_div(logits(state, x).log_softmax(1), torch.as_tensor(mean).softmax(1), reduction="batchmean")
+    expected = (logits(state, x).softmax(1) - torch.as_tensor(mean).softmax(1)).square().sum(1).mean()
     assert found.figures["one"] == pytest.approx(float(expected), rel=1e-10)
 
 
@@ -143,7 +143,7 @@ def test_a_candidate_that_cannot_be_made_is_left_out_and_each_is_made_once() -> 
     found = select_candidate(NET, {"fails": fails, "works": works}, batches(), ends=[linear(2.0)])
     assert (found.name, made) == ("works", ["fails", "works"])
     assert math.isnan(found.figures["fails"])
-    assert str(found).startswith("works is kept; divergence from the ensemble on 48 examples: fails nan, works 0.")
+    assert str(found).startswith("works is kept; distance from the ensemble on 48 examples: fails nan, works 0.")
 
 
 def constant(value: float) -> State:

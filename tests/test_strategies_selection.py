@@ -61,11 +61,11 @@ def test_permuted_replies_are_kept_aligned_byte_for_byte_where_no_correction_is_
     assert arrays is not None and plain is not None and metrics is not None
     assert kept(strategy, metrics) == "aligned"
     assert same_bytes(arrays, plain)
-    figures = {name: value for name, value in metrics.items() if name.startswith("rebasin-divergence-")}
+    figures = {name: value for name, value in metrics.items() if name.startswith("rebasin-distance-")}
     assert list(figures) == [
-        f"rebasin-divergence-{name}" for name in ("plain", "plain+repair", "aligned", "aligned+repair")
+        f"rebasin-distance-{name}" for name in ("plain", "plain+repair", "aligned", "aligned+repair")
     ]
-    assert figures["rebasin-divergence-plain"] > 100 * figures["rebasin-divergence-aligned"]  # type: ignore[operator]
+    assert figures["rebasin-distance-plain"] > 100 * figures["rebasin-distance-aligned"]  # type: ignore[operator]
     assert all(isinstance(value, float | int) for value in metrics.values())
 
 
@@ -106,8 +106,8 @@ def test_the_plain_average_is_a_candidate_where_the_inner_strategy_averages(inne
     )
     _, metrics = play_round(strategy, SENT, replies())
     assert metrics is not None
-    assert ("rebasin-divergence-plain+reset-batchnorm" in metrics) == plain
-    assert "rebasin-divergence-aligned+reset-batchnorm" in metrics
+    assert ("rebasin-distance-plain+reset-batchnorm" in metrics) == plain
+    assert "rebasin-distance-aligned+reset-batchnorm" in metrics
 
 
 def test_the_plain_candidate_is_the_average_of_the_replies_as_they_came() -> None:
@@ -131,7 +131,7 @@ def test_where_nothing_moves_the_plain_average_is_no_other_candidate() -> None:
     _, metrics = play_round(selecting(), SENT, [trained_copy(SENT, seed) for seed in (1, 2)])
     assert metrics is not None
     assert metrics["rebasin-moved-fraction"] == 0
-    assert "rebasin-divergence-plain" not in metrics
+    assert "rebasin-distance-plain" not in metrics
 
 
 def test_no_correction_and_no_matching_sees_the_examples_that_are_measured_on() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,18 +40,8 @@ FEDERATIONS = (
 )
 
 
-def play_rounds(data: Dataset, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def play(data: Dataset, federation: Federation, variant: str, seed: int) -> dict[str, Any]:
     """Test loss and accuracy of every round, and what was kept, with labels on the server."""
-    rows = []
-    for federation in FEDERATIONS:
-        for variant in VARIANTS:
-            for seed in seeds:
-                rows.append(_play(data, federation, variant, seed))
-            print(federation, variant, [row["top1"][-1] for row in rows[-len(seeds) :]], flush=True)
-    return rows
-
-
-def _play(data: Dataset, federation: Federation, variant: str, seed: int) -> dict[str, Any]:
     order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(11))
     server, clients = order[:SERVERS], order[SERVERS:]
     partition = parse_partition(federation.partition)
