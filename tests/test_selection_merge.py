@@ -40,6 +40,7 @@ def test_merge_modules_keeps_the_aligned_average_of_permuted_copies() -> None:
 def test_merge_modules_measures_on_examples_that_no_correction_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, set[float]] = {"corrected": set(), "measured": set()}
     names = []
+    given: dict[str, Any] = {}
     correct, select = module.correct, merge_modules.__globals__["select_candidate"]
 
     def spy_on_correct(name: str, setting: Any, merged: State, ends: Any) -> State:
@@ -51,15 +52,25 @@ def test_merge_modules_measures_on_examples_that_no_correction_saw(monkeypatch: 
         seen["measured"] |= {float(x) for batch in held_out for x in batch[0][:, 0]}
         found = select(net, candidates, held_out, **options)
         names.extend(found.figures)
+        given.update(options)
         return found
 
     monkeypatch.setattr(module, "correct", spy_on_correct)
     monkeypatch.setitem(merge_modules.__globals__, "select_candidate", spy_on_select)
     data = [(torch.randn(100, 4), torch.randint(3, (100,))) for _ in range(2)]
     wanted = ["repair", "least-squares"]
+    models = nets(2)
     merge_modules(
-        nets(2), (data[0][0],), calibration=data, correction=wanted, select="calibration", loss=F.cross_entropy
+        *(models, (data[0][0],)),
+        calibration=data,
+        coefficients=[3, 1],
+        correction=wanted,
+        select="calibration",
+        loss=F.cross_entropy,
     )
+    assert given["coefficients"] == [0.75, 0.25]
+    for end, model in zip(given["ends"], models, strict=True):
+        assert all(torch.equal(end[name], tensor) for name, tensor in model.state_dict().items())
     assert names[:4] == wanted * 2
     paths = [f"{path}{end}" for path in ("plain", "aligned") for end in ("", *(f"+{name}" for name in wanted))]
     assert names[4:] == [*paths, "model 0", "model 1"]
