@@ -159,7 +159,10 @@ def measure_case(data: Dataset, case: tuple[int, float, str, int], seed: int, fo
 def _task(kind: str, what: Any, seed: int, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = load_dataset("digits", None)
-    return measure_case(data, what, seed, folder) if kind == "rows" else play(data, *what, seed)
+    if kind == "rows":
+        return measure_case(data, what, seed, folder)
+    federation, variant = what
+    return play(data, federation, variant, seed)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def kept(result: Result) -> tuple[Sequence[str], Rows]:
     """How often the best is kept, and what is lost when it is not, beside what is kept without selection."""
     columns = "width, split|corrections|kept by|best by loss|best by top-1|loss lost|points lost".split("|")
     rows = []
-    for case, found in _cases(result, calibration="server", images=347):
+    for case, found in _cases(result):
         for name, corrections in result["sets"].items():
             if found[0]["width"] < 512 and name == "all":
                 continue
