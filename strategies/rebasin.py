@@ -251,7 +251,7 @@ class Rebasin(Strategy):
         if self._selector is None:
             corrected = self._correct(model, aligned.ends, coefficients)
         else:
-            found = Round(sent, model, plain, aligned.ends, screened.replies)
+            found = Round(model, plain, aligned.ends, screened.replies)
             corrected, figures = self._selector.choose(found)
         if outside or corrected is not None:
             model = model if corrected is None else corrected

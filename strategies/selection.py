@@ -2,10 +2,12 @@
 
 Candidates are what the inner strategy made of the aligned replies, and in a round apart, or around FedAvg and FedProx,
 the average of the replies as they came; each as it is and with every correction. Where there are targets and a loss,
-each reply alone and the model that was sent compete too, and have to be better beyond chance. Metrics:
-``rebasin-selected``, the place of what is kept in ``Selector.names``, and ``rebasin-MEASURE-CANDIDATE`` for each
-candidate, where MEASURE is ``loss``, or without one ``distance`` (from the ensemble). A round holds
-its replies in memory up to twice more, as they came and aligned.
+each reply alone competes too, and has to be better beyond chance. The model that was sent does not: clients that train
+from it once more bring back much the same, and federations stopped there for good (README).
+
+Metrics: ``rebasin-selected``, the place of what is kept in ``Selector.names``, and ``rebasin-MEASURE-CANDIDATE`` for
+each candidate, where MEASURE is ``loss``, or without one ``distance`` (from the ensemble). A round holds its replies in
+memory up to twice more, as they came and aligned.
 """
 
 from __future__ import annotations
@@ -35,8 +37,6 @@ from fedrebasin.yardsticks import Loss
 State = dict[str, Tensor]
 #: how the best of the replies themselves is called
 CLIENT = "best-client"
-#: the model before the round
-SENT = "sent"
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Round:
 
     Attributes
     ----------
-    sent, model : ArrayRecord
-        The model before the round, and what the inner strategy made of the aligned replies.
+    model : ArrayRecord
+        What the inner strategy made of the aligned replies.
     plain : list of ArrayRecord
         The replies as they came; empty where their average is no candidate.
     ends : list of state dict
@@ -54,7 +54,6 @@ class Round:
     replies : list of Reply
     """
 
-    sent: ArrayRecord
     model: ArrayRecord
     plain: list[ArrayRecord]
     ends: list[State]
@@ -91,7 +90,7 @@ class Selector:
         paths = [
             f"{path}{end}" for path in ("plain", "aligned") for end in ("", *(f"+{one}" for one in self.corrections))
         ]
-        object.__setattr__(self, "names", (*paths, CLIENT, SENT))
+        object.__setattr__(self, "names", (*paths, CLIENT))
 
     def choose(self, found: Round) -> tuple[ArrayRecord | None, dict[str, float]]:
         """The model to keep, ``None`` if it is the one that is there, and the figures as metrics.
@@ -125,7 +124,7 @@ class Selector:
             *(self.model, candidates, self.held_out),
             ends=found.ends,
             coefficients=coefficients,
-            alone={**clients, SENT: record_to_state(found.sent)},
+            alone=clients,
             loss=self.loss,
             device=self.device,
         )

@@ -98,11 +98,13 @@ def rounds(result: Result) -> tuple[Sequence[str], Rows]:
 
 
 def _cases(result: Result, **chosen: Any) -> list[tuple[str, list[Result]]]:
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    groups: dict[str, list[Result]] = {}
     for row in result["rows"]:
         if all(row[key] == value for key, value in chosen.items()):
-            groups.setdefault((row["width"], row["held"], row["images"]), []).append(row)
-    return [(f"{width}, {100 * held:.0f}/{100 - 100 * held:.0f}", found) for (width, held, _), found in groups.items()]
+            whose = "" if row["calibration"] == "server" else ", images of the clients"
+            case = f"{row['width']}, {100 * row['held']:.0f}/{100 - 100 * row['held']:.0f}{whose}"
+            groups.setdefault(case, []).append(row)
+    return list(groups.items())
 
 
 def _competitors(corrections: Sequence[str]) -> list[str]:
