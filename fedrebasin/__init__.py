@@ -22,6 +22,7 @@ from fedrebasin.errors import (
     TraceError,
     UnsupportedOpError,
 )
+from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import (
     ManyMatching,
     Matching,
@@ -37,6 +38,7 @@ from fedrebasin.merge import align, interpolate, merge, merge_modules
 from fedrebasin.optimizer import permute_optimizer
 from fedrebasin.perms import compose, identity_perms, invert, moved_fraction, random_perms
 from fedrebasin.permute import permute
+from fedrebasin.selection import Selection, select_candidate
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
@@ -50,6 +52,7 @@ __all__ = [
     "Matching",
     "PermutationSpec",
     "RebasinError",
+    "Selection",
     "SpecMismatchError",
     "TraceError",
     "UnsupportedOpError",
@@ -82,7 +85,9 @@ __all__ = [
     "rescale",
     "reset_batchnorm",
     "reshift",
+    "select_candidate",
     "sinkhorn_matching",
+    "split_calibration",
     "straight_through_matching",
     "trace",
     "weight_matching",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fedrebasin.check import check_spec
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
-from fedrebasin.errors import RebasinError, SpecMismatchError
+from fedrebasin.errors import CalibrationError, RebasinError, SpecMismatchError
+from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import match_many, weight_matching
 from fedrebasin.permute import like_state, permute
+from fedrebasin.selection import corrected, names_of, select_candidate
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trace import trace
 
@@ -130,7 +132,9 @@ def merge_modules(
     *,
     calibration: Iterable[Any] | None = None,
     coefficients: Sequence[float] | None = None,
-    correction: str | None = "repair",
+    correction: str | Sequence[str] | None = "repair",
+    select: str | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Trace, prove, match, average and, with calibration data, correct: one new module out of several.
@@ -147,7 +151,14 @@ def merge_modules(
         As for :func:`merge`.
     correction : str, optional
         What follows the average: a name in :data:`fedrebasin.corrections.methods.CORRECTIONS`, such as
-        ``"least-squares"``, or ``None``.
+        ``"least-squares"``, or ``None``; several of them where ``select`` is given.
+    select : {"calibration"}, optional
+        Keep the best of: the average of the models as they are and of the aligned ones, each as it is and with each
+        correction; and each model alone, where there is a loss. A quarter of ``calibration`` is kept apart for it, and
+        the figures are logged (level INFO). See :func:`fedrebasin.select_candidate`.
+    loss : callable, optional
+        ``loss(output, target)``, a mean over the batch; with it and targets ``select`` goes by loss, otherwise by
+        agreement with the models' ensemble.
 
     Returns
     -------
@@ -166,16 +177,28 @@ def merge_modules(
     torch.Size([1, 2])
     """
     weights = check_coefficients(coefficients, len(modules))
-    if correction is not None and correction not in CORRECTIONS:
-        raise RebasinError(f"correction: expected None or one of {', '.join(CORRECTIONS)}; got {correction!r}")
+    corrections = names_of(correction, several=select is not None)
+    if select not in (None, "calibration"):
+        raise RebasinError(f"select: expected None or 'calibration'; got {select!r}")
+    if select is not None and calibration is None:
+        raise CalibrationError(f"select={select!r} needs calibration, a collection of input batches")
     spec = check_spec(modules[0], trace(modules[0], example_inputs), example_inputs, seed=seed)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)
     aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, states, strict=True)]
     merged: Mapping[str, Tensor] = merge(aligned, coefficients=weights)
-    if correction is not None and (calibration is not None or not CORRECTIONS[correction].inputs):
+    if select is not None and calibration is not None:
+        fit, held_out = split_calibration(modules[0], calibration, seed=seed)
+        setting = Setting(modules[0], fit, weights, example_inputs, seed)
+        candidates = corrected("plain", merge(states, coefficients=weights), states, setting, corrections)
+        candidates |= corrected("aligned", merged, aligned, setting, corrections)
+        alone = {f"model {place}": state for place, state in enumerate(states)}
+        merged = select_candidate(
+            *(modules[0], candidates, held_out), ends=states, coefficients=weights, alone=alone, loss=loss
+        ).state
+    elif corrections and (calibration is not None or not CORRECTIONS[corrections[0]].inputs):
         setting = Setting(modules[0], calibration, weights, example_inputs, seed)
-        merged = correct(correction, setting, merged, aligned)
+        merged = correct(corrections[0], setting, merged, aligned)
     result = copy.deepcopy(modules[0])
     result.load_state_dict(merged)
     return result.eval()

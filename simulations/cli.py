@@ -11,7 +11,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedrebasin.simulations.cli_options import DataPath, Device, Matching, Model, Norm, Output, Seeds, Width
+from fedrebasin.simulations.cli_options import DataPath, Device, Matching, Model, Norm, Output, Seeds, Select, Width
 
 app = typer.Typer(
     name="fedrebasin",
@@ -52,9 +52,10 @@ def compare(
         typer.Option(
             help="none, repair, reset-batchnorm, rescale, reshift, closed-form, bias-normalisation, least-squares, "
             "regmean or distill; on the clients' own data federated-repair[-at-once], federated-least-squares[-prior], "
-            "federated-regmean; a strategy's +NAME wins."
+            "federated-regmean; a strategy's +NAME wins; with --select several, with commas between."
         ),
     ] = "none",
+    select: Select = "none",
     calibration: Annotated[
         int, typer.Option(min=1, help="Images for corrections (federated: of each node) and matching.")
     ] = 1000,
@@ -82,6 +83,7 @@ def compare(
             reference=reference,
             matching=matching,
             correction=correction,
+            select=select,
             calibration=calibration,
             server_lr=server_lr,
             proximal_mu=proximal_mu,

@@ -17,6 +17,9 @@ Matching = Annotated[
     str,
     typer.Option(help="weight, frank-wolfe or sinkhorn; on data: activation, activation+weight or straight-through."),
 ]
+Select = Annotated[
+    str, typer.Option(help="none; calibration: each round keeps the best model by agreement on calibration images.")
+]
 Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]

@@ -37,6 +37,7 @@ VARIANTS = {
     "federated-least-squares-prior": ("federated-least-squares", FederatedOptions(label_prior=True)),
 }
 CORRECTIONS = ("none", *correction_methods.CORRECTIONS, *FEDERATED, *VARIANTS)
+SELECTS = ("none", "calibration")
 _NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
 
 
@@ -69,15 +70,19 @@ def parse_strategies(text: str) -> list[str]:
     return names
 
 
-def check_words(reference: str, matching: str, correction: str) -> None:
+def check_words(reference: str, matching: str, correction: str, select: str = "none") -> None:
     """Refuse a word that the strategies do not know, before anything starts.
 
-    >>> check_words("auto", "weight", "none")
+    >>> check_words("auto", "weight", "repair,least-squares", "calibration")
     """
+    corrections = correction.split(",")
+    if select == "none" and len(corrections) > 1:
+        raise UsageError(f"--correction: several need --select calibration; got {correction!r}")
     for option, word, known in (
         ("reference", reference, REFERENCES),
         ("matching", matching, MATCHINGS),
-        ("correction", correction, CORRECTIONS),
+        *(("correction", one, CORRECTIONS) for one in corrections),
+        ("select", select, SELECTS),
     ):
         if word not in known:
             raise UsageError(f"--{option}: expected one of {', '.join(known)}; got {word!r}")
@@ -112,6 +117,7 @@ def make_strategy(
     reference: str,
     matching: str,
     correction: str,
+    select: str = "none",
     server_lr: float,
     proximal_mu: float,
     seed: int,
@@ -124,7 +130,9 @@ def make_strategy(
     calibration : sequence of Tensor or (Tensor, Tensor)
         Batches of inputs, with labels for a matching that needs them; only strategies that use data get them.
     correction : str
-        For re-basin strategies whose name has no ``+CORRECTION``.
+        For re-basin strategies whose name has no ``+CORRECTION``; with ``select`` several, with commas between.
+    select : {"none", "calibration"}
+        Whether re-basin strategies keep the best of a round's models.
     server_lr : float
         FedAdam's, FedYogi's and FedAdagrad's eta.
     """
@@ -143,11 +151,14 @@ def make_strategy(
         "device": device,
     }
     federated = chosen in FEDERATED or chosen in VARIANTS
-    if chosen in VARIANTS:
+    corrections = [name for name in chosen.split(",") if name != "none"]
+    if select != "none":
+        options |= {"select": select, "correction": corrections}
+    elif chosen in VARIANTS:
         options["correction"], options["federated"] = VARIANTS[chosen]
-    elif chosen != "none" or METHODS[matching].inputs:
-        options["correction"] = None if chosen == "none" else chosen
-    if METHODS[matching].inputs or not (chosen == "none" or federated):
+    elif corrections or METHODS[matching].inputs:
+        options["correction"] = corrections[0] if corrections else None
+    if select != "none" or METHODS[matching].inputs or (corrections and not federated):
         options["calibration"] = calibration
     if METHODS[matching].targets:
         options["loss"] = F.cross_entropy

@@ -42,6 +42,7 @@ class Settings:
     reference: str = "auto"
     matching: str = "weight"
     correction: str = "none"
+    select: str = "none"
     calibration: int = 1000
     server_lr: float = 0.01
     proximal_mu: float = 0.01
@@ -123,7 +124,7 @@ def resolve(settings: Settings) -> Settings:
     parse_partition(settings.partition)
     parse_seeds(settings.seeds)
     parse_strategies(settings.strategies)
-    check_words(settings.reference, settings.matching, settings.correction)
+    check_words(settings.reference, settings.matching, settings.correction, settings.select)
     chosen = settings.model or model
     return replace(
         settings,

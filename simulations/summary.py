@@ -231,6 +231,11 @@ def _method(results: Results) -> str:
         text += f" Federated corrections used up to {settings['calibration']} of each client's own training images."
     if not all(name.startswith("federated-") for name in used):
         text += f" Corrections used {settings['calibration']} training images without labels on the server."
+    if settings.get("select", "none") != "none":  # files of earlier versions have no such setting
+        text += (
+            " Re-basin strategies kept the best of each round's models by agreement with the clients' ensemble, on a "
+            f"quarter of {settings['calibration']} training images that no correction used."
+        )
     method = METHODS[settings["matching"]]
     if method.inputs:
         labels = "their labels" if method.targets else "no labels"

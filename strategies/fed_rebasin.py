@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedrebasin import PermutationSpec
 from fedrebasin.corrections.federated import FederatedOptions
 from fedrebasin.strategies.network import Model
+from fedrebasin.strategies.options import Correction
 from fedrebasin.strategies.rebasin import Rebasin
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
@@ -57,7 +58,7 @@ class FedRebasin(Rebasin):
         calibration: Any = None,
         reference: str = "auto",
         matching: str = "weight",
-        correction: str | None = "default",
+        correction: Correction = "default",
         federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,

@@ -41,6 +41,15 @@ class Matcher:
         return METHODS[self.name].given(self.setting.loss).inputs
 
 
+def uses_loss(name: str) -> bool:
+    """Whether a method has a use for a loss.
+
+    >>> uses_loss("straight-through"), uses_loss("weight")
+    (True, False)
+    """
+    return METHODS[name].targets or METHODS[name].choice
+
+
 def build_matcher(
     name: str,
     spec: PermutationSpec,
@@ -69,8 +78,10 @@ def build_matcher(
     """
     method = METHODS[name].given(loss)
     if loss is not None and not method.targets:
-        users = " and ".join(repr(other) for other, one in METHODS.items() if one.targets or one.choice)
-        raise UsageError(f"loss: only matching={users} use it so far; leave it out with matching={name!r}")
+        users = " and ".join(repr(other) for other in METHODS if uses_loss(other))
+        raise UsageError(
+            f"loss: only matching={users} and select='calibration' use it; leave it out with matching={name!r}"
+        )
     matcher = Matcher(name, Setting(spec, seed=seed, device=device))
     if not method.inputs:
         return matcher

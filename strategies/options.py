@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flwr.server import strategy as legacy
@@ -23,19 +23,21 @@ from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS, check_joint
+from fedrebasin.selection import names_of
 
+Correction = str | Sequence[str] | None  # several only where something chooses among them
 JOINT_REFERENCES = ("merge-many",)
 BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
     "correction": (None, *CORRECTIONS, *FEDERATED),
-    "select": (None,),
+    "select": (None, "calibration"),
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": ("medoid", "cycle-consistent", "straight-through-many"),
     "matching": ("learned",),
     "correction": (),
-    "select": ("calibration",),
+    "select": (),
 }
 PRIVACY = (
     DifferentialPrivacyServerSideFixedClipping,
@@ -70,7 +72,7 @@ def check_option(name: str, value: object) -> None:
     raise UsageError(f"{name}: expected one of {built}; got {value!r}")
 
 
-def check_options(reference: str, matching: str, correction: str | None, *, select: object) -> None:
+def check_options(reference: str, matching: str, correction: Correction, *, select: object) -> None:
     """Refuse what is not built, and a reference that the matching cannot be used with.
 
     Examples
@@ -82,10 +84,17 @@ def check_options(reference: str, matching: str, correction: str | None, *, sele
     """
     check_option("reference", reference)
     check_option("matching", matching)
+    check_option("select", select)
     if correction != "default":
-        check_option("correction", correction)
-    if select is not None:
-        raise UsageError(f"select={select!r} is not built yet; values built now: None")
+        for name in [correction] if isinstance(correction, str | None) else correction:
+            check_option("correction", name)
+            if select is not None and name in FEDERATED:
+                raise UsageError(
+                    f"select={select!r} measures on the server's data, and correction={name!r} asks the clients; use "
+                    "one of them without the other"
+                )
+        if not isinstance(correction, str | None):
+            names_of(correction, several=select is not None)
     check_joint(matching, reference)
 
 
@@ -143,8 +152,13 @@ def check_strategy(strategy: object) -> None:
             raise UsageError(f"strategy: {name} aggregates trees, which have no hidden units to align")
 
 
-def check_guarded(guard: str, reference: str, correction: str | None) -> None:
+def check_guarded(guard: str, reference: str, correction: Correction, select: str | None = None) -> None:
     """Refuse, inside differential privacy or selection, what looks at the raw models of several clients."""
+    if guard and select is not None:
+        raise UsageError(
+            f"select={select!r}: under {guard} it would compare with the clients' raw models, and might keep one of "
+            "them, past clipping or selection; leave select out"
+        )
     if guard and reference not in ("auto", "global"):
         raise UsageError(
             f"reference={reference!r}: under {guard} one client's permutation would depend on the other clients' raw "
@@ -157,7 +171,7 @@ def check_guarded(guard: str, reference: str, correction: str | None) -> None:
             "models and data, without noise and outside the privacy accounting or the selection; use "
             "correction='reset-batchnorm' with calibration data on the server"
         )
-    if guard and correction in CORRECTIONS and CORRECTIONS[correction].ends:
+    if guard and isinstance(correction, str) and correction in CORRECTIONS and CORRECTIONS[correction].ends:
         raise UsageError(
             f"correction={correction!r}: under {guard} it would bring in the clients' raw models, past clipping or "
             "selection; use correction='reset-batchnorm', which needs the calibration data alone"

@@ -82,20 +82,23 @@ def part_of(
 
 
 def narrow(
-    spec: PermutationSpec, matcher: Matcher, arrays: ArrayRecord, correction: str | None, home: str
+    spec: PermutationSpec, matcher: Matcher, arrays: ArrayRecord, runs: str | None, home: str
 ) -> tuple[PermutationSpec, Matcher]:
     """The spec and the matcher of what the server is to send: the whole model, or a part of it.
+
+    ``runs`` names an option that runs the whole model, if there is one.
 
     Raises
     ------
     SpecMismatchError
         If ``arrays`` hold a tensor that the spec lacks, or one of another shape.
     UsageError
-        If a part is to travel, and the correction or the matching runs the whole model.
+        If a part is to travel, and an option or the matching runs the whole model.
     """
     if arrays and arrays.keys() < spec.axes.keys():
-        runs = f"correction={correction!r}" if correction else f"matching={matcher.name!r}"
-        if correction or matcher.runs_the_model:
+        if matcher.runs_the_model and runs is None:
+            runs = f"matching={matcher.name!r}"
+        if runs is not None:
             missing = next(name for name in spec.axes if name not in arrays)
             raise UsageError(
                 f"{runs} runs the whole model, and initial_arrays hold {len(arrays)} of its {len(spec.axes)} tensors, "

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 
 from fedrebasin import PermutationSpec
 from fedrebasin.corrections.federated import FederatedOptions
@@ -20,15 +20,15 @@ from fedrebasin.corrections.methods import Setting
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
+from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.beside import Beside, check_beside
 from fedrebasin.strategies.buffers import merge_buffers
-from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
-from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
-from fedrebasin.strategies.federated import TIMEOUT, build_queries
-from fedrebasin.strategies.matcher import build_matcher
+from fedrebasin.strategies.finish import build_finish
+from fedrebasin.strategies.matcher import build_matcher, uses_loss
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.network import Model, build_network, find_device
 from fedrebasin.strategies.options import (
+    Correction,
     chain,
     check_guarded,
     check_not_wrapped_by_privacy,
@@ -40,9 +40,10 @@ from fedrebasin.strategies.options import (
 from fedrebasin.strategies.part import check_home, narrow
 from fedrebasin.strategies.records import record_to_state, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen
+from fedrebasin.strategies.selection import Round, plain_replies
 
 
-class Rebasin(Strategy):
+class Rebasin(Around):
     """Align the clients' hidden units before another strategy aggregates them.
 
     Parameters
@@ -65,12 +66,19 @@ class Rebasin(Strategy):
     matching : str
         A name of ``METHODS``. Those on data need ``model`` and ``calibration``, ``"sinkhorn"`` too if a loss is given.
         All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
-    correction : str or None
+    correction : str, sequence of str or None
         A name of ``CORRECTIONS``; all but ``"bias-normalisation"`` need ``calibration``. ``"default"`` is ``"repair"``
         with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
         A name of ``FEDERATED`` asks the clients, which register ``answer_queries``, about their own data instead.
+        Several names with ``select``.
+    federated : FederatedOptions, optional
+        How a federated correction works.
+    select : {None, "calibration"}
+        Hand back the best of a round's models, plain, aligned and corrected (``selection.py``), measured on a quarter
+        of ``calibration`` that nothing else sees; the data is then read once, at construction, and held in memory.
     loss : callable, optional
-        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``.
+        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``, and for
+        ``select``, which goes by agreement with the replies' ensemble without it.
     beside : sequence of str
         Further ArrayRecords of the replies, with names and shapes of the weights (control variates, moments, an EMA):
         permuted with them, averaged by the same shares into ``strategy.beside``, and sent with the next model.
@@ -80,9 +88,6 @@ class Rebasin(Strategy):
     home : {"fixed", "relabelled"}
         Where ``initial_arrays`` are a part of the model, units that are tied to the rest are fixed; or they move, which
         only clients that relabel the rest by those permutations can bear.
-    federated : FederatedOptions, optional
-        How a federated correction works.
-    select : None
         Not built yet.
     checkpoint_dir : path, optional
         After every round the global model, the strategies' state, metrics and random states are written there; a run
@@ -105,7 +110,8 @@ class Rebasin(Strategy):
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
     ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies); of a federated correction also
-    ``rebasin-query-rounds``, ``rebasin-query-bytes`` (both ways, all nodes) and ``rebasin-query-left-out`` (nodes).
+    ``rebasin-query-rounds``, ``rebasin-query-bytes`` (both ways, all nodes) and ``rebasin-query-left-out`` (nodes);
+    with ``select`` those of ``selection.py``.
 
     References
     ----------
@@ -131,7 +137,7 @@ class Rebasin(Strategy):
         calibration: Any = None,
         reference: str = "auto",
         matching: str = "weight",
-        correction: str | None = "default",
+        correction: Correction = "default",
         federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
@@ -148,28 +154,31 @@ class Rebasin(Strategy):
         self.guard = guarded_by(strategy)
         self.device = find_device(device)
         check_options(reference, matching, correction, select=select)
-        check_guarded(self.guard, reference, correction)
+        check_guarded(self.guard, reference, correction, select)
         if self.guard and reference == "auto":
             log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)
         self.model, self.spec = build_network(model, example_inputs, spec, seed)
-        if correction == "default":
-            correction = default_correction(self.model, calibration, guarded=bool(self.guard))
-        check_calibration(
-            *(correction, self.model, calibration),
+        self._finish = build_finish(
+            *(correction, select, self.model, calibration),
+            federated=federated,
+            loss=loss,
             inputs=self.spec.inputs,
             example_inputs=example_inputs,
+            guarded=bool(self.guard),
+            seed=seed,
             device=self.device,
         )
+        calibration, loss = self._finish.calibration, loss if select is None or uses_loss(matching) else None
         self._matcher = build_matcher(
             matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
         )
-        self._queries = build_queries(correction, self.model, example_inputs, federated, self.device)
         self.strategy = strategy
         self.calibration = calibration
         self.example_inputs = example_inputs
         self.reference = reference
         self.matching = matching
-        self.correction = correction
+        self.correction = self._finish.correction
+        self.select = select
         self.seed = seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.arrayrecord_key = str(read_attribute(strategy, "arrayrecord_key", "arrays"))
@@ -182,51 +191,18 @@ class Rebasin(Strategy):
         )
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
-        self._timeout: float = TIMEOUT
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.strategy!r})"
-
-    @property
-    def beside(self) -> dict[str, ArrayRecord]:
-        """The last averages of the records that travel beside the weights; what is put here is what is sent."""
-        return self._beside.averages
 
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
         log(INFO, "\t├──> Rebasin settings:")
-        log(INFO, "\t│\t├── reference: %s", self.reference)
-        log(INFO, "\t│\t├── matching: %s", self.matching)
-        log(INFO, "\t│\t├── correction: %s", self.correction)
+        for name in ("reference", "matching", "correction", "select"):
+            log(INFO, "\t│\t├── %s: %s", name, getattr(self, name))
         log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
         log(INFO, "\t│\t├── seed: %s", self.seed)
         log(INFO, "\t│\t└── device: %s", self.device)
         self.strategy.summary()
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = TIMEOUT,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run the rounds, as every strategy does; with ``checkpoint_dir`` those that are left.
-
-        Raises
-        ------
-        UsageError
-            If the folder cannot be written, or what lies in it cannot be read or is of another run.
-        """
-        self._timeout = timeout
-        rest = (timeout, train_config, evaluate_config, evaluate_fn)
-        if self.checkpoint_dir is None:
-            return super().start(grid, initial_arrays, num_rounds, *rest)
-        return Checkpointed(self, self._beside, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -241,15 +217,15 @@ class Rebasin(Strategy):
         """
         if self._sent is None:
             check_not_wrapped_by_privacy()
-            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self.correction, self.home)
+            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self._finish.runs_the_model, self.home)
         self._sent = arrays
         trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._beside.attach(messages)
         self._messages = messages
-        if self._queries is not None:
-            self._queries.prepare(server_round, grid, messages, self._timeout)
+        if self._finish.queries is not None:
+            self._finish.queries.prepare(server_round, grid, messages, self._timeout)
         return messages
 
     def aggregate_train(
@@ -274,7 +250,10 @@ class Rebasin(Strategy):
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
-        keep_ends = outside or needs_ends(self.correction)
+        keep_ends = outside or self._finish.keeps_ends
+        plain = []
+        if self.select is not None:
+            plain = plain_replies(screened.replies, self.strategy, moves=alignment.moves, outside=outside)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         self._beside.settle(self.spec, alignment.perms, screened.replies, coefficients)
@@ -290,11 +269,10 @@ class Rebasin(Strategy):
             return None, metrics
         buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        corrected: ArrayRecord | None = None
+        setting = None
         if self.model is not None:
             setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
-            senders = [reply.node for reply in screened.replies]
-            corrected = correct_record(self.correction, setting, model, aligned.ends, senders, self._queries)
+        corrected, figures = self._finish.run(setting, Round(model, plain, aligned.ends, screened.replies))
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model)
@@ -303,15 +281,5 @@ class Rebasin(Strategy):
         metrics["rebasin-objective-gain"] = alignment.objective_gain
         metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
         metrics["rebasin-left-out"] = screened.left_out
-        metrics.update({} if self._queries is None else self._queries.metrics)
+        metrics.update(figures)
         return model, metrics
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Let the inner strategy configure the evaluation of the whole model."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the inner strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, replies)

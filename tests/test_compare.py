@@ -72,7 +72,21 @@ def test_a_rebasin_strategy_has_the_correction_that_its_name_says(
     assert strategy.strategy.min_train_nodes == 5
 
 
-def strategy_named(name: str) -> object:
+def test_every_rebasin_strategy_selects_from_the_corrections_that_are_named() -> None:
+    strategy: Any = strategy_named("fedrebasin", correction="repair,least-squares", select="calibration")
+    assert strategy._finish.selector.names[:3] == ("plain", "plain+repair", "plain+least-squares")
+    assert strategy._finish.selector.loss is None
+    bare: Any = strategy_named("rebasin:fedadam", select="calibration")
+    assert bare._selector.corrections == ()
+    with pytest.raises(UsageError, match="--select: expected one of none, calibration; got 'labels'"):
+        resolve(Settings(select="labels"))
+    with pytest.raises(UsageError, match="--correction: several need --select calibration; got 'repair,regmean'"):
+        resolve(Settings(correction="repair,regmean"))
+    with pytest.raises(UsageError, match=r"--correction: expected one of none, repair, .*; got 'mend'"):
+        resolve(Settings(correction="repair,mend", select="calibration"))
+
+
+def strategy_named(name: str, correction: str = "none", select: str = "none") -> object:
     settings = Settings(model="conv", width=4)
     data = load_dataset("digits")
     return make_strategy(
@@ -83,7 +97,8 @@ def strategy_named(name: str) -> object:
         calibration=[data.normalise(data.train_images[:8])],
         reference="auto",
         matching="weight",
-        correction="none",
+        correction=correction,
+        select=select,
         server_lr=0.1,
         proximal_mu=0.1,
         seed=0,

@@ -85,10 +85,14 @@ def dp_clients(inner: Strategy) -> Strategy:
             "federated: options for federated-repair, federated-least-squares, federated-regmean alone; got",
         ),
         ({"correction": "least-squares"}, "correction='least-squares' needs calibration"),
-        ({"select": "calibration"}, "select='calibration' is not built yet; values built now: None$"),
+        ({"select": "labels"}, "select: expected one of None, 'calibration'; got 'labels'$"),
+        (
+            {"select": "calibration", "calibration": BATCHES, "correction": "federated-repair"},
+            "select='calibration' measures on the server's data, and correction='federated-repair' asks the clients",
+        ),
         (
             {"loss": torch.nn.functional.cross_entropy},
-            "loss: only matching='straight-through' and 'sinkhorn' use it so far; leave it out with matching='weight'",
+            "loss: only matching='straight-through' and 'sinkhorn' and select='calibration' use it; leave it out with",
         ),
         ({"correction": "repair"}, "correction='repair' needs calibration"),
         (

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedrebasin.simulations.bench import selection_tables
 from fedrebasin.simulations.bench.tables_client import secure, server_cost
 
 Result = Mapping[str, Any]
@@ -107,4 +108,5 @@ TABLES = {
     "clients": clients,
     "secure": secure,
     "server-cost": server_cost,
+    **selection_tables.TABLES,
 }

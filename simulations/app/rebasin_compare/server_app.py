@@ -102,6 +102,7 @@ class Arena:
             reference=self.settings.reference,
             matching=self.settings.matching,
             correction=self.settings.correction,
+            select=self.settings.select,
             server_lr=self.settings.server_lr,
             proximal_mu=self.settings.proximal_mu,
             seed=self.seed,

@@ -1,0 +1,249 @@
+"""Which of several models is kept: measured on data with which none of them was made."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.corrections.working import load, working_copy
+from fedrebasin.errors import CalibrationError, RebasinError, first_line
+from fedrebasin.yardsticks import ByAgreement, ByLoss, Loss
+
+LOGGER = logging.getLogger("fedrebasin")
+State = Mapping[str, Tensor]
+#: A state dict, or a function that makes it when its turn has come.
+Candidate = State | Callable[[], State]
+#: With this confidence a model alone must be better than the best merge.
+CONFIDENCE = 0.975
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept, and why.
+
+    Attributes
+    ----------
+    name : str
+    state : dict of str to Tensor
+        As it was given or made.
+    measure : {"loss", "distance"}
+        The distance is from the ensemble of the ends.
+    figures : dict of str to float
+        Of every candidate, in order; lower is better. NaN: it could not be made, or is not finite.
+    examples : int
+        On which they were measured.
+    """
+
+    name: str
+    state: State
+    measure: str
+    figures: dict[str, float]
+    examples: int
+
+    def __str__(self) -> str:
+        what = self.measure if self.measure == "loss" else f"{self.measure} from the ensemble"
+        table = ", ".join(f"{name} {figure:.4g}" for name, figure in self.figures.items())
+        return f"{self.name} is kept; {what} on {self.examples} examples: {table}"
+
+
+def select_candidate(
+    net: nn.Module,
+    candidates: Mapping[str, Candidate],
+    held_out: Iterable[Any],
+    *,
+    ends: Sequence[State] = (),
+    coefficients: Sequence[float] | None = None,
+    alone: Mapping[str, Candidate] | None = None,
+    loss: Loss | None = None,
+    device: torch.device | str | None = None,
+) -> Selection:
+    """Keep the best of several state dicts: by loss where there are targets, else by agreement with the ensemble.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Of the architecture; its own weights are not used.
+    candidates : dict of str to state dict, or to a function of no arguments that returns one
+        Merges; of equal ones the first is kept. They are made one after the other, and one that raises or holds a NaN
+        or an infinity is never kept.
+    held_out : iterable of batches
+        With which no candidate was made; see :func:`fedrebasin.split_calibration`.
+    ends : sequence of state dict
+        The ensemble; needed where there are no targets or no loss.
+    coefficients : sequence of float, optional
+        The ends' weights in the ensemble; equal by default.
+    alone : dict, optional
+        Models that leave out what the others have learnt, such as a single end. One is kept only if its loss is lower
+        than the best merge's beyond chance (97.5%, Student's t on the batches' differences): on few examples a single
+        model would often seem the best. Without a loss they are not looked at: each agrees with itself in the ensemble.
+    loss : callable, optional
+        ``loss(output, target)``, a mean over the batch.
+    device : torch.device or str, optional
+        Where the network runs; by default where the first candidate is.
+
+    Returns
+    -------
+    Selection
+
+    Raises
+    ------
+    CalibrationError
+        If there is neither a loss with targets nor an ensemble, or some batches have targets and others not.
+    RebasinError
+        If there is no candidate, or none that is finite.
+
+    Notes
+    -----
+    Agreement is measured as in :class:`fedrebasin.yardsticks.ByAgreement`.
+
+    Examples
+    --------
+    >>> net = nn.Linear(2, 2)
+    >>> good, bad = net.state_dict(), {"weight": torch.zeros(2, 2), "bias": torch.ones(2)}
+    >>> select_candidate(net, {"bad": bad, "good": good}, [torch.randn(8, 2)], ends=[good]).name
+    'good'
+    """
+    if not candidates:
+        raise RebasinError("candidates: expected one state dict or more; got none")
+    model = working_copy(net, net.state_dict(), device if device is not None else _where(candidates, ends))
+    yardstick = _yardstick(model, held_out, ends, coefficients, loss)
+    merges = _Contest(model, yardstick)
+    for name, candidate in candidates.items():
+        merges.enter(name, candidate)
+    others = _Contest(model, yardstick)
+    for name, candidate in (alone or {}).items() if yardstick.kind == "loss" else ():
+        others.enter(name, candidate)
+    winner = merges
+    if others.state and (not merges.state or _better(others.values, merges.values, yardstick.sizes)):
+        winner = others
+    if not winner.state:
+        names = ", ".join(candidates)
+        raise RebasinError(f"candidates: expected one that is finite; none of {names} is; check the ends")
+    figures = merges.figures | others.figures
+    found = Selection(winner.name, winner.state, yardstick.kind, figures, sum(yardstick.sizes))
+    LOGGER.info("%s", found)
+    return found
+
+
+def corrected(
+    name: str, merged: State, ends: Sequence[State], setting: Setting, corrections: Sequence[str]
+) -> dict[str, Candidate]:
+    """``name``, the average as it is, and ``name+correction`` for each correction, made when its turn has come.
+
+    Examples
+    --------
+    >>> state = nn.Linear(2, 2).state_dict()
+    >>> list(corrected("aligned", state, [state], Setting(nn.Linear(2, 2)), ["repair", "least-squares"]))
+    ['aligned', 'aligned+repair', 'aligned+least-squares']
+    """
+    made = {f"{name}+{one}": partial(correct, one, setting, merged, ends) for one in corrections}
+    return {name: merged, **made}
+
+
+def names_of(correction: str | Sequence[str] | None, *, several: bool) -> tuple[str, ...]:
+    """The corrections that are asked for, each known and, without ``several``, one at most.
+
+    Examples
+    --------
+    >>> names_of(None, several=False), names_of("repair", several=False), names_of(["repair", "regmean"], several=True)
+    ((), ('repair',), ('repair', 'regmean'))
+    """
+    names = () if correction is None else (correction,) if isinstance(correction, str) else tuple(correction)
+    for name in names:
+        if name not in CORRECTIONS:
+            raise RebasinError(f"correction: expected None or one of {', '.join(CORRECTIONS)}; got {name!r}")
+    if not isinstance(correction, str | None) and not several:
+        raise RebasinError(
+            f"correction: several need something that chooses among them; got {correction!r}; give "
+            "select='calibration', or one name"
+        )
+    if len(set(names)) < len(names):
+        raise RebasinError(f"correction: expected each name once; got {correction!r}")
+    return names
+
+
+class _Contest:
+    """The best of the models that have been entered; only its state dict is held."""
+
+    def __init__(self, model: nn.Module, yardstick: ByLoss | ByAgreement) -> None:
+        self.model, self.yardstick = model, yardstick
+        self.name, self.values = "", torch.tensor([])
+        self.state: State = {}
+        self.figures: dict[str, float] = {}
+
+    def enter(self, name: str, candidate: Candidate) -> None:
+        self.figures[name] = math.nan
+        try:
+            state = candidate() if callable(candidate) else candidate
+        except (RebasinError, RuntimeError) as error:
+            LOGGER.warning("candidate %s could not be made (%s)", name, first_line(error))
+            return
+        load(self.model, state)
+        values = self.yardstick(self.model)
+        figure = _mean(values, self.yardstick.sizes)
+        if not (math.isfinite(figure) and all(bool(tensor.isfinite().all()) for tensor in state.values())):
+            LOGGER.warning("candidate %s holds a NaN or an infinity, or its outputs do", name)
+            return
+        self.figures[name] = figure
+        if not self.state or figure < self.figures[self.name]:
+            self.name, self.state, self.values = name, state, values
+
+
+def _yardstick(
+    model: nn.Module,
+    held_out: Iterable[Any],
+    ends: Sequence[State],
+    coefficients: Sequence[float] | None,
+    loss: Loss | None,
+) -> ByLoss | ByAgreement:
+    where = next(iter(model.state_dict().values())).device
+    batches = Batches(held_out, inputs=count_inputs(model), name="held_out", device=where)
+    labelled = {target is not None for _, _, target in batches}
+    if loss is not None and len(labelled) > 1:
+        raise CalibrationError("held_out: expected targets in all batches or in none; some have none")
+    if loss is not None and labelled == {True}:
+        return ByLoss(batches, loss)
+    if not ends:
+        raise CalibrationError(
+            "held_out: without targets and loss=, candidates are measured by agreement with the ensemble; give ends="
+        )
+    return ByAgreement(model, batches, ends, check_coefficients(coefficients, len(ends)))
+
+
+def _mean(values: Tensor, sizes: Sequence[int]) -> float:
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    return float((values * weights).sum() / weights.sum())
+
+
+def _better(values: Tensor, others: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether ``values`` are lower than ``others`` beyond chance, batch by batch.
+
+    >>> _better(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.1, 3.9]), [1, 1, 1])
+    True
+    >>> _better(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 2.1, 2.9]), [1, 1, 1])
+    False
+    """
+    count = len(sizes)
+    if count < 2:
+        return False
+    gains, weights = (others - values).double(), torch.tensor(sizes, dtype=torch.float64)
+    weights = weights / weights.sum()
+    mean = float((weights * gains).sum())
+    error = math.sqrt(count / (count - 1) * float((weights * (gains - mean)).square().sum()))
+    return mean > float(stats.t.ppf(CONFIDENCE, count - 1)) * error
+
+
+def _where(candidates: Mapping[str, Candidate], ends: Sequence[State]) -> torch.device:
+    states = [*ends, *(candidate for candidate in candidates.values() if not callable(candidate))]
+    return next((tensor.device for state in states for tensor in state.values()), torch.device("cpu"))

@@ -1,0 +1,70 @@
+"""A strategy around another one: it runs the rounds, with checkpoints if asked, and leaves evaluation to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedrebasin.strategies.beside import Beside
+from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
+from fedrebasin.strategies.federated import TIMEOUT
+
+
+class Around(Strategy):
+    """What :class:`Rebasin` does not change of the strategy inside.
+
+    Attributes
+    ----------
+    strategy : Strategy
+    checkpoint_dir : Path or None
+    """
+
+    strategy: Strategy
+    checkpoint_dir: Path | None
+    _beside: Beside
+    _timeout: float = TIMEOUT
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.strategy!r})"
+
+    @property
+    def beside(self) -> dict[str, ArrayRecord]:
+        """The last averages of the records that travel beside the weights; what is put here is what is sent."""
+        return self._beside.averages
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = TIMEOUT,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the rounds, as every strategy does; with ``checkpoint_dir`` those that are left.
+
+        Raises
+        ------
+        UsageError
+            If the folder cannot be written, or what lies in it cannot be read or is of another run.
+        """
+        self._timeout = timeout
+        rest = (timeout, train_config, evaluate_config, evaluate_fn)
+        if self.checkpoint_dir is None:
+            return super().start(grid, initial_arrays, num_rounds, *rest)
+        return Checkpointed(self, self._beside, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy configure the evaluation of the whole model."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Let the inner strategy aggregate the evaluation."""
+        return self.strategy.aggregate_evaluate(server_round, replies)

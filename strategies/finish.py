@@ -1,0 +1,110 @@
+"""What follows the aggregation of a round: one correction, or the best of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from torch import nn
+
+from fedrebasin.corrections.federated import FederatedOptions
+from fedrebasin.corrections.methods import Setting
+from fedrebasin.selection import names_of
+from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
+from fedrebasin.strategies.federated import Queries, build_queries
+from fedrebasin.strategies.options import Correction
+from fedrebasin.strategies.selection import Round, Selector, build_selector
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last stage of a round.
+
+    Attributes
+    ----------
+    correction : str, sequence of str or None
+        What was asked for, the default resolved.
+    calibration : collection of batches, optional
+        What corrections and matching may see of the server's data: all, or the part that selection leaves them.
+    selector : Selector, optional
+    queries : Queries, optional
+        Of a federated correction.
+    """
+
+    correction: Correction
+    calibration: Any = None
+    selector: Selector | None = None
+    queries: Queries | None = None
+
+    @property
+    def single(self) -> str | None:
+        """The correction, where nothing is chosen."""
+        return self.correction if isinstance(self.correction, str) and self.selector is None else None
+
+    @property
+    def runs_the_model(self) -> str | None:
+        """The option that runs the whole model, as it was given, or ``None``."""
+        if self.selector is not None:
+            return "select='calibration'"
+        return None if self.single is None else f"correction={self.single!r}"
+
+    @property
+    def keeps_ends(self) -> bool:
+        """Tell whether it looks at the aligned replies."""
+        return self.selector is not None or needs_ends(self.single)
+
+    def run(self, setting: Setting | None, found: Round) -> tuple[ArrayRecord | None, dict[str, float]]:
+        """The model instead of the round's, ``None`` to keep that, and metrics."""
+        if self.selector is not None:
+            return self.selector.choose(found)
+        if setting is None or self.single is None:
+            return None, {}
+        nodes = [reply.node for reply in found.replies]
+        corrected = correct_record(self.single, setting, found.model, found.ends, nodes, self.queries)
+        return corrected, {} if self.queries is None else dict(self.queries.metrics)
+
+
+def build_finish(
+    correction: Correction,
+    select: str | None,
+    model: nn.Module | None,
+    calibration: Any,
+    *,
+    federated: FederatedOptions | None,
+    loss: Callable[..., Any] | None,
+    inputs: int,
+    example_inputs: Any,
+    guarded: bool,
+    seed: int,
+    device: torch.device | None,
+) -> Finish:
+    """Resolve the default, part the data if something is to be chosen, and try every correction once.
+
+    Examples
+    --------
+    >>> nothing = dict(federated=None, loss=None, inputs=1, example_inputs=None, guarded=False, seed=0, device=None)
+    >>> build_finish("default", None, nn.Linear(2, 1), None, **nothing)
+    Finish(correction=None, calibration=None, selector=None, queries=None)
+    """
+    if correction == "default":
+        correction = default_correction(model, calibration, guarded=guarded)
+    asked: tuple[str | None, ...] = (correction,) if isinstance(correction, str | None) else tuple(correction)
+    selector = None
+    if select is not None:
+        asked = names_of(correction, several=True)
+        selector = build_selector(
+            *(select, [name for name in asked if name is not None], model, calibration),
+            loss=loss,
+            example_inputs=example_inputs,
+            seed=seed,
+            device=device,
+        )
+    if selector is not None:
+        calibration = selector.fit
+    for name in asked or (None,):
+        check_calibration(name, model, calibration, inputs=inputs, example_inputs=example_inputs, device=device)
+    single = correction if isinstance(correction, str) and selector is None else None
+    return Finish(correction, calibration, selector, build_queries(single, model, example_inputs, federated, device))
