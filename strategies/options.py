@@ -77,10 +77,10 @@ def check_options(reference: str, matching: str, correction: Correction, *, sele
 
     Examples
     --------
-    >>> check_options("auto", "weight", "default", select="calibration")
+    >>> check_options("medoid", "weight", "default", select=None)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: select='calibration' is not built yet; values built now: None
+    fedrebasin.errors.UsageError: reference='medoid' is not built yet; values built now: 'auto', 'global', ...
     """
     check_option("reference", reference)
     check_option("matching", matching)

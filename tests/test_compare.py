@@ -77,7 +77,7 @@ def test_every_rebasin_strategy_selects_from_the_corrections_that_are_named() ->
     assert strategy._finish.selector.names[:3] == ("plain", "plain+repair", "plain+least-squares")
     assert strategy._finish.selector.loss is None
     bare: Any = strategy_named("rebasin:fedadam", select="calibration")
-    assert bare._selector.corrections == ()
+    assert bare._finish.selector.corrections == ()
     with pytest.raises(UsageError, match="--select: expected one of none, calibration; got 'labels'"):
         resolve(Settings(select="labels"))
     with pytest.raises(UsageError, match="--correction: several need --select calibration; got 'repair,regmean'"):

@@ -72,11 +72,11 @@ def arrays_of(draw: st.DrawFn) -> ArrayRecord:
             record[name] = Array(values.reshape(whole[name].shape))
         elif fault == 3:
             with np.errstate(all="ignore"):
-                record[name] = Array(values * np.asarray(draw(numbers)).astype(values.dtype))
+                record[name] = Array(np.asarray(values * np.asarray(draw(numbers)).astype(values.dtype)))
         elif fault == 4:
             record[name] = Array(np.zeros(draw(shapes), dtype=draw(dtypes)))
         elif fault == 5:
-            record[name] = Array(values.astype(draw(dtypes)))
+            record[name] = Array(np.asarray(values.astype(draw(dtypes))))
         elif fault == 6:
             declared = tuple(record[name].shape) if draw(st.booleans()) else draw(shapes)
             record[name] = Array(
