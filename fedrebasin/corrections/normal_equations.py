@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 #: Rows of a Gram matrix that are computed at a time; what lies below the diagonal is mirrored.
-_BLOCK = 256
+_BLOCK = 128
 
 
 def gram_product(X: Tensor) -> Tensor:
@@ -46,13 +46,13 @@ class NormalEquations:
         self.count = 0
         self.gram = self.cross = self.x = self.e = torch.zeros((), dtype=torch.float64)
 
-    def add(self, X: Tensor, E: Tensor) -> None:
-        """Add samples."""
+    def add(self, X: Tensor, E: Tensor, gram: Tensor | None = None) -> None:
+        """Add samples; ``gram``, in float64, is their ``X X^T`` if it is known."""
         self.count += X.shape[1]
-        self.gram = self.gram + gram_product(X)
+        self.gram = self.gram + (gram_product(X) if gram is None else gram)
         self.cross = self.cross + (E @ X.T).double()
-        self.x = self.x + X.sum(1, dtype=torch.float64)
-        self.e = self.e + E.sum(1, dtype=torch.float64)
+        self.x = self.x + X.sum(1).double()  # the sum of a chunk is pairwise; in float64 it would take as long as E X^T
+        self.e = self.e + E.sum(1).double()
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """The equations of both sets of samples."""
