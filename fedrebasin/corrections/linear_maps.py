@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedrebasin.corrections.layers import Layer
 
 #: Inputs of a convolution are unfolded for so many numbers at a time: few enough for a CPU's cache.
-CHUNK = 2**22
+CHUNK = 2**23
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
-from fedrebasin.corrections.normal_equations import gram_product
+from fedrebasin.corrections.normal_equations import InputSums
 from fedrebasin.corrections.passes import Memory, Runner
+from fedrebasin.corrections.shifted_gram import unfolded_gram
 from fedrebasin.corrections.working import extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
@@ -137,25 +138,32 @@ def input_grams(
     where = device if device is not None else next(iter(state.values())).device
     batches = Batches(calibration, inputs=count_inputs(net), device=where)
     steps = steps_of(model, batches, "regmean")
-    found: Grams = {}
+    sums = {step.weight: InputSums() for step in steps if isinstance(step, Layer)}
     for args, kwargs, _ in batches:
         runner = Runner(model, steps, Memory(2**62), keep=True)  # one batch's outputs: a pass costs a layer
         for index, step in enumerate(steps):
             if not isinstance(step, Layer):
                 continue
-            runner.output(index, 0, (args, kwargs))
+            z = runner.output(index, 0, (args, kwargs))
             x = runner.last_input
             kernel = tuple(model.state_dict()[step.weight].shape[2:])
+            places = z.shape[2:] if kernel else ()
             for part in chunks(step, x, kernel):
                 X = columns(step, x[part], kernel)
-                gram = gram_product(torch.cat([X, X.new_ones(1, X.shape[1])]))
-                found[step.weight] = found[step.weight] + gram if step.weight in found else gram
+                sums[step.weight].add_inputs(X, unfolded_gram(step, X, kernel, places))
+    found = {name: _with_ones(one) for name, one in sums.items()}
     odd = next((name for name, gram in found.items() if not bool(gram.isfinite().all())), None)
     if odd is not None:
         raise CalibrationError(
             f"calibration: the activations at {odd!r} hold a NaN or an infinity; check the models and the inputs"
         )
     return found
+
+
+def _with_ones(sums: InputSums) -> Tensor:
+    """Gram matrix of inputs with a 1 at the end of each."""
+    x = sums.x.unsqueeze(1)
+    return torch.cat([torch.cat([sums.gram, x], 1), torch.cat([x.T, x.new_full((1, 1), sums.count)], 1)])
 
 
 def _gram_of(found: Grams, layer: Layer, size: int, place: int) -> Tensor:

@@ -22,7 +22,7 @@ Tap = tuple[int, ...]
 
 
 def unfolded_gram(layer: Layer, X: Tensor, kernel: Sequence[int], places: Sequence[int]) -> Tensor:
-    """``X @ X.T`` in float64 of an input unfolded by :func:`~fedrebasin.corrections.linear_maps.columns`.
+    """``X @ X.T`` of an input unfolded by :func:`~fedrebasin.corrections.linear_maps.columns`.
 
     The block of the taps ``o`` and ``u`` is ``sum_p x[p + o] x[p + u]^T``. Both taps moved by as much as the output
     moves by ``lines`` places give the same sum over a window that has lost some lines at one side and gained as
@@ -36,15 +36,14 @@ def unfolded_gram(layer: Layer, X: Tensor, kernel: Sequence[int], places: Sequen
 
     Returns
     -------
-    Tensor, shape (in * kernel, in * kernel), float64
-        Products within a batch keep the dtype of ``X``, as for :func:`gram_product`.
+    Tensor, shape (in * kernel, in * kernel), of the dtype of ``X``
 
     Examples
     --------
     >>> layer = Layer("w", None, None, frozenset(), stride=(1,), padding=((0, 0),), dilation=(1,))
     >>> unfolded_gram(layer, torch.tensor([[1.0, 2.0], [2.0, 3.0]]), (2,), (2,))
     tensor([[ 5.,  8.],
-            [ 8., 13.]], dtype=torch.float64)
+            [ 8., 13.]])
     """
     taps = list(product(*map(range, kernel)))
     channels = len(X) // max(1, len(taps))
@@ -91,7 +90,7 @@ def _from_blocks(views: Tensor, taps: list[Tap], moves: list[tuple[int, int, int
                 blocks[o, u].addmm_(border(a, axis, lines, last=False), border(b, axis, lines, last=False).T, alpha=-1)
             if u > o:
                 blocks[u, o] = blocks[o, u].T
-    return blocks.permute(2, 0, 3, 1).reshape(channels * count, channels * count).double()
+    return blocks.permute(2, 0, 3, 1).reshape(channels * count, channels * count)
 
 
 def _before(o: Tap, u: Tap, moves: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:
