@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, count_inputs
-from fedrebasin.coefficients import check_coefficients
+from fedrebasin.batches import Batches
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
 from fedrebasin.corrections.linear_maps import (
     LinearMap,
@@ -28,7 +27,7 @@ from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.shifted_gram import unfolded_gram
-from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.corrections.working import begin, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
@@ -119,10 +118,7 @@ def least_squares(
         raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
     if memory < 0:
         raise RebasinError(f"memory: expected a number of bytes from 0; got {memory}")
-    weights = check_coefficients(coefficients, len(ends))
-    model = working_copy(net, merged, device)
-    where = device if device is not None else next(iter(merged.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")
     budget = Memory(memory)
     held = hold(batches, budget)
@@ -136,10 +132,10 @@ def least_squares(
     for index, step in enumerate(steps):
         source: Iterable[Batch] = held if held is not None else ((args, kwargs) for args, kwargs, _ in batches)
         if isinstance(step, Norm):
-            _refresh(ours, index, step, source)
+            refresh_norm(model, step, step_moments(ours, index, step, source))
             continue
         start = read_map(model, step)
-        fit, check = _equations(ours, theirs, shares, index, step, source)
+        fit, check = layer_equations(ours, theirs, shares, index, step, source, split=ridge is None)
         total = fit + check if check.count else fit
         if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
             raise CalibrationError(
@@ -168,8 +164,15 @@ def steps_of(model: nn.Module, batches: Batches, method: str) -> list[Step]:
     return steps
 
 
-def _equations(
-    ours: Runner, theirs: Sequence[Runner], shares: Sequence[float], index: int, layer: Layer, source: Iterable[Batch]
+def layer_equations(
+    ours: Runner,
+    theirs: Sequence[Runner],
+    shares: Sequence[float],
+    index: int,
+    layer: Layer,
+    source: Iterable[Batch],
+    *,
+    split: bool,
 ) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of what the layer lacks, on the examples to fit and on those held out."""
     kernel = tuple(ours.model.state_dict()[layer.weight].shape[2:])
@@ -187,7 +190,7 @@ def _equations(
             lacking.addcmul_(z, per_channel(layer, share * factor, z))
         held = torch.arange(seen, seen + len(x), device=x.device) % _HELD == _HELD - 1
         seen += len(x)
-        for sums, mask in ((fit, ~held), (check, held)):
+        for sums, mask in ((fit, ~held), (check, held)) if split else ((fit, held | True),):
             inputs, targets = x[mask], lacking[mask]
             for part in chunks(layer, inputs, kernel):
                 X, E = columns(layer, inputs[part], kernel), outputs(layer, targets[part])
@@ -204,13 +207,18 @@ def choose_ridge(fit: NormalEquations, check: NormalEquations, *, intercept: boo
     return min(RIDGES, key=lambda ridge: check.excess(*fit.solve(ridge, intercept=intercept)))
 
 
-def _refresh(ours: Runner, index: int, norm: Norm, source: Iterable[Batch]) -> None:
-    """Give a BatchNorm that stands alone the statistics of its input."""
-    module = ours.model.get_submodule(norm.norm)
-    assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+def step_moments(ours: Runner, index: int, norm: Norm, source: Iterable[Batch]) -> Moments:
+    """Moments of the input of a BatchNorm that stands alone."""
     moments = Moments()
     for number, batch in enumerate(source):
         moments.add(ours.input(index, number, batch), dim=1)
     moments.check(norm.norm)
+    return moments
+
+
+def refresh_norm(model: nn.Module, norm: Norm, moments: Moments) -> None:
+    """Give a BatchNorm that stands alone the statistics of its input."""
+    module = model.get_submodule(norm.norm)
+    assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     module.running_mean.copy_(moments.mean)
     module.running_var.copy_(moments.std.square() * moments.count / max(1, moments.count - 1))

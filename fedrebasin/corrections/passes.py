@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.layers import Layer, Step, arguments_of, leaves, names_of_tensors
+from fedrebasin.corrections.calls import arguments_of, leaves, names_of_tensors
+from fedrebasin.corrections.layers import Layer, Step
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -74,7 +75,7 @@ class Runner:
     def _run(self, index: int, number: int, batch: Batch, *, output: bool, final: bool = True) -> Tensor:
         mode = _Pass(self, index, number, output=output, final=final)
         args, kwargs = batch
-        with torch.no_grad(), suppress(_Stop), mode:
+        with torch.no_grad(), suppress(Stop), mode:
             self.model(*args, **kwargs)
         if mode.seen is None:
             raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
@@ -128,7 +129,7 @@ class Runner:
             self._kept[index, number] = output
 
 
-class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
+class Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
     """The forward pass has run as far as it is needed."""
 
 
@@ -152,7 +153,7 @@ class _Pass(TorchFunctionMode):
             if self._output:
                 self.seen = func(*args, **kwargs)
                 self._runner.keep(place, self._number, self.seen, final=self._final)
-            raise _Stop
+            raise Stop
         if place is None:
             return func(*args, **kwargs)
         return self._runner.result(place, self._number, self._needed, lambda: func(*args, **kwargs))

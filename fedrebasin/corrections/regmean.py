@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
-from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
 from fedrebasin.corrections.normal_equations import InputSums
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.shifted_gram import unfolded_gram
-from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.corrections.working import batches_for, begin, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
 #: weight's key -> Gram matrix of the layer's inputs with a row of ones below them
@@ -78,12 +76,9 @@ def regmean(
     """
     if not 0 <= off_diagonal <= 1:
         raise RebasinError(f"off_diagonal: expected a number in [0, 1]; got {off_diagonal}")
-    weights = check_coefficients(coefficients, len(ends))
+    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     if grams is not None and len(grams) != len(ends):
         raise RebasinError(f"grams: expected {len(ends)}, one for each end; got {len(grams)}")
-    model = working_copy(net, merged, device)
-    where = device if device is not None else next(iter(merged.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
     layers = [step for step in steps_of(model, batches, "regmean") if isinstance(step, Layer)]
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
@@ -135,8 +130,7 @@ def input_grams(
             [1., 2., 1.]], dtype=torch.float64)
     """
     model = working_copy(net, state, device)
-    where = device if device is not None else next(iter(state.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    batches = batches_for(net, state, calibration, device)
     steps = steps_of(model, batches, "regmean")
     sums = {step.weight: InputSums() for step in steps if isinstance(step, Layer)}
     for args, kwargs, _ in batches:
