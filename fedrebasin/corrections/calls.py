@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.addmm: ("bias", "input", "weight"),
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
 }
+
+
+#: ``F.multi_head_attention_forward`` as it would run under no function mode: a mode sees the calls inside, where torch
+#: would show it the whole as one call.
+attention_inside = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 def arguments_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedrebasin.corrections.calls import CONVOLUTIONS, address_of, arguments_of, leaves, names_of_tensors
+from fedrebasin.corrections.calls import (
+    CONVOLUTIONS,
+    address_of,
+    arguments_of,
+    attention_inside,
+    leaves,
+    names_of_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and note what went into its result."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_inside(*args, **kwargs)
         read = list(leaves((args, kwargs)))
         everything = frozenset(range(len(self._calls)))  # what an unseen op made may hold anything so far
         empty: frozenset[int] = frozenset()

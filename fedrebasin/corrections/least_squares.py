@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
+from fedrebasin.corrections.calls import leaves
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
 from fedrebasin.corrections.linear_maps import (
     LinearMap,
@@ -188,6 +189,8 @@ def layer_equations(
         for runner, share, factor, _ in terms:
             z = runner.output(index, number, batch)
             lacking.addcmul_(z, per_channel(layer, share * factor, z))
+        if not kernel and x.ndim == 3 and len(x) != len(next(leaves(batch))) == x.shape[1]:
+            x, lacking = x.transpose(0, 1), lacking.transpose(0, 1)  # attention has put positions first
         held = torch.arange(seen, seen + len(x), device=x.device) % _HELD == _HELD - 1
         seen += len(x)
         for sums, mask in ((fit, ~held), (check, held)) if split else ((fit, held | True),):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.calls import arguments_of, leaves, names_of_tensors
+from fedrebasin.corrections.calls import arguments_of, attention_inside, leaves, names_of_tensors
 from fedrebasin.corrections.layers import Layer, Step
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -146,6 +146,9 @@ class _Pass(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, or what stands in for it; stop at the step."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_inside(*args, **kwargs)
         place = self._runner.place_of(func, args, kwargs)
         if place == self._index:
             given = arguments_of(func, args, kwargs) or {}
