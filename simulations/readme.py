@@ -27,8 +27,8 @@ def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` one benchmark's;
-    every NAME is a folder of ``simulations/results/``.
+    other, ``zoo`` some rows of ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` the runs of one
+    benchmark; every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
@@ -40,12 +40,18 @@ def render(text: str, folder: Path = RESULTS) -> str:
         kind, *names = match["name"].split()
         results = [load_results(folder / name / "results.json") for name in names]
         if kind in TABLES:
-            rendered = _markdown(*TABLES[kind](results[0]))
+            rendered = _markdown(*TABLES[kind](_joined(results)))
         else:
             rendered = {"disjoint": _disjoint, "rounds": _rounds, "zoo": _zoo}[kind](results)
         return f"{match[1]}{rendered}\n{match[3]}"
 
     return _MARKED.sub(table, text)
+
+
+def _joined(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Several runs of one benchmark as one: its lists one after the other."""
+    lists = [key for key, value in results[0].items() if isinstance(value, list)]
+    return {**results[0], **{key: [row for one in results for row in one[key]] for key in lists}}
 
 
 def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:
