@@ -109,17 +109,17 @@ def calibrations(clients: Clients, options: Options) -> Iterator[tuple[str, list
     data, own = clients.bench.data, clients.bench.images["calibration"]
     size = clients.bench.batch
     for count in dict.fromkeys(min(count, len(own)) for count in options.images):
-        yield "own", [data.normalise(chunk) for chunk in own[:count].split(size)]
+        yield "own", [data.normalise(chunk) for chunk in torch.split(own[:count], size)]
     for source in options.sources:
         count = min(options.other_images, len(own))
         if source == "noise":
             noise = torch.randn(count, *data.shape, generator=torch.Generator().manual_seed(0))
-            yield source, list(noise.split(size))
+            yield source, list(torch.split(noise, size))
             continue
         other = load_dataset(source, options.other_path)
         if other.shape != data.shape:
             raise UsageError(f"--other: expected images of shape {data.shape}; those of {source} have {other.shape}")
-        yield source, [data.normalise(chunk) for chunk in other.train_images[:count].split(size)]
+        yield source, [data.normalise(chunk) for chunk in torch.split(other.train_images[:count], size)]
 
 
 def corrected(clients: Clients, options: Options) -> Iterator[Row]:

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ SHAPE = (3, 32, 32)
 def case(model: str, images: int, seed: int = 0) -> tuple[nn.Module, list[State], list[Tensor]]:
     """A network, two ends whose BatchNorms fit the images, and the images in batches."""
     generator = torch.Generator().manual_seed(seed)
-    batches = list(torch.randn(images, *SHAPE, generator=generator).split(BATCH))
+    batches = list(torch.split(torch.randn(images, *SHAPE, generator=generator), BATCH))
     ends = []
     for end in range(2):
         torch.manual_seed(2 * seed + end)
@@ -65,7 +66,7 @@ def jobs(model: str, images: int, names: Sequence[str]) -> dict[str, Callable[[]
     setting = Setting(net, batches)
     found: dict[str, Callable[[], Any]] = {"evaluation": lambda: evaluate(net, [merged, *ends], batches)}
     for name in names:
-        found[name] = lambda name=name: correct(name, setting, merged, ends)
+        found[name] = partial(correct, name, setting, merged, ends)
     found["repair, all at once"] = lambda: repair(net, merged, ends, batches, sequential=False)
     return found
 
