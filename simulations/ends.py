@@ -18,7 +18,7 @@ from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.training import RECIPES, Progress, train
 
-#: the ends of the experiment; the index is part of their seeds
+#: the ends of the disjoint experiment; the index is part of their seeds, of others the name is
 END_NAMES = ("a", "b", "all")
 
 
@@ -108,7 +108,9 @@ def trained_end(
 
 
 def _seed(config: EndConfig) -> int:
-    sequence = np.random.SeedSequence([config.seed, END_NAMES.index(config.end)])
+    known = config.end in END_NAMES
+    name = [END_NAMES.index(config.end)] if known else [len(END_NAMES), *config.end.encode()]
+    sequence = np.random.SeedSequence([config.seed, *name])
     return int(sequence.generate_state(1)[0])
 
 

@@ -28,8 +28,8 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
     other, ``federated`` their first rounds side by side with the bytes of queries, ``zoo`` some rows of
-    ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` one benchmark's; every NAME is a folder of
-    ``simulations/results/``.
+    ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` the runs of one benchmark; every NAME is a folder
+    of ``simulations/results/``.
 
     Examples
     --------
@@ -41,12 +41,18 @@ def render(text: str, folder: Path = RESULTS) -> str:
         kind, *names = match["name"].split()
         results = [load_results(folder / name / "results.json") for name in names]
         if kind in TABLES:
-            rendered = _markdown(*TABLES[kind](results[0]))
+            rendered = _markdown(*TABLES[kind](_joined(results)))
         else:
             rendered = {"disjoint": _disjoint, "rounds": _rounds, "federated": _federated, "zoo": _zoo}[kind](results)
         return f"{match[1]}{rendered}\n{match[3]}"
 
     return _MARKED.sub(table, text)
+
+
+def _joined(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Several runs of one benchmark as one: its lists one after the other."""
+    lists = [key for key, value in results[0].items() if isinstance(value, list)]
+    return {**results[0], **{key: [row for one in results for row in one[key]] for key in lists}}
 
 
 def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:

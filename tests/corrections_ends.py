@@ -13,6 +13,10 @@ from fedrebasin import merge, reset_batchnorm
 State = dict[str, Tensor]
 
 
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def random_ends(net: nn.Module, calibration: Sequence[Any] = (), count: int = 2, noise: float = 0.3) -> list[State]:
     """Copies of the network's weights with noise; running statistics belong to them where there is data."""
     ends = []

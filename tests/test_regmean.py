@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from corrections_ends import check_keeps_form, random_ends, run
+from corrections_ends import check_keeps_form, draw, random_ends, run
 from torch import Tensor, nn
 
 from fedrebasin import CalibrationError, RebasinError, input_grams, merge, regmean
 from fedrebasin.simulations.models import build_model
 
 SHARES = [0.5, 0.2, 0.3]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def deep() -> nn.Module:

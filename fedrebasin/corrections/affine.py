@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, count_inputs
-from fedrebasin.coefficients import check_coefficients
+from fedrebasin.batches import Batches
 from fedrebasin.corrections.moments import Moments, all_moments, input_moments, output_moments, site_moments
 from fedrebasin.corrections.sites import Site, find_sites
-from fedrebasin.corrections.working import extract, load, working_copy
+from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import RebasinError
 
 #: Below this many observations per channel the statistics are mostly noise.
@@ -49,7 +48,7 @@ class Work:
     weights: list[float]
 
 
-def begin(
+def begin_at_sites(
     net: nn.Module,
     merged: State,
     ends: Sequence[State],
@@ -58,10 +57,7 @@ def begin(
     device: torch.device | str | None,
 ) -> Work:
     """Check what a caller gave and find the sites; ``model`` holds ``merged``."""
-    weights = check_coefficients(coefficients, len(ends))
-    model = working_copy(net, merged, device)
-    where = device if device is not None else next(iter(merged.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     sites = find_sites(model, batches)
     if not sites:
         raise RebasinError(
@@ -82,7 +78,7 @@ def correct_sites(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Measure the ends, then correct every site of the merged network towards them; see :func:`repair`."""
-    work = begin(net, merged, ends, calibration, coefficients, device)
+    work = begin_at_sites(net, merged, ends, calibration, coefficients, device)
     model, batches = work.model, work.batches
     goals = goals_of(model, ends, work.weights, batches, work.sites)
     load(model, merged)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.affine import Affine, apply_affine, begin, goals_of
+from fedrebasin.corrections.affine import Affine, apply_affine, begin_at_sites, goals_of
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.sites import Site
 from fedrebasin.corrections.working import extract, working_copy
@@ -47,7 +47,7 @@ def closed_form(
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     affine = Affine(max_gain=max_gain)
-    work = begin(net, merged, ends, calibration, coefficients, device)
+    work = begin_at_sites(net, merged, ends, calibration, coefficients, device)
     models = [working_copy(net, end, device) for end in ends]
     expected = average_moments(models, work.weights, work.batches, work.sites)
     goals = goals_of(working_copy(net, merged, device), ends, work.weights, work.batches, work.sites)

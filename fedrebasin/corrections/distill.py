@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, count_inputs, tensors
-from fedrebasin.coefficients import check_coefficients
-from fedrebasin.corrections.working import extract, load, working_copy
+from fedrebasin.batches import tensors
+from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import CalibrationError, RebasinError
 
 
@@ -74,10 +73,9 @@ def distill(
         raise RebasinError(f"epochs: expected 1 or more; got {epochs}")
     if not 0 < lr < float("inf"):
         raise RebasinError(f"lr: expected a positive number; got {lr}")
-    weights = check_coefficients(coefficients, len(ends))
-    model = working_copy(net, merged, device).requires_grad_(True)
-    where = device if device is not None else next(iter(merged.values())).device
-    held = [(args, kwargs) for args, kwargs, _ in Batches(calibration, inputs=count_inputs(net), device=where)]
+    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
+    model.requires_grad_(True)
+    held = [(args, kwargs) for args, kwargs, _ in batches]
     goals = _goals(model, ends, weights, held)
     load(model, merged)
     for module in model.modules():

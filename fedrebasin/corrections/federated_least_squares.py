@@ -126,7 +126,7 @@ def measure(about: About, node: Node) -> Answer:
     split, start = bool(about["split"]), read_map(ours, step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few examples: those of all nodes count
-        found = layer_equations(runner, [theirs], [1.0], index, step, start, source, split=split)
+        found = layer_equations(runner, [theirs], [1.0], index, step, source, split=split)
     if about["label-prior"]:
         prior = log_prior(node, len(start.shift)).to(start.shift.device)
         found = (found[0].lower_goals(prior), found[1].lower_goals(prior))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedrebasin.corrections.layers import leaves, names_of_tensors
+from fedrebasin.corrections.calls import leaves, names_of_tensors
 
 Uses = dict[str, int]
 

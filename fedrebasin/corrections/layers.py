@@ -7,9 +7,8 @@ which layers' outputs reach its input without passing through another one, and t
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-LOGGER = logging.getLogger("fedrebasin")
-
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-#: function -> names of its first arguments, which a call may give by position or by name
-ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    **dict.fromkeys(_CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
-    **dict.fromkeys(_PRODUCTS, ("input", "weight")),
-    torch.addmm: ("bias", "input", "weight"),
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-}
+from fedrebasin.corrections.calls import (
+    CONVOLUTIONS,
+    address_of,
+    arguments_of,
+    attention_inside,
+    leaves,
+    names_of_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -92,17 +87,6 @@ def find_steps(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return watch.steps(output)
 
 
-def arguments_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments by name if ``func`` is one that layers or BatchNorms call, otherwise ``None``."""
-    names = ARGUMENTS.get(func)
-    return None if names is None else {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def names_of_tensors(model: nn.Module) -> dict[int, str]:
-    """The state dict's key of each parameter and buffer by ``id``."""
-    return {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
 @dataclass(frozen=True)
 class _Call:
     func: Any
@@ -123,15 +107,18 @@ class _Watch(TorchFunctionMode):
         self._alive: list[Any] = []  # so that neither ids nor addresses are given out twice
         self._tied = Counter(id(tensor) for tensor in model.state_dict(keep_vars=True).values())
         for tensor in (*leaves(inputs), *model.parameters(), *model.buffers()):
-            self._sources[_address(tensor)] = frozenset()
+            self._sources[address_of(tensor)] = frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and note what went into its result."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_inside(*args, **kwargs)
         read = list(leaves((args, kwargs)))
         everything = frozenset(range(len(self._calls)))  # what an unseen op made may hold anything so far
         empty: frozenset[int] = frozenset()
-        sources = empty.union(*(self._sources.get(_address(x), everything) for x in read))
+        sources = empty.union(*(self._sources.get(address_of(x), everything) for x in read))
         result = func(*args, **kwargs)
         written = list(leaves(result))
         if getattr(func, "__name__", "") == "__setitem__":
@@ -146,7 +133,7 @@ class _Watch(TorchFunctionMode):
             self._calls.append(_Call(func, given, result, sources))
             sources = frozenset({len(self._calls) - 1})
         for tensor in written:  # by storage: what is written in place, or through a view, has been read as well
-            self._sources[_address(tensor)] = sources
+            self._sources[address_of(tensor)] = sources
         return result
 
     def steps(self, output: Any) -> tuple[list[Step], dict[str, str]]:
@@ -191,7 +178,7 @@ class _Watch(TorchFunctionMode):
             return "its bias is used more than once, or is no tensor of the state dict"
         if given.get("groups", 1) != 1:
             return "a grouped convolution"
-        convolution = call.func in _CONVOLUTIONS
+        convolution = call.func in CONVOLUTIONS
         if (weight.ndim != 2 and not convolution) or given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
             return "a product that is no plain linear map"
         if not isinstance(given["input"], Tensor) or given["input"].ndim < 2:
@@ -221,7 +208,7 @@ class _Watch(TorchFunctionMode):
         key = self._names[id(weight)]
         bias_key = None if bias is None else self._names[id(bias)]
         prefix = None if norm is None else self._prefix(self._calls[norm])
-        if call.func not in _CONVOLUTIONS:
+        if call.func not in CONVOLUTIONS:
             return Layer(key, bias_key, prefix, after, transposed=call.func is not F.linear)
         dims = weight.ndim - 2
         stride, dilation = (_tuple(call.given.get(name, 1), dims) for name in ("stride", "dilation"))
@@ -231,25 +218,6 @@ class _Watch(TorchFunctionMode):
     def _prefix(self, call: _Call) -> str:
         name = self._names[id(call.given["running_mean"])]
         return name.rpartition(".")[0]
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a tensor without storage (sparse, meta): known by itself alone
-        return id(tensor)
-
-
-def leaves(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from leaves(item)
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:

@@ -11,14 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, count_inputs
-from fedrebasin.coefficients import check_coefficients
+from fedrebasin.batches import Batches
+from fedrebasin.corrections.calls import leaves
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
-from fedrebasin.corrections.linear_maps import LinearMap, behind, chunks, columns, outputs, read_map, write_map
+from fedrebasin.corrections.linear_maps import (
+    LinearMap,
+    behind,
+    chunks,
+    columns,
+    outputs,
+    per_channel,
+    read_map,
+    write_map,
+)
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
-from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.corrections.shifted_gram import unfolded_gram
+from fedrebasin.corrections.working import begin, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
@@ -109,10 +119,7 @@ def least_squares(
         raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
     if memory < 0:
         raise RebasinError(f"memory: expected a number of bytes from 0; got {memory}")
-    weights = check_coefficients(coefficients, len(ends))
-    model = working_copy(net, merged, device)
-    where = device if device is not None else next(iter(merged.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")
     budget = Memory(memory)
     held = hold(batches, budget)
@@ -129,7 +136,7 @@ def least_squares(
             refresh_norm(model, step, step_moments(ours, index, step, source))
             continue
         start = read_map(model, step)
-        fit, check = layer_equations(ours, theirs, shares, index, step, start, source, split=ridge is None)
+        fit, check = layer_equations(ours, theirs, shares, index, step, source, split=ridge is None)
         total = fit + check if check.count else fit
         if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
             raise CalibrationError(
@@ -164,34 +171,33 @@ def layer_equations(
     shares: Sequence[float],
     index: int,
     layer: Layer,
-    start: LinearMap,
     source: Iterable[Batch],
     *,
     split: bool,
 ) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of what the layer lacks, on the examples to fit and on those held out."""
-    weight = ours.model.state_dict()[layer.weight]
-    kernel = tuple(weight.shape[2:])
-    matrix, shift = start.matrix.to(weight.dtype), start.shift.to(weight.dtype).unsqueeze(1)
-    affines = [behind(runner.model, layer) for runner in theirs]
+    kernel = tuple(ours.model.state_dict()[layer.weight].shape[2:])
+    terms = [(runner, share, *behind(runner.model, layer)) for runner, share in zip(theirs, shares, strict=True)]
+    scale, offset = behind(ours.model, layer)
+    constant = sum((share * one for _, share, _, one in terms), -offset)
     fit, check = NormalEquations(), NormalEquations()
     seen = 0
     for number, batch in enumerate(source):
-        x = ours.input(index, number, batch)
-        goal: Tensor | None = None
-        for runner, share, (scale, offset) in zip(theirs, shares, affines, strict=True):
-            z = outputs(layer, runner.output(index, number, batch))
-            z = z * (share * scale.to(z.dtype).unsqueeze(1)) + share * offset.to(z.dtype).unsqueeze(1)
-            goal = z if goal is None else goal.add_(z)
-        assert goal is not None
-        goal = goal.reshape(len(goal), len(x), -1)
+        z = ours.output(index, number, batch, final=False)
+        x = ours.last_input
+        lacking = torch.addcmul(per_channel(layer, constant, z), z, per_channel(layer, -scale, z))
+        for runner, share, factor, _ in terms:
+            z = runner.output(index, number, batch)
+            lacking.addcmul_(z, per_channel(layer, share * factor, z))
+        if not kernel and x.ndim == 3 and len(x) != len(next(leaves(batch))) == x.shape[1]:
+            x, lacking = x.transpose(0, 1), lacking.transpose(0, 1)  # attention has put positions first
         held = torch.arange(seen, seen + len(x), device=x.device) % _HELD == _HELD - 1
         seen += len(x)
         for sums, mask in ((fit, ~held), (check, held)) if split else ((fit, held | True),):
-            inputs, goals = x[mask], goal[:, mask]
+            inputs, targets = x[mask], lacking[mask]
             for part in chunks(layer, inputs, kernel):
-                X = columns(layer, inputs[part], kernel)
-                sums.add(X, goals[:, part].flatten(1) - (matrix @ X + shift))
+                X, E = columns(layer, inputs[part], kernel), outputs(layer, targets[part])
+                sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
     if seen < _FEW and index == 0:
         warnings.warn(f"calibration: {seen} examples are few for least squares; {_FEW} and more would do", stacklevel=3)
     return fit, check

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.corrections.layers import Layer
 
-#: Inputs of a convolution are unfolded for so many numbers at a time.
-CHUNK = 2**24
+#: Inputs of a convolution are unfolded for so many numbers at a time: few enough for a CPU's cache.
+CHUNK = 2**23
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,12 @@ def chunks(layer: Layer, x: Tensor, kernel: tuple[int, ...]) -> Iterator[slice]:
 def outputs(layer: Layer, z: Tensor) -> Tensor:
     """A layer's output as a matrix (out, samples), its samples in the order of :func:`columns`."""
     return z.transpose(0, 1).flatten(1) if layer.stride else z.flatten(0, -2).T
+
+
+def per_channel(layer: Layer, values: Tensor, z: Tensor) -> Tensor:
+    """``values`` (out,) so that they multiply a layer's output ``z`` channel by channel, in its dtype."""
+    values = values.to(z.dtype)
+    return values.view(-1, *([1] * len(layer.stride)))
 
 
 def _product(sizes: tuple[int, ...]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
+from fedrebasin.corrections.passes import Stop
 from fedrebasin.corrections.sites import Site
 from fedrebasin.errors import CalibrationError
 
@@ -66,10 +67,6 @@ class Moments:
             raise CalibrationError(
                 f"calibration: the activations of {name!r} hold a NaN or an infinity; check the models and the inputs"
             )
-
-
-class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
-    """The forward pass has run as far as it is needed."""
 
 
 #: what makes the moments that a pass fills
@@ -128,14 +125,14 @@ def _measure(
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
             found[site.name].add(args[0] if site.name in of_input else output, site.dim)
             if stop:
-                raise _Stop
+                raise Stop
 
         return hook
 
     handles = [model.get_submodule(site.name).register_forward_hook(record(site)) for site in sites]
     try:
         for args, kwargs, _ in batches:
-            with suppress(_Stop):
+            with suppress(Stop):
                 model(*args, **kwargs)
     finally:
         for handle in handles:

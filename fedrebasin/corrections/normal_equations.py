@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 #: Rows of a Gram matrix that are computed at a time; what lies below the diagonal is mirrored.
-_BLOCK = 256
+_BLOCK = 128
 
 
 def gram_product(X: Tensor) -> Tensor:
-    """``X @ X.T`` in float64; products within a batch keep the dtype of ``X``.
+    """``X @ X.T``.
 
     >>> gram_product(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
     tensor([[5., 2.],
-            [2., 1.]], dtype=torch.float64)
+            [2., 1.]])
     """
     size = len(X)
-    found = torch.empty(size, size, dtype=torch.float64, device=X.device)
+    found = X.new_empty(size, size)
     for start in range(0, size, _BLOCK):  # half of the work of the whole product
         stop = min(size, start + _BLOCK)
-        part = (X[start:stop] @ X[start:].T).double()
+        part = X[start:stop] @ X[start:].T
         found[start:stop, start:] = part
         found[start:, start:stop] = part.T
     return found
@@ -53,8 +53,45 @@ def unpack(packed: Tensor, size: int) -> Tensor:
     return found
 
 
-class NormalEquations:
-    """Sums of ``X X^T``, ``X E^T``, ``X``, ``E`` and a count, and the ridge solutions that follow from them.
+class InputSums:
+    """Sums of ``X X^T``, ``X`` and a count, in float64.
+
+    Examples
+    --------
+    >>> sums = InputSums()
+    >>> sums.add_inputs(torch.tensor([[1.0, 3.0]]))
+    >>> sums.gram, sums.mean, sums.covariance
+    (tensor([[10.]], dtype=torch.float64), tensor([2.], dtype=torch.float64), tensor([[2.]], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gram = self.x = torch.zeros((), dtype=torch.float64)
+
+    def add_inputs(self, X: Tensor, gram: Tensor | None = None) -> None:
+        """Add samples; ``gram`` is their ``X X^T`` if it is known."""
+        self.count += X.shape[1]
+        self.gram = add_to(self.gram, gram_product(X) if gram is None else gram)
+        self.x = add_to(self.x, X.sum(1))  # pairwise; in float64 it would take as long as a product
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the inputs, (m,)."""
+        return self.x / max(1, self.count)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the inputs, (m, m), unbiased as BatchNorm's running variance is."""
+        return (self.gram - self.count * torch.outer(self.mean, self.mean)) / max(1, self.count - 1)
+
+
+def add_to(total: Tensor, part: Tensor) -> Tensor:
+    """``total + part`` in float64, in place but for the first part."""
+    return total.add_(part) if total.shape == part.shape else total.to(part.device) + part.double()
+
+
+class NormalEquations(InputSums):
+    """Sums of inputs, of ``X E^T`` and of ``E``, and the ridge solutions that follow from them.
 
     Examples
     --------
@@ -67,16 +104,14 @@ class NormalEquations:
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.gram = self.cross = self.x = self.e = torch.zeros((), dtype=torch.float64)
+        super().__init__()
+        self.cross = self.e = torch.zeros((), dtype=torch.float64)
 
-    def add(self, X: Tensor, E: Tensor) -> None:
-        """Add samples."""
-        self.count += X.shape[1]
-        self.gram = self.gram + gram_product(X)
-        self.cross = self.cross + (E @ X.T).double()
-        self.x = self.x + X.sum(1, dtype=torch.float64)
-        self.e = self.e + E.sum(1, dtype=torch.float64)
+    def add(self, X: Tensor, E: Tensor, gram: Tensor | None = None) -> None:
+        """Add samples; ``gram`` is their ``X X^T`` if it is known."""
+        self.add_inputs(X, gram)
+        self.cross = add_to(self.cross, E @ X.T)
+        self.e = add_to(self.e, E.sum(1))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         """The equations of both sets of samples."""
@@ -89,20 +124,10 @@ class NormalEquations:
     def lower_goals(self, by: Tensor) -> NormalEquations:
         """The equations with ``E - by`` for ``E``; ``by`` (out,)."""
         total = NormalEquations()
-        total.count, total.gram, total.x = self.count, self.gram, self.x
+        total.count, total.gram, total.x = self.count, self.gram.clone(), self.x.clone()
         if self.count:
             total.cross, total.e = self.cross - torch.outer(by, self.x), self.e - self.count * by
         return total
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the inputs, (m,)."""
-        return self.x / max(1, self.count)
-
-    @property
-    def covariance(self) -> Tensor:
-        """Covariance of the inputs, (m, m), unbiased as BatchNorm's running variance is."""
-        return (self.gram - self.count * torch.outer(self.mean, self.mean)) / max(1, self.count - 1)
 
     def solve(self, ridge: float, *, intercept: bool) -> tuple[Tensor, Tensor]:
         """``(D, d)`` with the smallest ``mean |E - D X - d|^2 + ridge * mean(variance of X) * |D|^2``.

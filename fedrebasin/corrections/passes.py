@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.layers import Layer, Step, arguments_of, leaves, names_of_tensors
+from fedrebasin.corrections.calls import arguments_of, attention_inside, leaves, names_of_tensors
+from fedrebasin.corrections.layers import Layer, Step
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,19 +68,19 @@ class Runner:
         """Input of a step on a batch; ``number`` is the batch's place."""
         return self._run(index, number, batch, output=False)
 
-    def output(self, index: int, number: int, batch: Batch) -> Tensor:
-        """Output of a layer on a batch."""
-        return self._run(index, number, batch, output=True)
+    def output(self, index: int, number: int, batch: Batch, *, final: bool = True) -> Tensor:
+        """Output of a layer on a batch; not kept for later steps if the layer's weights are not ``final``."""
+        return self._run(index, number, batch, output=True, final=final)
 
-    def _run(self, index: int, number: int, batch: Batch, *, output: bool) -> Tensor:
-        mode = _Pass(self, index, number, output=output)
+    def _run(self, index: int, number: int, batch: Batch, *, output: bool, final: bool = True) -> Tensor:
+        mode = _Pass(self, index, number, output=output, final=final)
         args, kwargs = batch
-        with torch.no_grad(), suppress(_Stop), mode:
+        with torch.no_grad(), suppress(Stop), mode:
             self.model(*args, **kwargs)
         if mode.seen is None:
             raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
         self.last_input = mode.seen_input
-        done = index + 1 if output else index
+        done = index + 1 if output and final else index
         for key in [key for key in self._kept if key[1] == number and not self._read_from(done, key[0])]:
             self._memory.give(self._kept.pop(key))
         return mode.seen
@@ -114,29 +115,30 @@ class Runner:
         like = self._like.get((index, number))  # layers alone have one: a BatchNorm runs
         if index not in needed and like is not None:
             return torch.zeros(like.shape, dtype=like.dtype, device=self._device)
-        return self.keep(index, number, call())
+        output = call()
+        self.keep(index, number, output)
+        return output.clone() if (index, number) in self._kept else output
 
-    def keep(self, index: int, number: int, output: Any) -> Any:
-        """Note an output's shape, and keep the output if a later step reads it and memory is left."""
+    def keep(self, index: int, number: int, output: Any, *, final: bool = True) -> None:
+        """Note an output's shape, and keep the output if it is final, a later step reads it and memory is left."""
         if not isinstance(self._steps[index], Layer):
-            return output
+            return
         self._like[index, number] = torch.empty_like(output, device="meta")
         self._device = output.device
-        if self._keep and self._read_from(index + 1, index) and self._memory.take(output):
-            self._kept[index, number] = output.clone()
-        return output
+        if final and self._keep and self._read_from(index + 1, index) and self._memory.take(output):
+            self._kept[index, number] = output
 
 
-class _Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
+class Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
     """The forward pass has run as far as it is needed."""
 
 
 class _Pass(TorchFunctionMode):
     """One forward pass up to a step."""
 
-    def __init__(self, runner: Runner, index: int, number: int, *, output: bool) -> None:
+    def __init__(self, runner: Runner, index: int, number: int, *, output: bool, final: bool) -> None:
         super().__init__()
-        self._runner, self._index, self._number, self._output = runner, index, number, output
+        self._runner, self._index, self._number, self._output, self._final = runner, index, number, output, final
         self._needed = runner.needed(index, number)
         self.seen: Tensor | None = None
         self.seen_input = torch.zeros(())
@@ -144,13 +146,17 @@ class _Pass(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, or what stands in for it; stop at the step."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return attention_inside(*args, **kwargs)
         place = self._runner.place_of(func, args, kwargs)
         if place == self._index:
             given = arguments_of(func, args, kwargs) or {}
             self.seen = self.seen_input = given["input"]
             if self._output:
-                self.seen = self._runner.keep(place, self._number, func(*args, **kwargs))
-            raise _Stop
+                self.seen = func(*args, **kwargs)
+                self._runner.keep(place, self._number, self.seen, final=self._final)
+            raise Stop
         if place is None:
             return func(*args, **kwargs)
         return self._runner.result(place, self._number, self._needed, lambda: func(*args, **kwargs))

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
-from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
-from fedrebasin.corrections.normal_equations import gram_product
+from fedrebasin.corrections.normal_equations import InputSums
 from fedrebasin.corrections.passes import Memory, Runner
-from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.corrections.shifted_gram import unfolded_gram
+from fedrebasin.corrections.working import batches_for, begin, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
 #: weight's key -> Gram matrix of the layer's inputs with a row of ones below them
@@ -77,12 +76,9 @@ def regmean(
     """
     if not 0 <= off_diagonal <= 1:
         raise RebasinError(f"off_diagonal: expected a number in [0, 1]; got {off_diagonal}")
-    weights = check_coefficients(coefficients, len(ends))
+    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     if grams is not None and len(grams) != len(ends):
         raise RebasinError(f"grams: expected {len(ends)}, one for each end; got {len(grams)}")
-    model = working_copy(net, merged, device)
-    where = device if device is not None else next(iter(merged.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
     layers = [step for step in steps_of(model, batches, "regmean") if isinstance(step, Layer)]
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
@@ -134,28 +130,34 @@ def input_grams(
             [1., 2., 1.]], dtype=torch.float64)
     """
     model = working_copy(net, state, device)
-    where = device if device is not None else next(iter(state.values())).device
-    batches = Batches(calibration, inputs=count_inputs(net), device=where)
+    batches = batches_for(net, state, calibration, device)
     steps = steps_of(model, batches, "regmean")
-    found: Grams = {}
+    sums = {step.weight: InputSums() for step in steps if isinstance(step, Layer)}
     for args, kwargs, _ in batches:
         runner = Runner(model, steps, Memory(2**62), keep=True)  # one batch's outputs: a pass costs a layer
         for index, step in enumerate(steps):
             if not isinstance(step, Layer):
                 continue
-            runner.output(index, 0, (args, kwargs))
+            z = runner.output(index, 0, (args, kwargs))
             x = runner.last_input
             kernel = tuple(model.state_dict()[step.weight].shape[2:])
+            places = z.shape[2:] if kernel else ()
             for part in chunks(step, x, kernel):
                 X = columns(step, x[part], kernel)
-                gram = gram_product(torch.cat([X, X.new_ones(1, X.shape[1])]))
-                found[step.weight] = found[step.weight] + gram if step.weight in found else gram
+                sums[step.weight].add_inputs(X, unfolded_gram(step, X, kernel, places))
+    found = {name: _with_ones(one) for name, one in sums.items()}
     odd = next((name for name, gram in found.items() if not bool(gram.isfinite().all())), None)
     if odd is not None:
         raise CalibrationError(
             f"calibration: the activations at {odd!r} hold a NaN or an infinity; check the models and the inputs"
         )
     return found
+
+
+def _with_ones(sums: InputSums) -> Tensor:
+    """Gram matrix of inputs with a 1 at the end of each."""
+    x = sums.x.unsqueeze(1)
+    return torch.cat([torch.cat([sums.gram, x], 1), torch.cat([x.T, x.new_full((1, 1), sums.count)], 1)])
 
 
 def _gram_of(found: Mapping[str, Tensor], layer: Layer, size: int, place: int) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, count_inputs
-from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.corrections.working import batches_for, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
 
@@ -61,8 +60,7 @@ def reset_batchnorm(
         raise RebasinError(
             "net: reset_batchnorm needs a BatchNorm with running statistics; this network has none; use repair"
         )
-    parameter = next(iter(merged.values()))
-    batches = Batches(calibration, inputs=count_inputs(net), device=device or parameter.device)
+    batches = batches_for(net, merged, calibration, device)
     counters = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
     for norm in norms:
         norm.reset_running_stats()

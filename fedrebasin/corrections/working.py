@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import SpecMismatchError
 from fedrebasin.permute import like_state
 
@@ -18,6 +21,28 @@ def working_copy(net: nn.Module, state: Mapping[str, Tensor], device: torch.devi
     model = copy.deepcopy(net).to(target).eval()
     load(model, state)
     return model
+
+
+def begin(
+    net: nn.Module,
+    merged: Mapping[str, Tensor],
+    ends: Sequence[Mapping[str, Tensor]],
+    calibration: Iterable[Any],
+    coefficients: Sequence[float] | None,
+    device: torch.device | str | None,
+) -> tuple[nn.Module, Batches, list[float]]:
+    """Check what a caller gave: a working copy with the weights of ``merged``, the data, the ends' coefficients."""
+    weights = check_coefficients(coefficients, len(ends))
+    model = working_copy(net, merged, device)
+    return model, batches_for(net, merged, calibration, device), weights
+
+
+def batches_for(
+    net: nn.Module, state: Mapping[str, Tensor], calibration: Iterable[Any], device: torch.device | str | None
+) -> Batches:
+    """Calibration batches on ``device`` or where ``state`` is."""
+    where = device if device is not None else next(iter(state.values())).device
+    return Batches(calibration, inputs=count_inputs(net), device=where)
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:

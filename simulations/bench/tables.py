@@ -8,6 +8,7 @@ from typing import Any
 
 from fedrebasin.simulations.bench import selection_tables
 from fedrebasin.simulations.bench.tables_client import secure, server_cost
+from fedrebasin.simulations.disjoint_numbers import spread_text
 
 Result = Mapping[str, Any]
 Rows = list[list[str]]
@@ -100,7 +101,42 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def calibration(result: Result) -> tuple[Sequence[str], Rows]:
+    """``calibration.py``: one column for each number of clients, source and number of images."""
+    cells: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    most = max(row["images"] for row in result["rows"] if row["source"] == "own")
+    fewest = min(row["clients"] for row in result["rows"])
+    columns: dict[str, str] = {}
+    for row in result["rows"]:
+        if row["clients"] > fewest and (row["source"], row["images"]) not in (("own", most), ("", 0)):
+            continue  # the file has them
+        place = f"{row['clients']} clients, {row['images']:,} {row['source']}"
+        cells.setdefault((row["alignment"], row["correction"]), {}).setdefault(place, []).append(row)
+        if row["correction"]:
+            columns[place] = str(row["clients"])
+    rows = []
+    for (alignment, correction), found in cells.items():
+        label = f"{alignment} average" + (f" + {correction}" if correction else "")
+        whole = {column: found.get(column, found.get(f"{clients} clients, 0 ")) for column, clients in columns.items()}
+        rows.append([f"**{label}**" if alignment == "aligned" else label, *map(_scores, whole.values())])
+    for name in [name for name in result["references"][0]["rows"] if not name.startswith("client ")]:
+        found = {
+            clients: [one["rows"][name] for one in result["references"] if str(one["clients"]) == clients]
+            for clients in columns.values()
+        }
+        rows.append([name, *(_scores(found[clients]) for clients in columns.values())])
+    return ["test loss / top-1 %", *columns], rows
+
+
+def _scores(found: Sequence[Result] | None) -> str:
+    if not found:
+        return "-"
+    loss, top1 = ([row[key] for row in found] for key in ("loss", "top1"))
+    return f"{spread_text(loss)} / {spread_text(top1, percent=True).removesuffix('%')}"
+
+
 TABLES = {
+    "calibration": calibration,
     "own-data": own_data,
     "speed": speed,
     "quality": quality,

@@ -1,0 +1,62 @@
+"""The calls that layers and BatchNorms make, and the tensors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+#: function -> names of its first arguments, which a call may give by position or by name
+ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    **dict.fromkeys(CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
+    **dict.fromkeys(_PRODUCTS, ("input", "weight")),
+    torch.addmm: ("bias", "input", "weight"),
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+}
+
+
+#: ``F.multi_head_attention_forward`` as it would run under no function mode: a mode sees the calls inside, where torch
+#: would show it the whole as one call.
+attention_inside = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+def arguments_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments by name if ``func`` is one that layers or BatchNorms call, otherwise ``None``."""
+    names = ARGUMENTS.get(func)
+    return None if names is None else {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def names_of_tensors(model: nn.Module) -> dict[int, str]:
+    """The state dict's key of each parameter and buffer by ``id``."""
+    return {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where a tensor's storage lies: the same for all views of it."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor without storage (sparse, meta): known by itself alone
+        return id(tensor)
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from leaves(item)

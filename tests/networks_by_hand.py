@@ -1,0 +1,64 @@
+"""Small networks whose layers are called in every way that corrections have to see through."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def norm_free() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+
+
+class Residual(nn.Module):
+    """A branch that starts with a norm of its own, one that ends with one, a shortcut, writing in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5)
+        self.inner, self.outer = nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(6, 5, 1, bias=False)
+        self.end = nn.BatchNorm2d(5)
+        self.side, self.head = nn.Conv2d(5, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        branch = self.inner(F.relu(self.norm(x)))
+        x = F.relu(self.end(self.outer(F.relu(branch, inplace=True))) + self.side(x), inplace=True)
+        return self.head(x.mean((2, 3)))
+
+
+class InPlace(nn.Module):
+    """Writes into layers' outputs, through a view too, and reads one of them in two later layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h[:, :3].mul_(2).add_(1)
+        both = torch.zeros_like(h)
+        both[:, :4] = self.second(torch.tanh(h))[:, :4]
+        return self.third(both.tanh_() + h)
+
+
+class ByHand(nn.Module):
+    """Weights used by functions: a linear, a product, a shared layer, an op that leaves no trace in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 4))
+        self.second = nn.Parameter(torch.randn(6, 6))
+        self.shared = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(F.linear(x, self.first))
+        x = F.relu(x @ self.second, inplace=True)
+        x = self.shared(torch.tanh(self.shared(x))) + x
+        return self.last(x)

@@ -1,0 +1,63 @@
+"""The bench of corrections by clients and calibration data: its rows, its table, its command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedrebasin.simulations.bench import calibration, tables
+from fedrebasin.simulations.results import load_results
+
+pytestmark = pytest.mark.filterwarnings("ignore:calibration")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("calibration")
+    words = (
+        "digits --width 6 --epochs 1 --nodes 2,3 --seeds 0,1 --images 20,90 --other-images 30 --skip distill".split()
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x", *words, "--ends", str(folder / "ends"), "--output", str(folder)])
+        calibration.main()
+    assert len(list((folder / "ends").iterdir())) == 10
+    return load_results(folder / "results.json")
+
+
+def test_every_correction_is_measured_on_every_calibration_set_aligned_and_not(results: dict[str, list[dict]]) -> None:  # type: ignore[type-arg]
+    sets = {(row["source"], row["images"]) for row in results["rows"] if row["correction"]}
+    assert sets == {("own", 20), ("own", 90), ("noise", 30)}
+    names = {row["correction"] for row in results["rows"]}
+    assert names == {"", "repair", "rescale", "reshift", "closed-form", "least-squares", "regmean"}
+    assert len(results["rows"]) == 2 * 2 * 2 * (1 + 3 * 6)
+    assert len({json.dumps(row["loss"]) for row in results["rows"] if not row["correction"]}) == 8
+    for one in results["references"]:
+        assert len(one["examples"]) == one["clients"] and sum(one["examples"]) == 1347
+        best = min(one["rows"][f"client {place}"]["loss"] for place in range(one["clients"]))
+        assert one["rows"]["best client"]["loss"] == best
+
+
+def test_the_table_has_a_column_for_each_set_and_the_references_below(results: dict[str, list[dict]]) -> None:  # type: ignore[type-arg]
+    columns, rows = tables.calibration(results)
+    expected = ["2 clients, 20 own", "2 clients, 90 own", "2 clients, 30 noise", "3 clients, 90 own"]
+    assert columns == ["test loss / top-1 %", *expected]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["plain average"][0] == table["plain average"][1] != table["plain average"][3]
+    assert table["plain average + repair"][0] != table["plain average + repair"][1]
+    assert list(table)[-1] == "ensemble of probabilities"
+    losses = [
+        row["loss"]
+        for row in results["rows"]
+        if (row["clients"], row["alignment"], row["correction"]) == (3, "aligned", "regmean")
+        and (row["source"], row["images"]) == ("own", 90)
+    ]
+    assert table["**aligned average + regmean**"][3].startswith(f"{sum(losses) / 2:.3f} ± ")
+
+
+def test_the_command_names_no_local_folder(results: dict[str, dict[str, str]]) -> None:
+    command = results["provenance"]["command"]
+    assert command.endswith("--other-images 30 --skip distill --ends FOLDER --output FOLDER")
+    assert str(Path.home()) not in command and "/" not in command
