@@ -25,8 +25,8 @@ __all__ = ["warnings"]
 DATA = [torch.randn(100, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
@@ -69,7 +69,7 @@ def test_under_privacy_what_looks_at_the_raw_replies_is_refused(name: str) -> No
 
 
 def test_merge_modules_takes_a_name() -> None:
-    nets = [network() for _ in range(2)]
+    nets = [network(seed) for seed in range(2)]
     solved, averaged, scaled = (
         merge_modules(nets, (DATA[0],), calibration=data, correction=name).state_dict()
         for name, data in (("least-squares", DATA), (None, DATA), ("bias-normalisation", None))

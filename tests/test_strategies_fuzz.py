@@ -163,7 +163,7 @@ rounds = given(
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=quiet)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=quiet)
 @rounds
 def test_no_reply_ends_a_round_or_reaches_the_model(inner: str, respond: list[Any], repeat: bool) -> None:
     check(inner, respond, repeat)
