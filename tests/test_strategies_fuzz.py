@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import (
     QFedAvg,
     Strategy,
 )
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_strategies_exact import rebasin
 
