@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flower_messages import MemoryGrid, answer, trained_copy
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from fedrebasin import check_spec, permute, permute_optimizer, trace
 from fedrebasin.simulations import readme
-from fedrebasin.strategies import perms_from_record
+from fedrebasin.strategies import FedRebasin, perms_from_record
 from fedrebasin.strategies.records import state_to_record
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -89,3 +91,30 @@ def test_the_example_of_a_federated_correction_registers_a_handler_and_makes_a_s
     exec(compile(block, "README.md", "exec"), names)
     assert "query.rebasin" in names["app"]._registered_funcs
     assert names["strategy"].correction == "federated-least-squares"
+
+
+def test_the_guides_swap_and_its_tensorboard_example_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    names: dict[str, Any] = {"FedAvg": FedAvg, "FedRebasin": FedRebasin, "Net": net, "torch": torch, "net": net()}
+    exec(compile(next(block for block in BLOCKS if "strategy = FedAvg(" in block), "README.md", "exec"), names)
+    assert isinstance(names["strategy"], FedRebasin)
+    names["images"], names["labels"] = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
+    names["initial_arrays"] = ArrayRecord(net().state_dict())
+    names["grid"] = MemoryGrid({node: lambda m, seed=node: _train(m, seed) for node in range(1, 5)})
+    exec(compile(next(block for block in BLOCKS if "SummaryWriter" in block), "README.md", "exec"), names)
+    found = events.EventAccumulator("runs/fedrebasin").Reload()
+    assert [event.step for event in found.Scalars("test/accuracy")] == [0, 1, 2, 3]
+    assert [event.step for event in found.Scalars("train/rebasin-moved-fraction")] == [1, 2, 3]
+
+
+def _train(message: Message, seed: int) -> Message:
+    """A node that adds noise, or evaluates nothing in particular."""
+    if "train" not in message.metadata.message_type:
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1, "loss": 0.5})}), reply_to=message)
+    return answer(message, trained_copy(message.content["arrays"].to_torch_state_dict(), seed))
