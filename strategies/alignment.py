@@ -116,7 +116,7 @@ def _find(
 ) -> Alignment:
     if reference == "global":
         return _align_to_sent(sent, replies, match, how="the sent model")
-    nearness = [measure_nearness(spec, sent, reply.state(), seed=seed) for reply in replies]
+    nearness = measure_nearness(spec, sent, [reply.tensors() for reply in replies], seed=seed)
     apart, how = _judge(replies, nearness)
     if reference == "auto" and not apart:
         return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}")

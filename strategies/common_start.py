@@ -15,12 +15,14 @@ relabellings exist and s is large. Parts that no relabelling changes (a norm's s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedrebasin import PermutationSpec, permute, random_perms
+from fedrebasin import PermutationSpec, random_perms
+from fedrebasin.permute import permute_tensor
 
 DRAWS = 16
 EVIDENCE = 6.0
@@ -42,20 +44,27 @@ class Nearness:
         return self.evidence > EVIDENCE or self.gap > CLOSE
 
 
-def measure_nearness(spec: PermutationSpec, sent: State, reply: State, *, seed: int = 0) -> Nearness:
-    """Compare a reply with random relabellings of itself.
+def measure_nearness(
+    spec: PermutationSpec, sent: State, replies: Sequence[Mapping[str, Tensor]], *, seed: int = 0
+) -> list[Nearness]:
+    """Compare replies with random relabellings of themselves.
+
+    Since ``<R, P M>`` is ``<Q R, M>`` with Q the inverse of P, the sent model is relabelled, once for all replies and
+    tensor by tensor: replies may decode a tensor when it is asked for.
 
     Parameters
     ----------
     spec : PermutationSpec
-    sent, reply : state dict
-        The model that the server sent, and one that came back.
+    sent : state dict
+        The model that the server sent.
+    replies : sequence of mapping of str to Tensor
+        What came back.
     seed : int
         Draws the relabellings.
 
     Returns
     -------
-    Nearness
+    list of Nearness
         Infinite evidence where there is nothing to relabel.
 
     Examples
@@ -65,36 +74,36 @@ def measure_nearness(spec: PermutationSpec, sent: State, reply: State, *, seed: 
     >>> nets = [nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)) for _ in range(2)]
     >>> spec = trace(nets[0], (torch.randn(2, 8),))
     >>> a, b = (net.state_dict() for net in nets)
-    >>> measure_nearness(spec, a, a).near, measure_nearness(spec, a, b).near
-    (True, False)
+    >>> [found.near for found in measure_nearness(spec, a, [a, b])]
+    [True, False]
     """
     moved = {axis.name for axes in spec.tied.values() for axis in axes}
-    scales: dict[str, float] = {}
-    for name in spec.parameters:
-        if name in moved and sent[name].is_floating_point():
-            product = _root_mean_square(sent[name]) * _root_mean_square(reply[name])
-            if product > 0:
-                scales[name] = 1 / product
     if not moved:
-        return Nearness(math.inf, 1.0)
-    here = _inner(sent, reply, scales)
-    draws = torch.tensor(
-        [_inner(sent, permute(spec, random_perms(spec, seed * DRAWS + draw), reply), scales) for draw in range(DRAWS)],
-        dtype=torch.float64,
-    )
+        return [Nearness(math.inf, 1.0) for _ in replies]
+    perms = [random_perms(spec, seed * DRAWS + draw) for draw in range(DRAWS)]
+    products = torch.zeros(len(replies), 1 + DRAWS, dtype=torch.float64)  # <R, M>, then <Q R, M> for each draw
+    entries = torch.zeros(len(replies), dtype=torch.float64)
+    for name in (name for name in spec.parameters if name in moved and sent[name].is_floating_point()):
+        size = _root_mean_square(sent[name])
+        own = sent[name].float() if size > 0 else sent[name]
+        tensors = [reply[name].to(own.dtype).flatten() if size > 0 else own for reply in replies]
+        scales = [size * _root_mean_square(tensor) for tensor in tensors]
+        for draw in range(1 + DRAWS if size > 0 else 0):
+            relabelled = (own if draw == 0 else permute_tensor(spec.axes[name], perms[draw - 1], own)).flatten()
+            for place, (tensor, scale) in enumerate(zip(tensors, scales, strict=True)):
+                if scale > 0:
+                    products[place, draw] += float(torch.dot(relabelled, tensor)) / scale
+        entries += torch.tensor([float(own.numel()) if scale > 0 else 0.0 for scale in scales], dtype=torch.float64)
+    return [_judge(row, float(count)) for row, count in zip(products, entries, strict=True)]
+
+
+def _judge(products: Tensor, entries: float) -> Nearness:
+    here, draws = float(products[0]), products[1:]
     mean, spread = float(draws.mean()), float(draws.std())
-    entries = float(sum(sent[name].numel() for name in scales))
     excess = here - mean
-    tiny = 1e-9 * max(entries, 1.0)  # rounding, where every relabelling gives the same
+    tiny = 1e-6 * max(entries, 1.0)  # rounding, where every relabelling gives the same
     return Nearness(excess / max(spread, tiny), excess / max(entries - mean, tiny))
 
 
 def _root_mean_square(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
-
-
-def _inner(sent: State, reply: State, scales: dict[str, float]) -> float:
-    return sum(
-        scale * float(torch.dot(sent[name].flatten().double(), reply[name].flatten().double()))
-        for name, scale in scales.items()
-    )

@@ -38,7 +38,7 @@ from fedrebasin.strategies.options import (
     read_attribute,
 )
 from fedrebasin.strategies.part import check_home, narrow
-from fedrebasin.strategies.records import record_to_state, select_arrays
+from fedrebasin.strategies.records import is_finite, record_to_state, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen
 from fedrebasin.strategies.selection import Round, plain_replies
 
@@ -269,6 +269,9 @@ class Rebasin(Around):
             return None, metrics
         buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
+        if not is_finite(model):
+            log(WARNING, "rebasin: the aggregate of round %d holds a NaN or an infinity; the model stays", server_round)
+            return None, metrics
         setting = None
         if self.model is not None:
             setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)

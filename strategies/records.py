@@ -130,3 +130,14 @@ def cast_arrays(record: Mapping[str, Array], like: Mapping[str, Array]) -> Array
                 array = Array(np.array(array.numpy(), dtype=np.dtype(target.dtype), order="C"))
             cast[name] = array
     return cast
+
+
+def is_finite(record: Mapping[str, Array]) -> bool:
+    """Tell whether all entries of all arrays are finite.
+
+    Examples
+    --------
+    >>> is_finite({"a": Array(np.ones(2))}), is_finite({"a": Array(np.array(np.nan))})
+    (True, False)
+    """
+    return all(bool(np.isfinite(array.numpy()).all()) for array in record.values())

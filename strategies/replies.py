@@ -6,7 +6,8 @@ all. What is wrong with a single array is judged in ``arrays.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 
@@ -15,7 +16,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
-from fedrebasin.strategies.records import record_to_state, select_arrays
+from fedrebasin.strategies.records import array_to_tensor, record_to_state, select_arrays
 
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
 
@@ -34,6 +35,24 @@ class Reply:
     def state(self) -> dict[str, Tensor]:
         """Decode the arrays; each call makes new tensors, so that not all replies need be decoded at once."""
         return record_to_state(self.arrays)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The same, each tensor decoded when it is asked for, and not kept."""
+        return _Decoding(self.arrays)
+
+
+class _Decoding(Mapping[str, Tensor]):
+    def __init__(self, arrays: ArrayRecord) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> Tensor:
+        return array_to_tensor(self._arrays[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 @dataclass(frozen=True)
@@ -153,6 +172,10 @@ class ReplyScreen:
         missing = [name for name in self.required_metrics if name not in metrics]
         if missing:
             return f"no metric {missing[0]!r}, which the inner strategy needs"
+        for required in self.required_metrics:
+            value = metrics[required]
+            if isinstance(value, list) or not 0 <= value < math.inf:
+                return f"{required!r} = {value}; the inner strategy needs a finite number from 0"
         return Reply(message, node, float(examples), arrays[name], metrics, (name, weighted))
 
     def _with_the_sent_keys(

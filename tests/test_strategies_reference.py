@@ -91,15 +91,15 @@ def test_replies_trained_from_the_sent_model_are_near_and_others_are_not(seed: i
     spec = strategy_around(FedAvg()).spec
     sent = fresh().state_dict()
     for near, apart in zip(trained("common"), trained("apart"), strict=True):
-        assert measure_nearness(spec, sent, near, seed=seed).near
-        assert not measure_nearness(spec, sent, apart, seed=seed).near
+        assert measure_nearness(spec, sent, [near], seed=seed)[0].near
+        assert not measure_nearness(spec, sent, [apart], seed=seed)[0].near
         shuffled = permute(spec, random_perms(spec, 50 + seed), near)
-        assert not measure_nearness(spec, sent, shuffled, seed=seed).near
+        assert not measure_nearness(spec, sent, [shuffled], seed=seed)[0].near
 
 
 def test_a_sent_model_of_zeros_is_near_to_nothing() -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in small_net().state_dict().items()}
-    assert not measure_nearness(spec_of(), zeros, small_net(seed=1).state_dict()).near
+    assert not measure_nearness(spec_of(), zeros, [small_net(seed=1).state_dict()])[0].near
 
 
 def test_in_a_common_start_auto_gives_the_inner_strategys_result() -> None:

@@ -215,3 +215,27 @@ def test_a_reply_without_the_metric_that_the_inner_strategy_needs_is_left_out(wa
     assert metrics is not None
     assert metrics["rebasin-left-out"] == 1
     assert "node 2 sent no metric 'train_loss', which the inner strategy needs" in warnings[0]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -1.0])
+def test_a_training_loss_that_the_inner_strategy_cannot_use_is_left_out(loss: float, warnings: list[str]) -> None:
+    strategy = rebasin(QFedAvg(client_learning_rate=0.1))
+    messages = configure(strategy, SENT, 2)
+    replies = [answer(messages[0], GOOD[0], train_loss=1.0), answer(messages[1], GOOD[1], train_loss=loss)]
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert arrays is not None and metrics is not None and metrics["rebasin-left-out"] == 1
+    assert f"node 2 sent 'train_loss' = {loss}; the inner strategy needs a finite number from 0" in warnings[0]
+
+
+def test_an_aggregate_that_is_not_finite_is_not_handed_back(warnings: list[str]) -> None:
+    class Overflows(FedAvg):
+        def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            arrays["0.bias"] = Array(arrays["0.bias"].numpy() * float("inf"))
+            return arrays, metrics
+
+    strategy = rebasin(Overflows())
+    messages = configure(strategy, SENT, 2)
+    arrays, _ = strategy.aggregate_train(1, [answer(message, GOOD[0]) for message in messages])
+    assert arrays is None
+    assert "the aggregate of round 1 holds a NaN or an infinity; the model stays" in warnings[-1]
