@@ -16,7 +16,7 @@ from fedrebasin import PermutationSpec, merge, moved_fraction, permute
 from fedrebasin.strategies.alignment import Perms, shares
 from fedrebasin.strategies.options import chain, read_attribute
 from fedrebasin.strategies.records import cast_arrays, replace_arrays, select_arrays, state_to_record, tensor_to_array
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.replies import Reply, Screened
 
 State = dict[str, Tensor]
 
@@ -59,6 +59,16 @@ def rewrite_replies(
     return AlignedReplies(buffers, ends)
 
 
+def aggregate(
+    strategy: Strategy, server_round: int, screened: Screened, ends: Sequence[State] | None, trained: Sequence[str]
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """Let the strategy aggregate the rewritten replies, or merge ``ends`` outside it where they are given."""
+    if ends is not None:
+        return merge_round_apart(strategy, screened.replies, ends, trained)
+    messages = [*(reply.message for reply in screened.replies), *screened.failures]
+    return strategy.aggregate_train(server_round, messages)
+
+
 def merge_round_apart(
     strategy: Strategy, replies: Sequence[Reply], ends: Sequence[State], trained: Sequence[str]
 ) -> tuple[ArrayRecord, MetricRecord | None]:
@@ -70,11 +80,11 @@ def merge_round_apart(
     log(INFO, "aggregate_train: Received %d results", len(replies))
     params = [{name: end[name] for name in trained} for end in ends]
     merged = merge(params, coefficients=shares(replies))
-    aggregate: Callable[[list[RecordDict], str], MetricRecord] = read_attribute(
+    combine: Callable[[list[RecordDict], str], MetricRecord] = read_attribute(
         strategy, "train_metrics_aggr_fn", aggregate_metricrecords
     )
     weighted_by_key = read_attribute(strategy, "weighted_by_key", "num-examples")
-    metrics = aggregate([reply.message.content for reply in replies], weighted_by_key)
+    metrics = combine([reply.message.content for reply in replies], weighted_by_key)
     return state_to_record(merged), metrics
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from logging import INFO
 from pathlib import Path
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fedrebasin import PermutationSpec
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
@@ -21,10 +25,16 @@ class Around(Strategy):
     ----------
     strategy : Strategy
     checkpoint_dir : Path or None
+    spec : PermutationSpec
+    seed : int
+    device : torch.device or None
     """
 
     strategy: Strategy
     checkpoint_dir: Path | None
+    spec: PermutationSpec
+    seed: int
+    device: torch.device | None
     _beside: Beside
     _timeout: float = TIMEOUT
 
@@ -35,6 +45,16 @@ class Around(Strategy):
     def beside(self) -> dict[str, ArrayRecord]:
         """The last averages of the records that travel beside the weights; what is put here is what is sent."""
         return self._beside.averages
+
+    def summary(self) -> None:
+        """Log the settings, then the inner strategy's."""
+        log(INFO, "\t├──> Rebasin settings:")
+        for name in ("reference", "matching", "correction", "select"):
+            log(INFO, "\t│\t├── %s: %s", name, getattr(self, name))
+        log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
+        log(INFO, "\t│\t├── seed: %s", self.seed)
+        log(INFO, "\t│\t└── device: %s", self.device)
+        self.strategy.summary()
 
     def start(
         self,

@@ -18,7 +18,7 @@ from fedrebasin import PermutationSpec
 from fedrebasin.corrections.federated import FederatedOptions
 from fedrebasin.corrections.methods import Setting
 from fedrebasin.errors import RebasinError, UsageError
-from fedrebasin.strategies.aggregation import adopt_model, complete_model, merge_round_apart, rewrite_replies
+from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, rewrite_replies
 from fedrebasin.strategies.alignment import find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.beside import Beside, check_beside
@@ -35,11 +35,10 @@ from fedrebasin.strategies.options import (
     check_options,
     check_strategy,
     guarded_by,
-    read_attribute,
 )
 from fedrebasin.strategies.part import check_home, narrow
 from fedrebasin.strategies.records import is_finite, record_to_state, select_arrays
-from fedrebasin.strategies.replies import ReplyScreen
+from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.selection import Round, plain_replies
 
 
@@ -181,28 +180,12 @@ class Rebasin(Around):
         self.select = select
         self.seed = seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.arrayrecord_key = str(read_attribute(strategy, "arrayrecord_key", "arrays"))
-        train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
-        self._screen = ReplyScreen(
-            self.arrayrecord_key,
-            str(read_attribute(strategy, "weighted_by_key", "num-examples")),
-            [] if train_loss_key is None else [train_loss_key],
-            self.spec.parameters,
-        )
+        self._screen = build_screen(strategy, self.spec)
+        self.arrayrecord_key = self._screen.arrayrecord_key
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
-
-    def summary(self) -> None:
-        """Log the settings, then the inner strategy's."""
-        log(INFO, "\t├──> Rebasin settings:")
-        for name in ("reference", "matching", "correction", "select"):
-            log(INFO, "\t│\t├── %s: %s", name, getattr(self, name))
-        log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
-        log(INFO, "\t│\t├── seed: %s", self.seed)
-        log(INFO, "\t│\t└── device: %s", self.device)
-        self.strategy.summary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -258,12 +241,7 @@ class Rebasin(Around):
         coefficients = shares(screened.replies)
         self._beside.settle(self.spec, alignment.perms, screened.replies, coefficients)
         seconds = time.perf_counter() - started
-        arrays: ArrayRecord | None
-        if outside:
-            arrays, metrics = merge_round_apart(self.strategy, screened.replies, aligned.ends, trained)
-        else:
-            messages = [*(reply.message for reply in screened.replies), *screened.failures]
-            arrays, metrics = self.strategy.aggregate_train(server_round, messages)
+        arrays, metrics = aggregate(self.strategy, server_round, screened, aligned.ends if outside else None, trained)
         started = time.perf_counter()
         if arrays is None:
             return None, metrics

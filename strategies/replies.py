@@ -13,9 +13,12 @@ from logging import WARNING
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
+from fedrebasin.strategies.options import read_attribute
 from fedrebasin.strategies.records import array_to_tensor, record_to_state, select_arrays
 
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
@@ -210,6 +213,17 @@ class ReplyScreen:
             log(WARNING, "rebasin: metrics that not all replies have are not aggregated: %s", ", ".join(dropped))
         for reply in kept:
             reply.metrics = MetricRecord({name: value for name, value in reply.metrics.items() if name in common})
+
+
+def build_screen(strategy: Strategy, spec: PermutationSpec) -> ReplyScreen:
+    """The screen for a strategy's keys and a spec's parameters."""
+    train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
+    return ReplyScreen(
+        str(read_attribute(strategy, "arrayrecord_key", "arrays")),
+        str(read_attribute(strategy, "weighted_by_key", "num-examples")),
+        [] if train_loss_key is None else [train_loss_key],
+        spec.parameters,
+    )
 
 
 def _in_order(replies: list[Reply]) -> list[Reply]:
