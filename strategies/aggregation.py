@@ -12,10 +12,11 @@ from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
-from fedrebasin import PermutationSpec, merge, moved_fraction, permute
+from fedrebasin import PermutationSpec, merge, moved_fraction
+from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.alignment import Perms, shares
 from fedrebasin.strategies.options import chain, read_attribute
-from fedrebasin.strategies.records import cast_arrays, replace_arrays, select_arrays, state_to_record, tensor_to_array
+from fedrebasin.strategies.records import array_to_tensor, cast_arrays, select_arrays, state_to_record, tensor_to_array
 from fedrebasin.strategies.replies import Reply, Screened
 
 State = dict[str, Tensor]
@@ -40,22 +41,33 @@ class AlignedReplies:
 def rewrite_replies(
     spec: PermutationSpec, perms: Sequence[Perms], replies: Sequence[Reply], trained: Sequence[str], *, keep_ends: bool
 ) -> AlignedReplies:
-    """Permute the replies' arrays in place, and take out all but ``trained``.
+    """Permute the replies' arrays in place, one by one, and take out all but ``trained``.
 
-    Arrays that do not move stay the very same bytes.
+    Arrays of replies that do not move stay the very same bytes.
     """
     held = set(trained)
-    buffers, ends = [], []
+    buffers: list[State] = []
+    ends: list[State] = []
     for perm, reply in zip(perms, replies, strict=True):
         moved = moved_fraction(perm) > 0
-        state = permute(spec, perm, reply.state()) if moved else reply.state()
-        buffers.append({name: tensor for name, tensor in state.items() if name not in held})
+        kept: State = {}
+        end: State = {}
+        for name in list(reply.arrays):
+            if not moved and not keep_ends and name in held:
+                continue  # never decoded
+            tensor = array_to_tensor(reply.arrays[name])
+            if moved:
+                tensor = permute_tensor(spec.axes[name], perm, tensor)
+            if keep_ends:
+                end[name] = tensor
+            if name not in held:
+                kept[name] = tensor
+                del reply.arrays[name]
+            elif moved:
+                reply.arrays[name] = tensor_to_array(tensor)
+        buffers.append(kept)
         if keep_ends:
-            ends.append(dict(state))
-        for name in buffers[-1]:
-            del reply.arrays[name]
-        if moved:
-            replace_arrays(reply.arrays, {name: state.pop(name) for name in trained})
+            ends.append(end)
     return AlignedReplies(buffers, ends)
 
 

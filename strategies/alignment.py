@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import WARNING
+from typing import Any
 
 import torch
 from flwr.common.logger import log
@@ -142,8 +143,21 @@ def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool
     return apart, f"{share} are nearer to the sent model than their relabellings (z from {evidence[0]:.3g})"
 
 
+class _States(Sequence[State]):
+    """The replies' models, each decoded when it is asked for, and not kept."""
+
+    def __init__(self, replies: Sequence[Reply]) -> None:
+        self._replies = replies
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._replies[place].state()
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+
 def _align_to_sent(sent: State, replies: Sequence[Reply], match: Matcher, *, how: str) -> Alignment:
-    found = match.each(sent, [reply.state() for reply in replies])
+    found = match.each(sent, _States(replies))
     perms = [matching.perms for matching in found]
     gains = [matching.objective - matching.objective_before for matching in found]
     return Alignment(perms, False, sum(gains) / len(gains), _moved_fraction(perms), how)
@@ -152,7 +166,7 @@ def _align_to_sent(sent: State, replies: Sequence[Reply], match: Matcher, *, how
 def _align_to_largest(spec: PermutationSpec, replies: Sequence[Reply], match: Matcher) -> tuple[list[Perms], float]:
     chosen = max(range(len(replies)), key=lambda place: replies[place].examples)
     reference = replies[chosen].state()
-    found = match.each(reference, [reply.state() for place, reply in enumerate(replies) if place != chosen])
+    found = match.each(reference, _States([reply for place, reply in enumerate(replies) if place != chosen]))
     perms = [matching.perms for matching in found]
     perms.insert(chosen, identity_perms(spec))
     gains = [matching.objective - matching.objective_before for matching in found]
