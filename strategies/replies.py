@@ -239,5 +239,6 @@ def _rewrite(reply: Reply) -> None:
     """Leave one ArrayRecord and one MetricRecord: the inner strategies refuse more, and pair them by name."""
     content = RecordDict({reply.names[0]: reply.arrays, reply.names[1]: reply.metrics})
     for name, config in reply.message.content.config_records.items():
-        content[name] = config
+        if name not in reply.names:  # another reply's name for its metrics: this one's would be gone
+            content[name] = config
     reply.message.content = content

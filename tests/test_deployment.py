@@ -22,7 +22,8 @@ from fedrebasin.simulations.processes import Family
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "simulations" / "deployment"
 SILOS, ROUNDS = 3, 2
-pytestmark = pytest.mark.slow
+missing = [tool for tool in ("bash", "curl", "openssl", "ssh-keygen") if shutil.which(tool) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")]
 
 
 @dataclass

@@ -170,7 +170,7 @@ def test_no_reply_ends_a_round_or_reaches_the_model(inner: str, respond: list[An
 
 
 @pytest.mark.slow
-@settings(max_examples=3400, deadline=None, suppress_health_check=quiet)
+@settings(max_examples=3400, deadline=None, derandomize=True, suppress_health_check=quiet)
 @rounds
 def test_no_reply_of_ten_thousand_ends_a_round_or_reaches_the_model(
     inner: str, respond: list[Any], repeat: bool

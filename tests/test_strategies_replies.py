@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from flower_messages import State, answer, configure, fail, small_net, trained_copy, warnings
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp.strategy import FedAdam, FedAvg, QFedAvg, Strategy
 from test_strategies_exact import rebasin, same_bytes
 
@@ -239,3 +239,13 @@ def test_an_aggregate_that_is_not_finite_is_not_handed_back(warnings: list[str])
     arrays, _ = strategy.aggregate_train(1, [answer(message, GOOD[0]) for message in messages])
     assert arrays is None
     assert "the aggregate of round 1 holds a NaN or an infinity; the model stays" in warnings[-1]
+
+
+def test_a_config_called_as_another_replys_metrics_does_not_displace_this_ones() -> None:
+    strategy = rebasin(FedAvg())
+    messages = configure(strategy, SENT, 2)
+    replies = [answer(message, GOOD[0]) for message in messages]
+    replies[0].content["more"] = replies[0].content.pop("metrics")
+    replies[1].content["more"] = ConfigRecord({"x": "y"})
+    arrays, metrics = strategy.aggregate_train(1, replies)
+    assert arrays is not None and metrics is not None and metrics["rebasin-left-out"] == 0
