@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,20 +91,15 @@ def build_finish(
     """
     if correction == "default":
         correction = default_correction(model, calibration, guarded=guarded)
-    asked: tuple[str | None, ...] = (correction,) if isinstance(correction, str | None) else tuple(correction)
-    selector = None
+    finish = Finish(correction, calibration)
+    names: tuple[str | None, ...] = (finish.single,)
     if select is not None:
         asked = names_of(correction, several=True)
         selector = build_selector(
-            *(select, [name for name in asked if name is not None], model, calibration),
-            loss=loss,
-            example_inputs=example_inputs,
-            seed=seed,
-            device=device,
+            *(select, asked, model, calibration), loss=loss, example_inputs=example_inputs, seed=seed, device=device
         )
-    if selector is not None:
-        calibration = selector.fit
-    for name in asked or (None,):
-        check_calibration(name, model, calibration, inputs=inputs, example_inputs=example_inputs, device=device)
-    single = correction if isinstance(correction, str) and selector is None else None
-    return Finish(correction, calibration, selector, build_queries(single, model, example_inputs, federated, device))
+        if selector is not None:
+            finish, names = Finish(correction, selector.fit, selector), asked or (None,)
+    for name in names:
+        check_calibration(name, model, finish.calibration, inputs=inputs, example_inputs=example_inputs, device=device)
+    return replace(finish, queries=build_queries(finish.single, model, example_inputs, federated, device))

@@ -94,22 +94,6 @@ def select_arrays(record: Mapping[str, Array], names: Sequence[str]) -> ArrayRec
     return selected
 
 
-def replace_arrays(record: ArrayRecord, state: dict[str, Tensor]) -> None:
-    """Overwrite the record's arrays with the state's tensors, one at a time, and empty ``state``.
-
-    One at a time because a whole new record would be a second copy of a reply in memory.
-
-    Examples
-    --------
-    >>> record = state_to_record({"a": torch.zeros(2)})
-    >>> replace_arrays(record, {"a": torch.ones(2)})
-    >>> record_to_state(record)
-    {'a': tensor([1., 1.])}
-    """
-    for name in list(state):
-        record[name] = tensor_to_array(state.pop(name))
-
-
 def cast_arrays(record: Mapping[str, Array], like: Mapping[str, Array]) -> ArrayRecord:
     """Return the record with the dtypes of ``like``, in the order of ``like``; keys that it lacks are left out.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from flower_messages import MemoryGrid
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, RecordDict
 from safetensors.numpy import load_file
 
 from fedrebasin.simulations.processes import Family
@@ -100,18 +100,13 @@ def test_the_deployed_model_is_that_of_the_same_replies_in_one_process(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(APP))
+    from rebasin_deployment.client_app import train_silo
     from rebasin_deployment.server_app import first_model, make_strategy
-    from rebasin_deployment.training import train
 
     def node(partition: int) -> Callable[[Message], Message]:
-        def answer(message: Message) -> Message:
-            sent = {name: array.numpy() for name, array in message.content["arrays"].items()}
-            weights, examples = train(sent, partition, SILOS, int(message.content["config"]["server-round"]))
-            arrays = ArrayRecord({name: Array(value) for name, value in weights.items()})
-            metrics = MetricRecord({"num-examples": examples, "partition-id": partition})
-            return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
-
-        return answer
+        config = {"partition-id": partition, "num-partitions": SILOS}
+        context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={})
+        return lambda message: train_silo(message, context)
 
     grid = MemoryGrid({9 - partition: node(partition) for partition in range(SILOS)})  # arriving in another order
     expected = make_strategy(SILOS).start(grid=grid, initial_arrays=first_model(), num_rounds=ROUNDS)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flower_messages import outside_a_run
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from torch import nn
 
+from fedrebasin import permute, trace
 from fedrebasin.errors import SpecMismatchError
+from fedrebasin.strategies.aggregation import rewrite_replies
 from fedrebasin.strategies.records import (
     DECODE_ERRORS,
     cast_arrays,
     record_to_state,
-    replace_arrays,
     select_arrays,
     state_to_record,
 )
+from fedrebasin.strategies.replies import Reply
 
 DTYPES = [
     torch.float16,
@@ -73,14 +77,24 @@ def test_garbage_raises_one_of_the_decoding_errors() -> None:
         record_to_state(ArrayRecord({"a": Array("float32", (3,), "my.format", whole.data)}))
 
 
-def test_arrays_are_replaced_in_place_and_the_state_is_emptied() -> None:
-    record = state_to_record({"b": torch.zeros(2), "a": torch.zeros(())})
-    state = {"a": torch.ones(())}
-    replace_arrays(record, state)
-    assert state == {}
-    assert list(record) == ["b", "a"]
-    assert record_to_state(record)["a"].shape == ()
-    assert record_to_state(record)["a"] == 1
+def test_rewriting_a_reply_replaces_its_arrays_in_place_and_keeps_their_order_and_shapes() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    state = dict(reversed(net.state_dict().items()))
+    spec, perm = trace(net, (torch.zeros(2, 2),)), {"0": torch.tensor([2, 0, 1])}
+    trained = [name for name in state if name in spec.parameters]
+    record = state_to_record(state)
+    reply = Reply(outside_message(), 1, 1.0, record, MetricRecord(), ("arrays", "metrics"))
+    aligned = rewrite_replies(spec, [perm], [reply], trained, keep_ends=False)
+    assert list(record) == trained
+    moved = permute(spec, perm, state)
+    found = {**record_to_state(record), **aligned.buffers[0]}
+    assert found["1.num_batches_tracked"].shape == ()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], moved[name]) for name in state)
+
+
+def outside_message() -> Message:
+    outside_a_run()
+    return Message(RecordDict(), dst_node_id=1, message_type="train")
 
 
 def test_selecting_arrays_copies_none() -> None:

@@ -75,8 +75,8 @@ def train_clients(data: Dataset, options: Options, nodes: int, seed: int) -> Cli
     kind = HALVES if nodes == 2 else PARTS
     parts = partition_rows(data.train_labels, data.classes, nodes, parse_partition(kind), seed=seed)
     model = DEFAULTS[options.dataset][0]
-    fixed = {"held": 0.2, "model": model, "width": options.width, "norm": "batch", "epochs": options.epochs}
-    config = EndConfig(dataset=options.dataset, source=data.source, seed=seed, end="a", **fixed)  # type: ignore[arg-type]
+    fixed: Row = {"held": 0.2, "model": model, "width": options.width, "norm": "batch", "epochs": options.epochs}
+    config = EndConfig(dataset=options.dataset, source=data.source, seed=seed, end="a", **fixed)
     names = "ab" if nodes == 2 else [f"{kind.replace(':', '')}-{nodes}-{node}" for node in range(nodes)]
     cpu = torch.device("cpu")
     states = [

@@ -9,6 +9,7 @@ from typing import Any
 from fedrebasin.simulations.bench import selection_tables
 from fedrebasin.simulations.bench.tables_client import secure, server_cost
 from fedrebasin.simulations.disjoint_numbers import spread_text
+from fedrebasin.simulations.summary import percent, plain
 
 Result = Mapping[str, Any]
 Rows = list[list[str]]
@@ -89,16 +90,10 @@ def own_data(result: Result) -> tuple[Sequence[str], Rows]:
         line = ["no correction" if correction == "-" else correction]
         for head in heads:
             row = cells.get((*head, correction))
-            accuracy = None if row is None else [100 * value for value in row["accuracy"]]
-            line.append("-" if row is None else f"{_spread(row['loss'], 3)} / {_spread(accuracy or [], 1)}")
+            line.append("-" if row is None else f"{plain(row['loss'])} / {percent(row['accuracy'])}")
         rows.append(line)
     columns = [f"{nodes} clients, {partition}, {merge}" for nodes, partition, merge in heads]
     return [f"{result['data']}, {result['model']} of width {result['width']}", *columns], rows
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def calibration(result: Result) -> tuple[Sequence[str], Rows]:
@@ -132,7 +127,7 @@ def _scores(found: Sequence[Result] | None) -> str:
     if not found:
         return "-"
     loss, top1 = ([row[key] for row in found] for key in ("loss", "top1"))
-    return f"{spread_text(loss)} / {spread_text(top1, percent=True).removesuffix('%')}"
+    return f"{spread_text(loss)} / {percent(top1)}"
 
 
 TABLES = {
