@@ -8,10 +8,9 @@ moments keep their meaning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
-from typing import Any
 
 import torch
 from flwr.common.logger import log
@@ -27,13 +26,16 @@ from fedrebasin import (
     permute,
     weight_matching,
 )
+from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.matching.methods import JOINT_METHOD
 from fedrebasin.strategies.common_start import Nearness, measure_nearness
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.replies import Reply
 
 Perms = dict[str, Tensor]
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
+#: log10 of the number of orders from which on a reply in the sent model's order is there for a reason
+CERTAIN = 6.0
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,27 @@ def _find(
     seed: int,
     device: torch.device | None,
 ) -> Alignment:
+    certain = [False] * len(replies)
+    if reference in ("auto", "global") and match.name == JOINT_METHOD:
+        certificate = IdentityCertificate(spec, sent, device=device)
+        certain = [certificate.holds(reply.tensors()) for reply in replies]
     if reference == "global":
-        return _align_to_sent(sent, replies, match, how="the sent model")
+        return _align_to_sent(sent, replies, match, how="the sent model", certain=certain)
+    # by chance a reply that was trained elsewhere has the sent model's order once in 10 ** log10_order cases
+    sure = sum(reply.examples for reply, stays in zip(replies, certain, strict=True) if stays)
+    if sure > _half(replies) and spec.log10_order >= CERTAIN:
+        how = f"the sent model, since {sum(certain)} of {len(replies)} replies are certainly in its order"
+        return _align_to_sent(sent, replies, match, how=how, certain=certain)
     nearness = measure_nearness(spec, sent, [reply.tensors() for reply in replies], seed=seed)
     apart, how = _judge(replies, nearness)
     if reference == "auto" and not apart:
-        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}")
+        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}", certain=certain)
     largest = reference == "largest" or match.name != JOINT_METHOD
     if largest:
         perms, gain = _align_to_largest(spec, replies, match)
     else:
         many = match_many(
-            spec, [reply.state() for reply in replies], coefficients=shares(replies), seed=seed, device=device
+            spec, [reply.tensors() for reply in replies], coefficients=shares(replies), seed=seed, device=device
         )
         perms, gain = list(many.perms), many.objective - many.objective_before
     if not apart:
@@ -134,39 +145,35 @@ def _find(
     return Alignment(perms, apart, gain, _moved_fraction(perms), f"{'the largest' if largest else 'each other'}; {how}")
 
 
+def _half(replies: Sequence[Reply]) -> float:
+    return sum(reply.examples for reply in replies) / 2
+
+
 def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool, str]:
     examples = [reply.examples for reply in replies]
     near = sum(count for count, found in zip(examples, nearness, strict=True) if found.near)
     evidence = sorted(found.evidence for found in nearness)
     share = f"{sum(found.near for found in nearness)} of {len(nearness)} replies"
-    apart = near < sum(examples) / 2
+    apart = near < _half(replies)
     return apart, f"{share} are nearer to the sent model than their relabellings (z from {evidence[0]:.3g})"
 
 
-class _States(Sequence[State]):
-    """The replies' models, each decoded when it is asked for, and not kept."""
-
-    def __init__(self, replies: Sequence[Reply]) -> None:
-        self._replies = replies
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._replies[place].state()
-
-    def __len__(self) -> int:
-        return len(self._replies)
-
-
-def _align_to_sent(sent: State, replies: Sequence[Reply], match: Matcher, *, how: str) -> Alignment:
-    found = match.each(sent, _States(replies))
-    perms = [matching.perms for matching in found]
-    gains = [matching.objective - matching.objective_before for matching in found]
-    return Alignment(perms, False, sum(gains) / len(gains), _moved_fraction(perms), how)
+def _align_to_sent(
+    sent: State, replies: Sequence[Reply], match: Matcher, *, how: str, certain: Sequence[bool]
+) -> Alignment:
+    """Match those that are not certainly best as they are."""
+    open_places = [place for place, stays in enumerate(certain) if not stays]
+    found = dict(zip(open_places, match.each(sent, [replies[place].tensors() for place in open_places]), strict=True))
+    stays = identity_perms(match.setting.spec)
+    perms = [found[place].perms if place in found else stays for place in range(len(replies))]
+    gain = sum(matching.objective - matching.objective_before for matching in found.values())
+    return Alignment(perms, False, gain / len(replies), _moved_fraction(perms), how)
 
 
 def _align_to_largest(spec: PermutationSpec, replies: Sequence[Reply], match: Matcher) -> tuple[list[Perms], float]:
     chosen = max(range(len(replies)), key=lambda place: replies[place].examples)
-    reference = replies[chosen].state()
-    found = match.each(reference, _States([reply for place, reply in enumerate(replies) if place != chosen]))
+    reference = replies[chosen].tensors()
+    found = match.each(reference, [reply.tensors() for place, reply in enumerate(replies) if place != chosen])
     perms = [matching.perms for matching in found]
     perms.insert(chosen, identity_perms(spec))
     gains = [matching.objective - matching.objective_before for matching in found]
@@ -182,7 +189,7 @@ def _back_to_sent(
     seed: int,
     device: torch.device | None,
 ) -> list[Perms]:
-    aligned = [permute(spec, perm, reply.state()) for perm, reply in zip(perms, replies, strict=True)]
+    aligned = [permute(spec, perm, reply.tensors()) for perm, reply in zip(perms, replies, strict=True)]
     merged = merge(aligned, coefficients=shares(replies))
     back = weight_matching(spec, sent, merged, seed=seed, device=device).perms
     return [compose(spec, perm, back) for perm in perms]

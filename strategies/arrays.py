@@ -16,23 +16,27 @@ from typing import NamedTuple
 import numpy as np
 from flwr.app import Array
 
-from fedrebasin.strategies.records import DECODE_ERRORS
+from fedrebasin.strategies.records import DECODE_ERRORS, array_view, sum_of_squares
 
 FACTOR = 1e3
 FLOOR = 1e-2
 LARGEST = math.sqrt(float(np.finfo(np.float32).max))
+_FINITE = float(np.finfo(np.float32).max)
 Measured = float  # the root mean square of one tensor
 
 
 class _Values(NamedTuple):
     rms: float
-    largest: float
+    largest: float  # at least the largest size of a value, if that is over LARGEST
 
 
 def _measure(values: np.ndarray) -> _Values:
     """NaN or infinite if any value is."""
     if values.size == 0 or values.dtype.kind not in "fc":
         return _Values(0.0, 0.0)
+    total = sum_of_squares(values)
+    if total < _FINITE:  # then no value is over LARGEST
+        return _Values(math.sqrt(total / values.size), 0.0)
     sizes = np.abs(values)
     largest = float(np.max(sizes))
     scaled = sizes / largest if 0 < largest < math.inf else sizes  # no overflow on the way to the sum
@@ -54,7 +58,7 @@ def measure_arrays(arrays: Mapping[str, Array], sent: Mapping[str, Array]) -> di
     found: dict[str, Measured] = {}
     for name, expected in sent.items():
         try:
-            values = arrays[name].numpy()
+            values = array_view(arrays[name])
         except DECODE_ERRORS as error:
             return f"{name!r} in a form that cannot be decoded ({type(error).__name__}: {error})"
         if not isinstance(values, np.ndarray) or tuple(values.shape) != tuple(expected.shape):
@@ -77,7 +81,7 @@ def find_huge(
     if not measured:
         return {}
     names = [name for name in sent if name in parameters]
-    own = {name: _measure(sent[name].numpy()).rms for name in names}
+    own = {name: _measure(array_view(sent[name])).rms for name in names}
     sizes = {name: math.prod(sent[name].shape) for name in names}
     total = sum(sizes.values())
     overall = math.sqrt(sum(sizes[name] * own[name] ** 2 for name in names) / total) if total else 0.0

@@ -28,7 +28,7 @@ DRAWS = 16
 EVIDENCE = 6.0
 CLOSE = 0.5
 
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.matching.methods import METHODS, Setting, find_matching
 
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from fedrebasin.strategies.options import (
     guarded_by,
 )
 from fedrebasin.strategies.part import check_home, narrow
-from fedrebasin.strategies.records import is_finite, record_to_state, select_arrays
+from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.selection import Round, plain_replies
 
@@ -225,7 +225,7 @@ class Rebasin(Around):
         if not screened.replies:
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
-        state, reference = record_to_state(sent), "global" if self.guard else self.reference
+        state, reference = RecordView(sent), "global" if self.guard else self.reference
         alignment = find_alignment(
             self.spec, state, screened.replies, self._matcher, reference=reference, seed=self.seed, device=self.device
         )

@@ -7,7 +7,7 @@ all. What is wrong with a single array is judged in ``arrays.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
 from fedrebasin.strategies.options import read_attribute
-from fedrebasin.strategies.records import array_to_tensor, record_to_state, select_arrays
+from fedrebasin.strategies.records import RecordView, record_to_state, select_arrays
 
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
 
@@ -40,22 +40,8 @@ class Reply:
         return record_to_state(self.arrays)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The same, each tensor decoded when it is asked for, and not kept."""
-        return _Decoding(self.arrays)
-
-
-class _Decoding(Mapping[str, Tensor]):
-    def __init__(self, arrays: ArrayRecord) -> None:
-        self._arrays = arrays
-
-    def __getitem__(self, name: str) -> Tensor:
-        return array_to_tensor(self._arrays[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+        """The same for reading: no tensor is copied."""
+        return RecordView(self.arrays)
 
 
 @dataclass(frozen=True)

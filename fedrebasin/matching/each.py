@@ -27,8 +27,7 @@ def match_each(
 ) -> list[Matching]:
     """Match every model to one reference by weights: what ``weight_matching`` finds for each, in less time.
 
-    After a model that stays as it is, the distances between the reference's own units are measured once; from then
-    on models near the reference are certified to stay as they are in time linear in the parameters.
+    Models near the reference are certified to stay as they are in time linear in the parameters (``certificate.py``).
 
     Parameters
     ----------
@@ -64,14 +63,12 @@ def match_each(
     if inits is not None and len(inits) != len(models):
         raise RebasinError(f"inits: expected one for each of the {len(models)} models; got {len(inits)}")
     spec.check_state(reference, "reference")
-    certificate: IdentityCertificate | None = None
+    certificate = IdentityCertificate(spec, reference, device=device)
     found: list[Matching] = []
     for index, model in enumerate(models):
         started = time.perf_counter()
         init = None if inits is None else inits[index]
-        if init is None and found and found[-1].moved_fraction == 0 and certificate is None:
-            certificate = IdentityCertificate(spec, reference, device=device)
-        if init is None and certificate is not None:
+        if init is None:
             spec.check_state(model, "model")
             if certificate.holds(model):
                 objective = inner_product(spec, reference, model)

@@ -2,7 +2,8 @@
 
 ``python -m fedrebasin.simulations.bench.client_side --output FILE``
 
-``aggregate_train`` of ten replies of ResNet18's size, in a fresh process for every number, on Linux. Memory is the peak
+``aggregate_train`` of ten replies of ResNet18's size, of forty where they are near, in a fresh process for every
+number, on Linux. Memory is the peak
 of the process above what it held before the call; CPU seconds are those of one thread, whatever else runs.
 *Near* replies are the sent model with noise, as after a common start; *apart* ones are that with their units in an
 order of their own.
@@ -35,7 +36,7 @@ from fedrebasin.strategies.records import state_to_record
 
 State = dict[str, Tensor]
 METHODS = ("FedAvg", "FedAvg, replies aligned by the mod", "Rebasin on the server")
-KINDS = ("near", "apart")
+CASES = (("near", 10), ("near", 40), ("apart", 10))
 NOISE = 0.05
 
 
@@ -137,7 +138,6 @@ def main() -> None:
     """Measure all, or one round with ``--once METHOD KIND REPLIES``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--replies", type=int, default=10)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--once", nargs=3)
     options = parser.parse_args()
@@ -145,9 +145,9 @@ def main() -> None:
         print(json.dumps(measure_once(options.once[0], options.once[1], int(options.once[2]))))
         return
     started, rows = time.time(), []
-    for kind in KINDS:
+    for kind, replies in CASES:
         for method in METHODS:
-            rows.append(measure(method, kind, options.replies, options.runs))
+            rows.append(measure(method, kind, replies, options.runs))
             print(json.dumps(rows[-1]), flush=True)
     if options.output:
         command = f"python -m fedrebasin.simulations.bench.client_side --runs {options.runs} --output FILE"
