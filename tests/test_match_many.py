@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import networks
 import networks_attention
 import networks_recurrent
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from fedrebasin import (
 from fedrebasin.matching.many import MANY_METHODS
 from fedrebasin.matching.many_problem import ManyProblem
 from fedrebasin.matching.plan import Block
+from fedrebasin.matching.relaxed import corner
+from fedrebasin.matching.relaxed_many import RelaxedMany, on_the_way
 
 METHODS = list(MANY_METHODS)
 ZOO = {name: make for name, make in networks.NETWORKS.items() if name in ("mlp", "resnet20-layernorm")} | {
@@ -223,3 +226,30 @@ def test_what_is_no_model_or_method_is_refused() -> None:
         match_many(spec, [models[0], {**models[1], "0.weight": models[1]["0.weight"] * float("nan")}])
     with pytest.raises(SpecMismatchError, match=r"models\[2\]: .*'0.weight'.*"):
         match_many(spec, [*models[:2], {**models[2], "0.weight": torch.zeros(3)}], coefficients=[1, 0, 1])
+
+
+def test_the_relaxed_objective_its_gradient_and_its_polynomial_agree_with_the_exact_one() -> None:
+    spec, models = tiny()
+    problem = ManyProblem(spec, models, [0.4, 0.3, 0.2, 0.1])
+    relaxed = RelaxedMany(problem)
+    sides = []
+    for seed in (0, 4):
+        perms = [random_perms(spec, seed + k) for k in range(4)]
+        sides.append(
+            (
+                [corner(spec, own, relaxed.like) for own in perms],
+                slow_objective(spec, models, perms, problem.coefficients),
+            )
+        )
+    (start, first), (end, last) = sides
+    constant = first - relaxed.value(start) * relaxed.scale  # the output's bias, which no permutation moves
+    assert relaxed.value(end) * relaxed.scale + constant == pytest.approx(last, rel=1e-9)
+    value, gradient = relaxed.gradient(start)
+    slope = sum(
+        float((g[perm] * (b[perm] - a[perm])).sum()) for g, a, b in zip(gradient, start, end, strict=True) for perm in a
+    )
+    step = 1e-6
+    assert (relaxed.value(on_the_way(start, end, step)) - value) / step == pytest.approx(slope, rel=1e-4)
+    polynomial = np.polynomial.Polynomial(relaxed.polynomial(start, end, slope=slope, at_start=value))
+    for lam in (0.1, 0.37, 0.9):
+        assert polynomial(lam) == pytest.approx(relaxed.value(on_the_way(start, end, lam)), rel=1e-9)

@@ -42,7 +42,7 @@ def merge_many(problem: ManyProblem, *, seed: int = 0) -> list[float]:
     Ainsworth, Hayase, Srinivasa (2023), "Git Re-Basin: Merging models modulo permutation symmetries", Algorithm 3.
     """
     before = problem.objective()
-    if _is_settled(problem):
+    if is_settled(problem):
         return [before]
     add_one_by_one(problem, seed=seed)
     history = ascend(problem, before=before, seed=seed)
@@ -52,7 +52,7 @@ def merge_many(problem: ManyProblem, *, seed: int = 0) -> list[float]:
     return [before, *(value for value in history if value > before)]
 
 
-def _is_settled(problem: ManyProblem) -> bool:
+def is_settled(problem: ManyProblem) -> bool:
     """True if no single permutation of any model gains; otherwise the first that does has moved."""
     cells = ((place, block) for block in problem.blocks for place in problem.places)
     return not any(problem.improve(place, block) > 0 for place, block in cells)
