@@ -1,53 +1,255 @@
-"""Many models without a reference: merge-many against planted truth and in limit cases."""
+"""Many models without a reference: every method against planted truth, oracles and limit cases."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+
 import networks
+import networks_attention
+import networks_recurrent
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from fedrebasin import RebasinError, identity_perms, match_many, permute, random_perms, trace
+from fedrebasin import (
+    PermutationSpec,
+    RebasinError,
+    SpecMismatchError,
+    compose,
+    identity_perms,
+    invert,
+    match_many,
+    permute,
+    random_perms,
+    trace,
+)
+from fedrebasin.matching.many import MANY_METHODS
+from fedrebasin.matching.many_problem import ManyProblem
+from fedrebasin.matching.plan import Block
+from fedrebasin.matching.relaxed import corner
+from fedrebasin.matching.relaxed_many import RelaxedMany, on_the_way
+
+METHODS = list(MANY_METHODS)
+ZOO = {name: make for name, make in networks.NETWORKS.items() if name in ("mlp", "resnet20-layernorm")} | {
+    "attention": lambda: networks_attention.ATTENTION["multihead"]()[:2],
+    "recurrent": lambda: networks_recurrent.RECURRENT["lstm"]()[:2],
+}
 
 
-def test_match_many_puts_planted_copies_into_the_order_of_the_heaviest() -> None:
-    net, inputs = networks.NETWORKS["resnet20-batchnorm"]()
-    spec, state = trace(net, inputs), net.state_dict()
-    copies = [permute(spec, random_perms(spec, seed), state) for seed in range(4)]
-    found = match_many(spec, copies, coefficients=[0.1, 0.5, 0.2, 0.2])
-    aligned = [permute(spec, perms, copy) for perms, copy in zip(found.perms, copies, strict=True)]
-    assert all(
-        torch.equal(perm, truth)
-        for perm, truth in zip(found.perms[1].values(), identity_perms(spec).values(), strict=True)
-    )
-    assert all(torch.equal(one[name], copies[1][name]) for one in aligned for name in copies[1])
-
-
-def test_match_many_raises_its_objective_and_weighs_models() -> None:
-    net, inputs = networks.mlp()
-    spec = trace(net, inputs)
-    models = [
-        {n: torch.randn(s, generator=torch.Generator().manual_seed(k)) for n, s in spec.shapes.items()}
-        for k in range(4)
+def tiny(width: int = 4, dtype: torch.dtype = torch.float64) -> tuple[PermutationSpec, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)).to(dtype)
+        for _ in range(4)
     ]
-    coefficients = [0.4, 0.3, 0.2, 0.1]
-    found = match_many(spec, models, coefficients=coefficients)
-    aligned = [permute(spec, perms, model) for perms, model in zip(found.perms, models, strict=True)]
-    tied = {axis.name for axes in spec.tied.values() for axis in axes}
-    slow = sum(
+    return trace(nets[0], (torch.zeros(2, 3, dtype=dtype),)), [net.state_dict() for net in nets]
+
+
+def slow_objective(
+    spec: PermutationSpec,
+    models: Sequence[Mapping[str, Tensor]],
+    perms: Sequence[Mapping[str, Tensor]],
+    coefficients: Sequence[float],
+) -> float:
+    aligned = [permute(spec, own, model) for own, model in zip(perms, models, strict=True)]
+    tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
+    return sum(
         coefficients[p] * coefficients[q] * float((aligned[p][name].double() * aligned[q][name].double()).sum())
-        for p in range(4)
+        for p in range(len(models))
         for q in range(p)
         for name in tied
     )
-    assert found.objective == pytest.approx(slow, rel=1e-9)
-    assert list(found.history) == sorted(found.history) and found.objective > found.objective_before
 
 
-def test_match_many_of_one_model_moves_nothing_and_of_none_is_refused() -> None:
-    net, inputs = networks.mlp()
-    spec = trace(net, inputs)
-    assert match_many(spec, [net.state_dict()]).moved_fraction == 0
+@pytest.mark.parametrize("network", ZOO)
+@pytest.mark.parametrize("method", METHODS)
+def test_planted_copies_come_into_the_order_of_the_heaviest(method: str, network: str) -> None:
+    torch.manual_seed(0)
+    net, inputs = ZOO[network]()
+    spec, state = trace(net, inputs), net.state_dict()
+    copies = [permute(spec, random_perms(spec, seed), state) for seed in range(4)]
+    found = match_many(spec, copies, coefficients=[0.1, 0.5, 0.2, 0.2], method=method)
+    aligned = [permute(spec, perms, copy) for perms, copy in zip(found.perms, copies, strict=True)]
+    for name, truth in identity_perms(spec).items():
+        assert torch.equal(found.perms[1][name], truth)
+    assert all(torch.equal(one[name], copies[1][name]) for one in aligned for name in copies[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_permutations_around_a_cycle_compose_to_the_identity(method: str) -> None:
+    spec, models = tiny(8)
+    found = match_many(spec, models, method=method).perms
+    around = identity_perms(spec)
+    for p, q in itertools.pairwise([0, 2, 1, 3, 0]):  # what brings q's units into p's order
+        around = compose(spec, compose(spec, found[q], invert(spec, found[p])), around)
+    assert all(
+        torch.equal(perm, truth) for perm, truth in zip(around.values(), identity_perms(spec).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_objective_is_the_sum_over_weighted_pairs(method: str) -> None:
+    spec, models = tiny(8)
+    coefficients = [0.4, 0.3, 0.2, 0.1]
+    found = match_many(spec, models, coefficients=coefficients, method=method)
+    assert found.objective == pytest.approx(slow_objective(spec, models, found.perms, coefficients), rel=1e-9)
+    start = [identity_perms(spec) for _ in models]
+    assert found.objective_before == pytest.approx(slow_objective(spec, models, start, coefficients), rel=1e-9)
+    assert found.history[0] == found.objective_before and found.history[-1] == found.objective
+    if method not in ("star", "medoid"):
+        assert list(found.history) == sorted(found.history) and found.objective > found.objective_before
+
+
+def test_a_step_is_the_best_of_all_permutations_of_one_layer_of_one_model() -> None:
+    spec, models = tiny()
+    coefficients = [0.4, 0.3, 0.2, 0.1]
+    for seed, (place, block) in enumerate(itertools.product(range(4), (Block(name, 4) for name in spec.perm_shapes))):
+        problem = ManyProblem(spec, models, coefficients)
+        start = [random_perms(spec, 10 * seed + k) for k in range(4)]
+        problem.put(start)
+        before = problem.objective()
+        gain = problem.improve(place, block)
+        best = max(
+            slow_objective(
+                spec,
+                models,
+                [{**own, block.perm: torch.tensor(order)} if p == place else own for p, own in enumerate(start)],
+                coefficients,
+            )
+            for order in itertools.permutations(range(4))
+        )
+        assert problem.objective() == pytest.approx(best, rel=1e-9)
+        assert before + gain == pytest.approx(best, rel=1e-9)
+
+
+def test_merge_many_ends_where_no_step_gains() -> None:
+    spec, models = tiny(6)
+    found = match_many(spec, models, coefficients=[0.4, 0.3, 0.2, 0.1])
+    problem = ManyProblem(spec, models, [0.4, 0.3, 0.2, 0.1])
+    problem.put(found.perms)
+    assert all(problem.improve(place, block) == 0 for place in range(4) for block in problem.blocks)
+
+
+def test_merge_many_is_the_best_of_all_permutations_of_three_tiny_models() -> None:
+    torch.manual_seed(2)
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double() for _ in range(3)]
+    spec, models = trace(nets[0], (torch.zeros(2, 3).double(),)), [net.state_dict() for net in nets]
+    (name,) = spec.perm_shapes
+    orders = [{name: torch.tensor(order)} for order in itertools.permutations(range(4))]
+    third = [1 / 3] * 3
+    best = max(slow_objective(spec, models, [orders[0], b, c], third) for b in orders for c in orders)
+    assert match_many(spec, models).objective == pytest.approx(best, rel=1e-9)
+
+
+def test_merge_many_gains_more_than_the_stars() -> None:
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5)) for _ in range(5)
+    ]
+    spec, models = trace(nets[0], (torch.zeros(2, 30),)), [net.state_dict() for net in nets]
+    objective = {method: match_many(spec, models, method=method).objective for method in METHODS}
+    assert objective["merge-many"] > max(objective["star"], objective["medoid"])
+
+
+def test_models_that_nothing_improves_stay_as_they_are() -> None:
+    spec, models = tiny(8)
+    near = [{name: tensor + 1e-3 * k for name, tensor in models[0].items()} for k in range(3)]
+    for method in METHODS:
+        found = match_many(spec, near, method=method)
+        assert found.moved_fraction == 0 and found.objective == found.objective_before
+
+
+def test_a_medoid_is_the_centre_of_the_best_star_by_pairs() -> None:
+    spec, models = tiny(8)
+    near = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in models[2].items()}
+    models = [
+        models[0],
+        permute(spec, random_perms(spec, 1), near),
+        models[2],
+        permute(spec, random_perms(spec, 2), near),
+    ]
+    found = match_many(spec, models, coefficients=[0.4, 0.2, 0.2, 0.2], method="medoid").perms
+    for q in (2, 3):  # both are found by way of model 1, or 3, not of the heaviest
+        between = compose(spec, found[q], invert(spec, found[1]))
+        pair = match_many(spec, [models[1], models[q]]).perms[1]
+        assert all(torch.equal(between[name], perm) for name, perm in pair.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_of_weight_zero_has_no_say_and_is_matched_in_the_end(method: str) -> None:
+    spec, models = tiny(8)
+    copy = permute(spec, random_perms(spec, 5), models[0])
+    found = match_many(spec, [*models[:3], copy], coefficients=[0.6, 0.2, 0.2, 0.0], method=method)
+    without = match_many(spec, models[:3], coefficients=[0.6, 0.2, 0.2], method=method)
+    assert found.objective == pytest.approx(without.objective, rel=1e-12)
+    for one, other in zip(found.perms, without.perms, strict=False):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    back = permute(spec, found.perms[3], copy)
+    assert all(torch.equal(back[name], tensor) for name, tensor in models[0].items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_model_stays_and_two_are_matched_as_a_pair(method: str) -> None:
+    spec, models = tiny(8)
+    alone = match_many(spec, models[:1], method=method)
+    assert alone.moved_fraction == 0 and alone.objective == pytest.approx(0, abs=1e-12)
+    copy = permute(spec, random_perms(spec, 3), models[0])
+    found = match_many(spec, [models[0], copy], coefficients=[1, 3], method=method)
+    assert all(torch.equal(a, b) for a, b in zip(found.perms[1].values(), identity_perms(spec).values(), strict=True))
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in permute(spec, found.perms[0], models[0]).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_and_scales_far_apart_are_matched(method: str) -> None:
+    spec, models = tiny(8)
+    half = [{name: tensor.half() for name, tensor in models[0].items()}]
+    half += [permute(spec, random_perms(spec, seed), half[0]) for seed in (1, 2)]
+    for name, scale in (("float16", 1.0), ("huge", 1e25)):
+        copies = [half[0], *({k: t.double() * scale for k, t in copy.items()} for copy in half[1:])]
+        copies = half if name == "float16" else copies
+        found = match_many(spec, copies, method=method)
+        for perms, copy in zip(found.perms, half, strict=True):
+            assert all(torch.equal(tensor, half[0][key]) for key, tensor in permute(spec, perms, copy).items()), name
+
+
+def test_what_is_no_model_or_method_is_refused() -> None:
+    spec, models = tiny()
     with pytest.raises(RebasinError, match="expected at least one state dict"):
         match_many(spec, [])
-    with pytest.raises(RebasinError, match="method: expected one of merge-many; got 'fastest'"):
-        match_many(spec, [net.state_dict()], method="fastest")
+    with pytest.raises(RebasinError, match=f"method: expected one of {', '.join(METHODS)}; got 'fastest'"):
+        match_many(spec, models, method="fastest")
+    with pytest.raises(RebasinError, match="coefficients: expected 4, one for each model; got 2"):
+        match_many(spec, models, coefficients=[1, 1])
+    with pytest.raises(SpecMismatchError, match=r"models\[1\]: '0.weight' holds a NaN"):
+        match_many(spec, [models[0], {**models[1], "0.weight": models[1]["0.weight"] * float("nan")}])
+    with pytest.raises(SpecMismatchError, match=r"models\[2\]: .*'0.weight'.*"):
+        match_many(spec, [*models[:2], {**models[2], "0.weight": torch.zeros(3)}], coefficients=[1, 0, 1])
+
+
+def test_the_relaxed_objective_its_gradient_and_its_polynomial_agree_with_the_exact_one() -> None:
+    spec, models = tiny()
+    problem = ManyProblem(spec, models, [0.4, 0.3, 0.2, 0.1])
+    relaxed = RelaxedMany(problem)
+    sides = []
+    for seed in (0, 4):
+        perms = [random_perms(spec, seed + k) for k in range(4)]
+        sides.append(
+            (
+                [corner(spec, own, relaxed.like) for own in perms],
+                slow_objective(spec, models, perms, problem.coefficients),
+            )
+        )
+    (start, first), (end, last) = sides
+    constant = first - relaxed.value(start) * relaxed.scale  # the output's bias, which no permutation moves
+    assert relaxed.value(end) * relaxed.scale + constant == pytest.approx(last, rel=1e-9)
+    value, gradient = relaxed.gradient(start)
+    slope = sum(
+        float((g[perm] * (b[perm] - a[perm])).sum()) for g, a, b in zip(gradient, start, end, strict=True) for perm in a
+    )
+    step = 1e-6
+    assert (relaxed.value(on_the_way(start, end, step)) - value) / step == pytest.approx(slope, rel=1e-4)
+    polynomial = np.polynomial.Polynomial(relaxed.polynomial(start, end, slope=slope, at_start=value))
+    for lam in (0.1, 0.37, 0.9):
+        assert polynomial(lam) == pytest.approx(relaxed.value(on_the_way(start, end, lam)), rel=1e-9)

@@ -1,24 +1,31 @@
-"""Many models without a reference: merge-many (Git Re-Basin, Algorithm 3) with coefficients."""
+"""Many models without a reference: the methods by name, and what is common to them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import RebasinError
+from fedrebasin.matching.cycle_consistent import cycle_consistent
+from fedrebasin.matching.many_problem import ManyProblem
+from fedrebasin.matching.merge_many import merge_many
 from fedrebasin.matching.result import ManyMatching
+from fedrebasin.matching.star import medoid, star
 from fedrebasin.matching.weight import weight_matching
-from fedrebasin.perms import Perms, compose, identity_perms, invert
-from fedrebasin.permute import permute
+from fedrebasin.perms import Perms, compose, invert
 from fedrebasin.spec import PermutationSpec
 
-_METHODS = ("merge-many",)
-_MAX_ROUNDS = 50
-_TOLERANCE = 1e-7
+#: Each moves the problem to what it finds, and returns the objective on its way there.
+MANY_METHODS: dict[str, Callable[..., list[float]]] = {
+    "merge-many": merge_many,
+    "cycle-consistent": cycle_consistent,
+    "star": star,
+    "medoid": medoid,
+}
 
 
 def match_many(
@@ -32,8 +39,8 @@ def match_many(
 ) -> ManyMatching:
     """Find one permutation dict for each model so that all share one order of units.
 
-    Every model is first aligned to the heaviest one; then, in random order, each is aligned to the weighted mean
-    of the others until nothing moves. Each step raises ``sum_{p<q} c_p c_q <P_p M_p, P_q M_q>``.
+    The objective is ``sum_{p<q} c_p c_q <P_p M_p, P_q M_q>`` over the tied parameters. The permutation from one model
+    to another is by way of the common order, so that those around any cycle compose to the identity.
 
     Parameters
     ----------
@@ -41,10 +48,16 @@ def match_many(
     models : sequence of dict of str to Tensor
         State dicts of the spec's architecture; none is changed.
     coefficients : sequence of float, optional
-        Averaging weights, scaled to sum 1; equal by default. The heaviest model keeps its order.
-    method : {"merge-many"}
+        Averaging weights, scaled to sum 1; equal by default. The heaviest model keeps its order. One of weight zero
+        has no say, and is matched to the sum of the others in the end.
+    method : {"merge-many", "cycle-consistent", "star", "medoid"}
+        ``"merge-many"`` raises the objective block by block; ``"cycle-consistent"`` all permutations at once, by
+        Frank-Wolfe, which takes ten times as long and finds a little more; ``"star"`` matches every model to the
+        heaviest; ``"medoid"`` to the one that is most like all others once they are matched.
     seed : int
         Seed of the visiting order.
+    device : str, optional
+        Where products are taken; by default where the tensors are.
 
     Returns
     -------
@@ -55,15 +68,15 @@ def match_many(
     RebasinError
         If the method is unknown, or coefficients do not fit.
     SpecMismatchError
-        If a state dict does not fit the spec.
+        If a state dict does not fit the spec, or holds a NaN or an infinity.
 
     References
     ----------
-    Ainsworth, Hayase, Srinivasa (2023), "Git Re-Basin", Algorithm 3.
+    Ainsworth, Hayase, Srinivasa (2023), "Git Re-Basin", Algorithm 3; each method's file names its own.
 
     Examples
     --------
-    >>> from fedrebasin import random_perms, trace
+    >>> from fedrebasin import permute, random_perms, trace
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> spec, state = trace(net, (torch.randn(2, 4),)), net.state_dict()
     >>> copies = [permute(spec, random_perms(spec, seed), state) for seed in range(3)]
@@ -72,80 +85,23 @@ def match_many(
     >>> bool((aligned[0] == aligned[1]).all() and (aligned[0] == aligned[2]).all())
     True
     """
-    if method not in _METHODS:
-        raise RebasinError(f"method: expected one of {', '.join(_METHODS)}; got {method!r}")
+    if method not in MANY_METHODS:
+        raise RebasinError(f"method: expected one of {', '.join(MANY_METHODS)}; got {method!r}")
     started = time.perf_counter()
     weights = check_coefficients(coefficients, len(models))
-    generator = torch.Generator().manual_seed(seed)
-    heaviest = weights.index(max(weights))
-    perms = [identity_perms(spec) for _ in models]
-    aligned = [_floats(spec, model, device) for model in models]
-    before = _objective(spec, aligned, weights)
-    for index in range(len(models)):
-        if index != heaviest and weights[index] > 0:
-            perms[index] = weight_matching(spec, aligned[heaviest], aligned[index], seed=seed).perms
-            aligned[index] = permute(spec, perms[index], aligned[index])
-    total = _mean(aligned, weights)
-    history = [before, _objective(spec, aligned, weights)]
-    while len(models) > 2 and len(history) < _MAX_ROUNDS:
-        moved = False
-        for index in torch.randperm(len(models), generator=generator).tolist():
-            if weights[index] > 0:
-                moved |= _realign(spec, aligned, weights, perms, total, index, seed)
-        if not moved:
-            break
-        history.append(_objective(spec, aligned, weights))
-        if history[-1] <= history[-2] + _TOLERANCE * abs(history[-2]):
-            break
-    frame = invert(spec, perms[heaviest])
-    perms = [compose(spec, own, frame) for own in perms]
-    return ManyMatching(perms, history[-1], before, tuple(history), time.perf_counter() - started)
-
-
-def _realign(
-    spec: PermutationSpec,
-    aligned: list[dict[str, Tensor]],
-    weights: list[float],
-    perms: list[Perms],
-    total: dict[str, Tensor],
-    index: int,
-    seed: int,
-) -> bool:
-    """Align one model to the mean of the others; ``total`` holds the mean of all and is kept up to date."""
-    weight = weights[index]
-    others = {name: tensor - weight * aligned[index][name].double() for name, tensor in total.items()}
-    reference = {name: tensor.to(aligned[index][name].dtype) for name, tensor in others.items()}
-    matching = weight_matching(spec, reference, aligned[index], seed=seed)
-    if matching.moved_fraction == 0:
-        return False
-    aligned[index] = permute(spec, matching.perms, aligned[index])
-    perms[index] = compose(spec, perms[index], matching.perms)
-    for name, tensor in others.items():
-        total[name] = tensor + weight * aligned[index][name].double()
-    return True
-
-
-def _floats(spec: PermutationSpec, model: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
-    spec.check_state(model, "models")
-    return {name: tensor.detach().to(device) if device else tensor.detach() for name, tensor in model.items()}
-
-
-def _mean(aligned: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    result = {}
-    for name in aligned[0]:
-        result[name] = torch.zeros_like(aligned[0][name], dtype=torch.float64)
-        for model, weight in zip(aligned, weights, strict=True):
-            result[name] += weight * model[name].double()
-    return result
-
-
-def _objective(spec: PermutationSpec, aligned: list[dict[str, Tensor]], weights: list[float]) -> float:
-    """``sum_{p<q} c_p c_q <M_p, M_q> = (|sum c M|^2 - sum c^2 |M|^2) / 2`` over the tied parameters."""
-    tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
-    mean = _mean([{name: model[name] for name in sorted(tied)} for model in aligned], weights)
-    own = sum(
-        weight**2 * float(model[name].double().square().sum())
-        for model, weight in zip(aligned, weights, strict=True)
-        for name in tied
+    counted = [place for place, weight in enumerate(weights) if weight > 0]
+    problem = ManyProblem(
+        spec,
+        [models[place] for place in counted],
+        [weights[place] for place in counted],
+        labels=[f"models[{place}]" for place in counted],
+        device=device,
     )
-    return (sum(float(tensor.square().sum()) for tensor in mean.values()) - own) / 2
+    history = MANY_METHODS[method](problem, seed=seed)
+    frame = invert(spec, problem.perms[problem.heaviest])
+    found = dict(zip(counted, problem.perms, strict=True))
+    for place, model in enumerate(models):
+        if place not in found:
+            found[place] = weight_matching(spec, problem.as_state(), model, seed=seed, device=device).perms
+    perms: list[Perms] = [compose(spec, found[place], frame) for place in range(len(models))]
+    return ManyMatching(perms, history[-1], history[0], tuple(history), time.perf_counter() - started)

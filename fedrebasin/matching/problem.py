@@ -48,18 +48,19 @@ class WeightProblem:
         *,
         init: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
+        labels: tuple[str, str] = ("reference", "model"),
     ) -> None:
-        spec.check_state(reference, "reference")
-        spec.check_state(model, "model")
+        for side, label in zip((reference, model), labels, strict=True):
+            spec.check_state(side, label)
         self.spec = spec
         self.plan = plan_of(spec)
         self.blocks = self.plan.blocks
-        self._scales = {
-            name: _norm(reference[name], name, "reference") * _norm(model[name], name, "model")
+        self.scales = {
+            name: _norm(reference[name], name, labels[0]) * _norm(model[name], name, labels[1])
             for name in self.plan.names
         }
         tensors = [side[name] for side in (reference, model) for name in self.plan.names]
-        self._like = like = _like(tensors, sum(self._scales.values()), device)
+        self._like = like = _like(tensors, sum(self.scales.values()), device)
         self.reference = {name: reference[name].detach().to(like) for name in self.plan.names}
         self.model = {name: model[name].detach().to(like) for name in self.plan.names}
         self._constant: dict[Block, Tensor] = {}
@@ -79,9 +80,14 @@ class WeightProblem:
         self._kept.clear()
         self._moved = init is not None
 
+    def forget(self) -> None:
+        """Drop what is kept of the similarities, after a change of ``reference``."""
+        self._constant.clear()
+        self._kept.clear()
+
     def scale(self, block: Block) -> float:
         """|reference| |model| over the block's tensors: what the similarities are measured by."""
-        return sum(self._scales[name] for name in self.plan.tensors[block])
+        return sum(self.scales[name] for name in self.plan.tensors[block])
 
     def entries(self, block: Block) -> list[int]:
         """The sizes of the block's tensors."""

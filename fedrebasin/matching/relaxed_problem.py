@@ -51,8 +51,8 @@ class RelaxedProblem:
         where = device if device is not None else next((model[name].device for name in names), None)
         #: what relaxed permutations are like: their type and device
         self.like = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=where)
-        first, norm = _normalised(names, reference, "reference", self.like)
-        second, other = _normalised(names, model, "model", self.like)
+        first, norm = normalised(names, reference, "reference", self.like)
+        second, other = normalised(names, model, "model", self.like)
         #: |A| |B|, the unit of all values
         self.scale = norm * other
         self.constant = 0.0
@@ -132,7 +132,7 @@ def best_point(coefficients: np.ndarray) -> float:
     return max([0.0, 1.0, *inside], key=lambda point: (float(polynomial(point)), point))
 
 
-def _normalised(
+def normalised(
     names: list[str], state: Mapping[str, Tensor], label: str, like: Tensor
 ) -> tuple[dict[str, Tensor], float]:
     """The tensors over their common norm, so that no product overflows, whatever the model's scale."""

@@ -115,7 +115,7 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     if init is not None:
         return _descend(problem, problem.blocks, before)
     cheapest = sorted(problem.blocks, key=lambda block: block.size * sum(problem.entries(block)))
-    if not any(_swap_gains(problem, block) or _improve(problem, block) > 0 for block in cheapest):
+    if not any(_swap_gains(problem, block) or improve(problem, block) > 0 for block in cheapest):
         return dict(problem.perms), [before]
     problem.reset()
     order, best = anchored_start(problem)
@@ -146,7 +146,7 @@ def _descend(
         for block in order:
             if block in waiting:
                 waiting.discard(block)
-                gain = _improve(problem, block)
+                gain = improve(problem, block)
                 if gain > 0:
                     gained += gain
                     waiting.update(problem.plan.neighbours[block])
@@ -168,7 +168,7 @@ def _swap_gains(problem: WeightProblem, block: Block) -> bool:
     return float(gains.amax()) > _TOLERANCE * problem.scale(block)
 
 
-def _improve(problem: WeightProblem, block: Block) -> float:
+def improve(problem: WeightProblem, block: Block) -> float:
     """Move the block's units to where they gain most; returns the gain, 0 if nothing moved."""
     if families_over(problem, block.perm):
         return _move_if_better(problem, nested_step(problem, block), problem.scale(block))
