@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.kept import training_code
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.training import RECIPES, Progress, train
 
@@ -74,11 +75,12 @@ def trained_end(
 ) -> tuple[dict[str, Tensor], float]:
     """Return the end's state dict and the seconds that its training took, trained now or read from ``folder``.
 
-    A file is used again only if its metadata names the same ``config``.
+    A file is used again only if its metadata names the same ``config`` and the same code for training.
     """
-    kind = f"{config.model}{config.width}-{config.norm}-{config.epochs}ep"
+    split = f"-held{config.held:g}" if config.held else ""
+    kind = f"{config.model}{config.width}-{config.norm}-{config.epochs}ep{split}"
     path = folder / f"{config.end}-{kind}-seed{config.seed}.safetensors"
-    described = json.dumps(asdict(config), sort_keys=True)
+    described = json.dumps({**asdict(config), "code": training_code()}, sort_keys=True)
     if path.exists():
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()

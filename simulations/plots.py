@@ -69,7 +69,8 @@ class Panel:
     """One pair of axes: lines, and horizontal lines that are labelled at the right-hand border.
 
     ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x to plot and legend;
-    ``ticks`` are the places of the x axis' ticks; ``log`` takes the logarithm of the y axis.
+    ``ticks`` are the places of the x axis' ticks, and ``tick_labels`` what stands there instead of the numbers;
+    ``log`` takes the logarithm of the y axis.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Panel:
     ylabel: str
     series: Sequence[Series]
     ticks: Sequence[float] | None = None
+    tick_labels: Sequence[str] | None = None
     hlines: Sequence[tuple[str, float]] = ()
     percent: bool = False
     log: bool = False
@@ -161,7 +163,7 @@ def _draw(axis: Axes, series: Series, style: tuple[str, Any, str]) -> Any:
 def _dress(axis: Axes, panel: Panel) -> None:
     axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.ticks is not None:
-        axis.set_xticks(list(panel.ticks))
+        axis.set_xticks(list(panel.ticks), None if panel.tick_labels is None else list(panel.tick_labels))
     if panel.percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     hlines = [(label, value) for label, value in panel.hlines if np.isfinite(value)]
