@@ -12,7 +12,7 @@ import fedrebasin
 from fedrebasin.simulations.results import load_results, save_results
 
 #: modules of the simulations that decide the weights of a trained end
-TRAINING = ("data", "models", "training", "ends")
+TRAINING = ("data", "models", "augment", "acceleration", "training", "train_checkpoint", "ends")
 #: and those that decide what is measured on them
 MEASURING = (*TRAINING, "measures", "disjoint_bench", "disjoint_seed", "sweep_point")
 
