@@ -11,17 +11,8 @@ import click
 import typer
 
 from fedrebasin.simulations.cli_compare import compare
-from fedrebasin.simulations.cli_options import (
-    DataPath,
-    Device,
-    Matching,
-    Model,
-    Norm,
-    Output,
-    Seeds,
-    Width,
-    command_line,
-)
+from fedrebasin.simulations.cli_disjoint import disjoint
+from fedrebasin.simulations.cli_options import command_line
 from fedrebasin.simulations.cli_sweep import sweep
 
 app = typer.Typer(
@@ -36,53 +27,13 @@ app.add_typer(reproduce, name="reproduce")
 
 
 app.command()(compare)
+reproduce.command()(disjoint)
 reproduce.command()(sweep)
 
 
 @reproduce.callback()
 def _reproduce() -> None:
     """Repeat a published experiment."""
-
-
-@reproduce.command()
-def disjoint(
-    dataset: Annotated[str, typer.Argument(help="digits, mnist, cifar10 or cifar100.")],
-    model: Model = "",
-    width: Width = None,
-    norm: Norm = "batch",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default: the data set's.")] = None,
-    seeds: Seeds = "0",
-    held: Annotated[float, typer.Option(help="Share of a class that goes to the other half.")] = 0.2,
-    lams: Annotated[int, typer.Option(min=3, help="Points between the two models.")] = 25,
-    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 5000,
-    matching: Matching = "weight",
-    data_path: DataPath = None,
-    device: Device = "auto",
-    output: Output = None,
-) -> None:
-    """Two models of two halves of the data, and the way between them (Git Re-Basin, Section 5.4)."""
-    from fedrebasin.simulations.disjoint import reproduce_disjoint
-    from fedrebasin.simulations.disjoint_options import DisjointOptions
-    from fedrebasin.simulations.settings import parse_seeds
-
-    options = DisjointOptions(
-        dataset=dataset,
-        path=Path(data_path) if data_path else None,
-        model=model or None,
-        width=width,
-        norm=norm,
-        epochs=epochs,
-        seeds=tuple(parse_seeds(seeds)),
-        held=held,
-        lams=lams,
-        device=device,
-        output=output or Path("fedrebasin-results") / f"disjoint-{dataset}",
-        calibration_images=calibration,
-        matching=matching,
-        command=command_line(),
-    )
-    page = reproduce_disjoint(options, lambda line: print(line, file=sys.stderr, flush=True))
-    print(f"the page is {page}")
 
 
 @app.command()

@@ -22,7 +22,7 @@ Matching = Annotated[
 Select = Annotated[
     str, typer.Option(help="none; calibration: each round keeps the best model by agreement on calibration images.")
 ]
-Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
+Seeds = Annotated[str, typer.Option("--seeds", "--seed", help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Corrections = Annotated[
     str,
@@ -39,6 +39,6 @@ def command_line() -> str:
 
     Where data and results lay decides no number, and names of folders say more of a machine than results should.
     """
-    words, folders = sys.argv[1:], ("--data", "--output")
+    words, folders = sys.argv[1:], ("--data", "--output", "--redraw")
     shown = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
     return shlex.join(["fedrebasin", *shown])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,22 @@ from torch import Tensor
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.data import Dataset, load_dataset
-from fedrebasin.simulations.disjoint_bench import Effort
+from fedrebasin.simulations.disjoint_bench import Bench, Effort
+from fedrebasin.simulations.disjoint_join import join_results
 from fedrebasin.simulations.disjoint_options import DisjointOptions, check_options, effort_of, end_configs
 from fedrebasin.simulations.disjoint_page import render
-from fedrebasin.simulations.disjoint_seed import measure_seed
-from fedrebasin.simulations.ends import EndConfig, disjoint_halves, trained_end
+from fedrebasin.simulations.disjoint_seed import ON_PATH, measure_alone, measure_seed
+from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
 from fedrebasin.simulations.kept import measured_once
 from fedrebasin.simulations.results import load_results, provenance, save_results
+from fedrebasin.simulations.time_plan import (
+    TimePlan,
+    count_layers,
+    epochs_that_fit,
+    measure_pace,
+    plan_once,
+    work_after_training,
+)
 from fedrebasin.simulations.training import RECIPES, select_device
 
 Progress = Callable[[str], None]
@@ -46,6 +55,9 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     check_options(options)
     device = select_device(options.device)
     data = load_dataset(options.dataset, None if options.path is None else str(options.path))
+    if options.minutes is not None:
+        make_folder(options.output)
+        options = replace(options, epochs=_planned_epochs(options, data, device, started, progress), minutes=None)
     ends = end_configs(options, data)
     effort = effort_of(options, ends[0].model, device)
     config = describe(ends[0], effort, data, device)
@@ -57,16 +69,32 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     facts["training-seconds"] = round(sum(sum(one["seconds"]["training"].values()) for one in measured), 1)
     results = {"experiment": "disjoint", "config": config, "seeds": measured, "provenance": facts}
     save_results(options.output / "results.json", results)
+    if options.ends == ("all",):
+        progress("there is nothing to draw; --redraw joins this row to the results of a run of both ends")
+        return options.output / "results.json"
     return redraw(options.output / "results.json", options.output, progress)
 
 
-def redraw(results: Path, folder: Path, progress: Progress = print) -> Path:
+def redraw(results: Path, folder: Path, progress: Progress = print, more: Sequence[Path] = ()) -> Path:
     """Draw plots and page of a finished run again from its ``results.json`` alone.
 
-    Returns the page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
+    Parameters
+    ----------
+    more : sequence of Path
+        Results of further runs whose rows join the first's; ``folder`` then gets the joined ``results.json`` too.
+
+    Returns
+    -------
+    Path
+        The page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
     """
+    found = load_results(results)
+    if more:
+        found = join_results([found, *map(load_results, more)])
+        results = folder / "results.json"
+        save_results(results, found)
     try:
-        return render(load_results(results), folder)
+        return render(found, folder)
     except UsageError as error:
         if not isinstance(error.__cause__, ImportError):
             raise
@@ -118,14 +146,46 @@ def _measure(
     rows = {"a": half_a, "b": half_b, "all": torch.arange(len(data.train_labels))}
     states: dict[str, dict[str, Tensor]] = {}
     seconds: dict[str, float] = {}
-    for end in end_configs(options, data, seed):
+    ends = end_configs(options, data, seed)
+    for end in ends:
         folder = options.output / "ends"
         states[end.end], seconds[end.end] = trained_end(
             end, data, rows[end.end], folder, device=device, progress=progress
         )
     started = time.perf_counter()
-    result = measure_seed(
-        data, states, rows, end=end_configs(options, data, seed)[0], effort=effort, device=device, progress=progress
-    )
+    if "a" in states:
+        result = measure_seed(data, states, rows, end=ends[0], effort=effort, device=device, progress=progress)
+    else:
+        result = measure_alone(data, states["all"], end=ends[0], effort=effort, device=device)
     result["seconds"] = {"training": seconds, **result["seconds"], "measuring": time.perf_counter() - started}
+    paces = {end.end: end.epochs * len(rows[end.end]) / max(seconds[end.end], 1e-3) for end in ends}
+    result["images-per-second"] = {name: round(pace) for name, pace in paces.items()}
     return result
+
+
+def _planned_epochs(
+    options: DisjointOptions, data: Dataset, device: torch.device, started: float, progress: Progress
+) -> int:
+    assert options.minutes is not None
+    minutes, ends = options.minutes, end_configs(options, data)
+    effort = effort_of(options, ends[0].model, device)
+    facts = describe(ends[0], effort, data, device)
+    del facts["epochs"]
+
+    def make() -> TimePlan:
+        half = torch.arange(len(data.train_labels) // 2)
+        pace = measure_pace(ends[0], data, half, device)
+        after = 0.0
+        if "a" in options.ends:
+            net = make_model(ends[0], data)
+            chosen = [name for name in Bench(data, ends[0], effort, device).corrections if name]
+            on_path = [name for name in chosen if name in ON_PATH]
+            after = work_after_training(effort, count_layers(net), chosen, on_path) / pace
+        images = len(data.train_labels) * (("a" in options.ends) + ("all" in options.ends))
+        seeds = len(set(options.seeds))
+        spent = time.time() - started
+        epochs = epochs_that_fit(minutes, pace, images * seeds, after * seeds, spent)
+        return TimePlan(minutes, epochs, pace, after * seeds)
+
+    facts |= {"minutes": minutes, "ends": options.ends, "seeds": list(options.seeds)}
+    return plan_once(options.output / "plan.json", facts, make, progress).epochs

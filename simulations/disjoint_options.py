@@ -10,6 +10,7 @@ import torch
 
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS
+from fedrebasin.simulations.augment import AUGMENTATIONS
 from fedrebasin.simulations.data import CATALOGUE, Dataset
 from fedrebasin.simulations.disjoint_bench import CORRECTIONS, Effort
 from fedrebasin.simulations.ends import END_NAMES, EndConfig
@@ -18,6 +19,8 @@ from fedrebasin.simulations.training import RECIPES
 
 #: data set -> model and epochs that suit two CPU cores
 DEFAULTS = {"digits": ("mlp", 30), "mnist": ("mlp", 10), "cifar10": ("conv", 12), "cifar100": ("resnet20", 20)}
+#: networks that one run can train
+ENDS = (END_NAMES, ("a", "b"), ("all",))
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class DisjointOptions:
         The same for the other points of the path.
     corrections : tuple of str, optional
         Names of ``disjoint_bench.CORRECTIONS``. Default: all that the network can have.
+    ends : tuple of str
+        Networks to train: ``a`` and ``b``, ``all``, or all three. With ``all`` alone nothing is merged: its row can
+        join the results of another run, see ``disjoint_join``.
+    minutes : float, optional
+        Instead of ``epochs``: as many as fit into a run of this length, by a pace that is measured first.
+    augment : str
+        One of ``augment.AUGMENTATIONS``, where the data set is augmented.
+    compile : bool
+        Compile networks for training.
     output : Path
         Folder for ``results.json``, plots, page, trained ends (``ends/``) and finished seeds (``partial/``).
     """
@@ -60,6 +72,10 @@ class DisjointOptions:
     curve_calibration_images: int = 1000
     matching: str = "weight"
     corrections: tuple[str, ...] | None = None
+    ends: tuple[str, ...] = END_NAMES
+    minutes: float | None = None
+    augment: str = "shift"
+    compile: bool = False
 
 
 def check_options(options: DisjointOptions) -> None:
@@ -78,6 +94,14 @@ def check_options(options: DisjointOptions) -> None:
         raise UsageError(f"--matching: expected one of {', '.join(METHODS)}; got {options.matching!r}")
     if options.norm not in ("batch", "layer"):
         raise UsageError(f"--norm: expected one of batch, layer; got {options.norm!r}")
+    if options.ends not in ENDS:
+        raise UsageError(f"--ends: expected one of {'; '.join(map(','.join, ENDS))}; got {','.join(options.ends)!r}")
+    if options.augment not in AUGMENTATIONS:
+        raise UsageError(f"--augment: expected one of {', '.join(AUGMENTATIONS)}; got {options.augment!r}")
+    if options.minutes is not None and options.epochs is not None:
+        raise UsageError(f"--minutes: expected without --epochs, which it plans; got both {options.epochs} and it")
+    if options.minutes is not None and not options.minutes > 0:
+        raise UsageError(f"--minutes: expected a positive number; got {options.minutes:g}")
     if options.corrections is not None:
         check_corrections(options)
     if not options.seeds:
@@ -86,7 +110,7 @@ def check_options(options: DisjointOptions) -> None:
         raise UsageError(f"--held: expected a share between 0 and 1, both excluded; got {options.held}")
     counts = {
         "--lams": (options.lams, 2),
-        "corrected_lams": (options.corrected_lams, 2),
+        "--corrected-lams": (options.corrected_lams, 2),
         "--epochs": (options.epochs, 1),
         "--width": (options.width, 1),
         "--calibration": (options.calibration_images, 1),
@@ -114,8 +138,11 @@ def end_configs(options: DisjointOptions, data: Dataset, seed: int = 0) -> list[
             epochs=options.epochs or epochs,
             seed=seed,
             end=end,
+            augment=options.augment,
+            compile=options.compile,
         )
         for end in END_NAMES
+        if end in options.ends
     ]
 
 

@@ -40,7 +40,7 @@ def measure_seed(
     Parameters
     ----------
     states, rows : mapping
-        State dict and training rows of ``"a"``, ``"b"`` and ``"all"``.
+        State dict and training rows of ``"a"``, ``"b"`` and, where there is such a model, ``"all"``.
 
     Returns
     -------
@@ -92,6 +92,21 @@ def measure_seed(
             "middle": middle_seconds,
             "curves": time.perf_counter() - started,
         },
+    }
+
+
+def measure_alone(
+    data: Dataset, state: State, *, end: EndConfig, effort: Effort, device: torch.device
+) -> dict[str, Any]:
+    """The row of the model of all data, without any other network, in the form of :func:`measure_seed`."""
+    bench = Bench(data, end, effort, device)
+    logits = bench.logits(bench.place(state))
+    return {
+        "seed": end.seed,
+        "rows": {end.end: bench.measure(logits)},
+        "curves": {},
+        "reliability": {end.end: reliability(logits["test"], bench.labels["test"])},
+        "seconds": {},
     }
 
 
