@@ -49,7 +49,8 @@ def to_nines(share: np.ndarray) -> np.ndarray:
     [1.0, 2.0]
     """
     lacking = np.clip(1 - np.asarray(share, dtype=float), _LEAST, None)
-    return np.negative(np.log10(lacking))
+    nines: np.ndarray = -np.log10(lacking)
+    return nines
 
 
 def from_nines(nines: np.ndarray) -> np.ndarray:
@@ -58,8 +59,8 @@ def from_nines(nines: np.ndarray) -> np.ndarray:
     >>> from_nines(np.array([1.0, 2.0])).round(6).tolist()
     [0.9, 0.99]
     """
-    lacking = np.power(10.0, -np.asarray(nines, dtype=float))
-    return np.subtract(1.0, lacking)
+    share: np.ndarray = 1 - np.power(10.0, -np.asarray(nines, dtype=float))
+    return share
 
 
 def wants_nines(shares: list[float]) -> bool:
