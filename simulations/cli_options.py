@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,23 @@ Matching = Annotated[
 Select = Annotated[
     str, typer.Option(help="none; calibration: each round keeps the best model by agreement on calibration images.")
 ]
-Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
+Seeds = Annotated[str, typer.Option("--seeds", "--seed", help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Corrections = Annotated[
+    str,
+    typer.Option(
+        help="all, none, or with commas between: repair, rescale, reshift, closed-form, least-squares, regmean, "
+        "distill; with BatchNorm also reset."
+    ),
+]
 Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
+
+
+def command_line() -> str:
+    """The command line that is running, without the names of local folders.
+
+    Where data and results lay decides no number, and names of folders say more of a machine than results should.
+    """
+    words, folders = sys.argv[1:], ("--data", "--output", "--redraw")
+    shown = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
+    return shlex.join(["fedrebasin", *shown])

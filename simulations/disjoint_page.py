@@ -207,6 +207,12 @@ def _matching(results: Results) -> str:
     return (
         f"The network has 10^{order:,.0f} relabellings of hidden units that keep its function. {method} matching took "
         f"{seconds} a seed, moved {moved} of the units, and changed the inner product of the two networks' weights "
-        f"from {before} to {after}. Training of all networks took {training} in all; what an earlier run had "
-        f"trained or measured is used again and is not in the duration below."
+        f"from {before} to {after}. Training of all networks took {training} in all{_pace(seeds)}; what an earlier run "
+        f"had trained or measured is used again and is not in the duration below."
     )
+
+
+def _pace(seeds: Sequence[Results]) -> str:
+    """Files of earlier versions do not know it."""
+    paces = [pace for seed in seeds for pace in seed.get("images-per-second", {}).values()]
+    return f", at {np.mean(paces):,.0f} images a second" if paces else ""

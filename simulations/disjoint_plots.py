@@ -51,7 +51,9 @@ def _along(results: Results, part: str, key: str, title: str, ylabel: str) -> Pa
         )
     lines = [("better end", "better-end"), ("better end, prior corrected", "better-end+corrected")]
     lines.append(("ensemble of logits", "ensemble-logits"))
-    if part == "test":  # on its own training images that model is near zero, far below everything else
+    if (
+        part == "test" and "all" in results["seeds"][0]["rows"]
+    ):  # on its own training images that model is near zero, far below everything else
         lines.append(("trained on all data", "all"))
     hlines = [(label, summarise(per_seed(results, row, part, key))[0]) for label, row in lines]
     return Panel(
@@ -77,6 +79,8 @@ def _reliability(results: Results, title: str) -> Panel:
     }
     series = []
     for label, (names, style) in shown.items():
+        if names[0] not in results["seeds"][0]["reliability"]:
+            continue
         pooled = [seed["reliability"][name] for seed in results["seeds"] for name in names]
         bins = {key: np.sum([one[key] for one in pooled], axis=0) for key in ("count", "confidence", "accuracy")}
         kept = bins["count"] >= FEWEST_IMAGES

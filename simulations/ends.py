@@ -15,11 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.kept import training_code
 from fedrebasin.simulations.models import build_model
+from fedrebasin.simulations.train_checkpoint import TrainCheckpoint
 from fedrebasin.simulations.training import RECIPES, Progress, train
 
 #: the ends of the disjoint experiment; the index is part of their seeds, of others the name is
 END_NAMES = ("a", "b", "all")
+#: least seconds between two checkpoints of a training
+CHECKPOINT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class EndConfig:
     epochs: int
     seed: int
     end: str
+    augment: str = "shift"
+    compile: bool = False
 
 
 def disjoint_halves(labels: Tensor, classes: int, held: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -74,19 +80,22 @@ def trained_end(
 ) -> tuple[dict[str, Tensor], float]:
     """Return the end's state dict and the seconds that its training took, trained now or read from ``folder``.
 
-    A file is used again only if its metadata names the same ``config``.
+    A file is used again only if its metadata names the same ``config`` and the same code for training. Until it is
+    there, a checkpoint beside it is what a training that was killed goes on from.
     """
-    kind = f"{config.model}{config.width}-{config.norm}-{config.epochs}ep"
+    split = f"-held{config.held:g}" if config.held else ""
+    kind = f"{config.model}{config.width}-{config.norm}-{config.epochs}ep{split}"
     path = folder / f"{config.end}-{kind}-seed{config.seed}.safetensors"
-    described = json.dumps(asdict(config), sort_keys=True)
+    described = json.dumps({**asdict(config), "code": training_code()}, sort_keys=True)
     if path.exists():
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if metadata.get("config") == described:
                 progress(f"{path.name}: trained earlier, used again")
                 return {key: file.get_tensor(key) for key in file.keys()}, float(metadata["seconds"])  # noqa: SIM118
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = TrainCheckpoint(path.with_suffix(".checkpoint"), f"{described} on {device.type}", CHECKPOINT_SECONDS)
     model = make_model(config, data)
-    started = time.perf_counter()
     train(
         model,
         data,
@@ -97,13 +106,16 @@ def trained_end(
         seed=_seed(config),
         device=device,
         progress=_report(f"seed {config.seed}, end {config.end}", config.epochs, len(rows), progress),
+        augment=config.augment,
+        compile_model=config.compile,
+        checkpoint=checkpoint,
     )
-    seconds = time.perf_counter() - started
+    seconds = checkpoint.seconds
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(state, partial, {"config": described, "seconds": f"{seconds:.1f}"})
     partial.replace(path)
+    checkpoint.remove()
     return state, seconds
 
 
@@ -115,10 +127,13 @@ def _seed(config: EndConfig) -> int:
 
 
 def _report(label: str, epochs: int, rows: int, progress: Callable[[str], None]) -> Progress:
-    started = time.perf_counter()
+    last = [time.perf_counter()]
 
     def report(epoch: int, loss: float) -> None:
-        rate = epoch * rows / (time.perf_counter() - started)
+        now = time.perf_counter()
+        # of this epoch alone: the first one compiles, and one after a kill is no first one
+        rate = rows / (now - last[0])
+        last[0] = now
         progress(f"{label}: epoch {epoch}/{epochs}, training loss {loss:.3f}, {rate:,.0f} images/s")
 
     return report

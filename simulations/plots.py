@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.plot_scales import log_scale, nines_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,8 @@ class Panel:
     """One pair of axes: lines, and horizontal lines that are labelled at the right-hand border.
 
     ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x to plot and legend;
-    ``ticks`` are the places of the x axis' ticks; ``log`` takes the logarithm of the y axis.
+    ``ticks`` are the places of the x axis' ticks, and ``tick_labels`` what stands there instead of the numbers;
+    ``log`` takes the logarithm of the y axis, ``nines`` that of the distance from 1.
     """
 
     title: str
@@ -77,9 +78,11 @@ class Panel:
     ylabel: str
     series: Sequence[Series]
     ticks: Sequence[float] | None = None
+    tick_labels: Sequence[str] | None = None
     hlines: Sequence[tuple[str, float]] = ()
     percent: bool = False
     log: bool = False
+    nines: bool = False
     diagonal: str = ""
 
 
@@ -161,7 +164,7 @@ def _draw(axis: Axes, series: Series, style: tuple[str, Any, str]) -> Any:
 def _dress(axis: Axes, panel: Panel) -> None:
     axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.ticks is not None:
-        axis.set_xticks(list(panel.ticks))
+        axis.set_xticks(list(panel.ticks), None if panel.tick_labels is None else list(panel.tick_labels))
     if panel.percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     hlines = [(label, value) for label, value in panel.hlines if np.isfinite(value)]
@@ -170,7 +173,9 @@ def _dress(axis: Axes, panel: Panel) -> None:
             value, color="#3C3C3C", linewidth=1.1, linestyle=HLINE_DASHES[number % len(HLINE_DASHES)], zorder=1.5
         )
     if panel.log:
-        _log_scale(axis)
+        log_scale(axis)
+    if panel.nines:
+        nines_scale(axis)
     # the limits must be final before labels are placed beside them
     axis.set_ylim(axis.get_ylim())
     axis.margins(x=0.02)
@@ -196,19 +201,6 @@ def _label_places(heights: Sequence[float]) -> list[float]:
     from_top = np.argsort(np.argsort([-height for height in heights], kind="stable"), kind="stable")
     low = [min(height, 0.97 - rank * LABEL_GAP) for height, rank in zip(heights, from_top, strict=True)]
     return spread_apart(low, LABEL_GAP)
-
-
-def _log_scale(axis: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    decades = math.log10(high / low)
-    axis.yaxis.set_major_locator(
-        LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5) if decades > 1 else (1, 2, 3, 5, 7))
-    )
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def spread_apart(places: Sequence[float], gap: float) -> list[float]:

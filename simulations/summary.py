@@ -8,9 +8,10 @@ from typing import Any
 
 from fedrebasin.matching.methods import METHODS
 from fedrebasin.simulations.competitors import label_of
-from fedrebasin.simulations.plots import Panel, Series, save_lines
+from fedrebasin.simulations.disjoint_numbers import DATASETS
 from fedrebasin.simulations.report import Picture, Section, Table, write_report
 from fedrebasin.simulations.results import summarise
+from fedrebasin.simulations.round_plots import save_rounds
 
 Results = Mapping[str, Any]
 Values = Sequence[float | None]
@@ -169,28 +170,26 @@ def answer_of(results: Results) -> str:
 
 
 def _plot(results: Results, folder: Path, key: str, title: str, ylabel: str) -> Path:
-    last = results["settings"]["rounds"]
-    numbers = list(range(1, last + 1))
-    lines = []
-    for name in strategies(results):
-        stats = [summarise(by_round(results, name, key, number)) for number in numbers]
-        spread = [spread for _, spread, _ in stats] if len(results["partition"]) > 1 else None
-        lines.append(Series(label_of(name), numbers, [mean for mean, _, _ in stats], spread))
+    numbers = range(1, results["settings"]["rounds"] + 1)
+    stats = {
+        label_of(name): [summarise(by_round(results, name, key, number)) for number in numbers]
+        for name in strategies(results)
+    }
     hlines = [
         (name, summarise(accuracies if key == "accuracy" else losses)[0])
         for name, accuracies, losses in baseline_rows(results)
     ]
-    panel = Panel(title, "round", ylabel, lines, ticks=numbers, hlines=hlines, percent=key == "accuracy")
     path = folder / f"{key}.png"
-    save_lines(path, [panel])
+    title = f"{DATASETS[results['data']['name']]}: {title}"
+    save_rounds(path, title, ylabel, stats, hlines, percent=key == "accuracy")
     return path
 
 
 def write_page(results: Results, folder: Path) -> None:
     """Write ``accuracy.png``, ``loss.png`` and ``report.html`` into ``folder``."""
     settings = results["settings"]
-    accuracy = _plot(results, folder, "accuracy", "Test accuracy by round", "test accuracy, %")
-    loss = _plot(results, folder, "loss", "Test loss by round", "test loss (cross-entropy)")
+    accuracy = _plot(results, folder, "accuracy", "test accuracy by round", "test accuracy")
+    loss = _plot(results, folder, "loss", "test loss by round", "cross-entropy")
     sections: list[Section] = [
         round_table(results, "accuracy", "Test accuracy, %", as_percent=True),
         Picture("Accuracy on the test images after each round", accuracy),

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.acceleration import choose_kernels, compiled, fused, mixed_precision
+from fedrebasin.simulations.augment import BatchMaker
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.train_checkpoint import TrainCheckpoint
 
 Progress = Callable[[int, float], None]
 
@@ -68,6 +71,9 @@ def train(
     seed: int,
     device: torch.device,
     progress: Progress | None = None,
+    augment: str = "shift",
+    compile_model: bool = False,
+    checkpoint: TrainCheckpoint | None = None,
 ) -> float:
     """Train ``model`` in place on uint8 ``images`` and return the mean loss of the last epoch.
 
@@ -77,49 +83,107 @@ def train(
         uint8 ``(n, channels, height, width)`` and int64 ``(n,)``; moved to ``device`` once.
     progress : callable, optional
         Called with the epoch (from 1) and its mean training loss.
+    augment : str
+        One of ``augment.AUGMENTATIONS``, where the data set is augmented at all.
+    compile_model : bool
+        Compile the network first: a minute that pays on a GPU in long trainings.
+    checkpoint : TrainCheckpoint, optional
+        Where the training is kept between epochs, and from where it goes on; not with a proximal term, whose
+        start is not kept.
     """
-    model.to(device).to(memory_format=torch.channels_last).train()  # a third faster on the CPU, more on a GPU
-    images, labels = images.to(device), labels.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = _optimizer(model, recipe)
-    batch = min(recipe.batch, len(images))
-    batches = max(1, len(images) // batch)  # the rest of an epoch is dropped: another one each time
-    scheduler = _scheduler(optimizer, recipe, epochs * batches)
-    start = [parameter.detach().clone() for parameter in model.parameters()] if recipe.prox else []
+    if checkpoint is not None and recipe.prox:
+        raise UsageError("checkpoint: expected a recipe without prox, whose start is not kept; leave one of them out")
+    trainer = Trainer(
+        *(model, data, images, labels),
+        recipe=recipe,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        augment=augment,
+        compile_model=compile_model,
+    )
+    first = trainer.resume(checkpoint) if checkpoint is not None else 0
     mean_loss = math.nan
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(len(images), generator=generator).to(device)
-        total = torch.zeros((), device=device)
-        for index in torch.split(order[: batches * batch], batch):
-            x = data.normalise(images[index])
-            if data.augment:
-                x = flip_and_shift(x, generator)
-            x = x.contiguous(memory_format=torch.channels_last)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(x).float(), labels[index])
-            if start:
-                loss = loss + _proximal_term(model, start, recipe.prox)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
-            total += loss.detach()
-        mean_loss = float(total) / batches
+    for epoch in range(first + 1, epochs + 1):
+        mean_loss = trainer.epoch()
         if progress is not None:
             progress(epoch, mean_loss)
+        if checkpoint is not None and epoch < epochs:
+            checkpoint.keep(model, trainer.optimizer, trainer.maker.generators, epoch=epoch, steps=trainer.steps)
     model.to(memory_format=torch.contiguous_format)
     return mean_loss
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+class Trainer:
+    """A network in training, its data on the device, and one gradient step after the other; see :func:`train`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        recipe: Recipe,
+        epochs: int,
+        seed: int,
+        device: torch.device,
+        augment: str = "shift",
+        compile_model: bool = False,
+    ) -> None:
+        choose_kernels(device)
+        # a third faster on the CPU, more on a GPU
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()
+        self.forward = compiled(self.model, wanted=compile_model)
+        self.maker = BatchMaker(data, images.to(device), seed=seed, augment=augment)
+        self.labels, self.device, self.recipe = labels.to(device), device, recipe
+        self.batch = min(recipe.batch, len(images))
+        self.optimizer = _optimizer(self.model, recipe, device)
+        self.factor = _schedule(recipe, epochs * max(1, len(images) // self.batch))
+        self.steps = 0
+        self.start = [parameter.detach().clone() for parameter in model.parameters()] if recipe.prox else []
+
+    def resume(self, checkpoint: TrainCheckpoint) -> int:
+        """Go on from what ``checkpoint`` has kept; returns the epochs that are done."""
+        done, self.steps = checkpoint.restore(self.model, self.optimizer, self.maker.generators)
+        return done
+
+    def epoch(self) -> float:
+        """Take one step for each batch of an epoch; returns their mean loss."""
+        losses = [self.step(rows) for rows in self.maker.rows(self.batch)]
+        total = torch.zeros((), device=self.device)
+        for loss in losses:
+            total += loss
+        return float(total) / len(losses)
+
+    def step(self, rows: Tensor) -> Tensor:
+        """Take one gradient step on the images of ``rows``; returns the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * self.factor(self.steps)
+        x = self.maker.batch(rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        with mixed_precision(self.device):
+            loss = F.cross_entropy(self.forward(x).float(), self.labels[rows])
+        if self.start:
+            loss = loss + _proximal_term(self.model, self.start, self.recipe.prox)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.steps += 1
+        return loss.detach()
+
+
+def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    parameters, decay = model.parameters(), recipe.weight_decay
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=decay, fused=fused(device))
     return torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        parameters, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused(device)
     )
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at each step, from 0."""
+
     def factor(step: int) -> float:
         if recipe.schedule == "constant":
             return 1.0
@@ -128,25 +192,12 @@ def _scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> 
             return (step + 1) / warm_up
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
 
 
 def _proximal_term(model: nn.Module, start: list[Tensor], prox: float) -> Tensor:
     distances = [(now - then).square().sum() for now, then in zip(model.parameters(), start, strict=True)]
     return 0.5 * prox * torch.stack(distances).sum()
-
-
-def flip_and_shift(x: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor:
-    """Mirror half of the images and move each by up to ``reach`` pixels, zeros coming in at the border."""
-    n, _, height, width = x.shape
-    flip = torch.rand(n, generator=generator).lt(0.5).to(x.device)
-    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-    shift = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator).to(x.device)
-    rows = shift[0] + torch.arange(height, device=x.device)
-    columns = shift[1] + torch.arange(width, device=x.device)
-    which = torch.arange(n, device=x.device).view(-1, 1, 1)
-    padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
-    return padded[which, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -155,6 +206,6 @@ def predict(model: nn.Module, data: Dataset, images: Tensor, *, device: torch.de
     model.to(device).eval()
     parts = []
     for chunk in torch.split(images, batch):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             parts.append(model(data.normalise(chunk.to(device))).float().cpu())
     return torch.cat(parts)

@@ -25,8 +25,8 @@ from fedrebasin import match_many, merge, permute
 from fedrebasin.corrections import methods
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.data import Dataset, load_dataset
-from fedrebasin.simulations.disjoint import DEFAULTS
-from fedrebasin.simulations.disjoint_seed import CORRECTIONS, Bench, Effort
+from fedrebasin.simulations.disjoint_bench import CORRECTIONS, Bench, Effort
+from fedrebasin.simulations.disjoint_options import DEFAULTS
 from fedrebasin.simulations.ends import EndConfig, trained_end
 from fedrebasin.simulations.measures import correct_prior, label_prior, mean_of_probabilities, measure
 from fedrebasin.simulations.models import DEFAULT_WIDTHS

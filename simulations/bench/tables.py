@@ -10,6 +10,7 @@ from fedrebasin.simulations.bench import selection_tables
 from fedrebasin.simulations.bench.tables_client import secure, server_cost
 from fedrebasin.simulations.disjoint_numbers import spread_text
 from fedrebasin.simulations.summary import percent, plain
+from fedrebasin.simulations.sweep_numbers import table as sweep_table
 
 Result = Mapping[str, Any]
 Rows = list[list[str]]
@@ -139,5 +140,6 @@ TABLES = {
     "clients": clients,
     "secure": secure,
     "server-cost": server_cost,
+    "sweep": sweep_table,
     **selection_tables.TABLES,
 }

@@ -1,0 +1,42 @@
+"""What makes a gradient step fast: half precision and fused updates on a GPU, compilation where it is asked for."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 for matrix products on a GPU; on the CPU everything stays float32, bit for bit."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def fused(device: torch.device) -> bool | None:
+    """The optimizer's keyword for one kernel over all parameters; None leaves it to torch, as ever on the CPU.
+
+    >>> fused(torch.device("cpu")), fused(torch.device("cuda"))
+    (None, True)
+    """
+    return True if device.type == "cuda" else None
+
+
+def compiled(model: nn.Module, *, wanted: bool) -> nn.Module:
+    """``model`` or its compiled form, which shares its weights."""
+    return torch.compile(model) if wanted else model  # type: ignore[return-value]
+
+
+def choose_kernels(device: torch.device) -> None:
+    """Let cuDNN time its convolutions once: every batch has the same shape."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,71 @@
+"""The command ``fedrebasin reproduce sweep``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedrebasin.simulations.cli_options import (
+    Corrections,
+    DataPath,
+    Device,
+    Matching,
+    Model,
+    Norm,
+    Output,
+    Seeds,
+    Width,
+    command_line,
+)
+
+
+def sweep(
+    dataset: Annotated[str, typer.Argument(help="digits, mnist, cifar10 or cifar100.")],
+    over: Annotated[str, typer.Option(help="width, epochs or held; with own values as width:64,128.")] = "width",
+    same_data: Annotated[bool, typer.Option("--same-data", help="Both ends train on all the data.")] = False,
+    model: Model = "",
+    width: Width = None,
+    norm: Norm = "batch",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default: the data set's.")] = None,
+    seeds: Seeds = "0,1,2",
+    held: Annotated[float, typer.Option(help="Share of a class that goes to the other half.")] = 0.2,
+    lams: Annotated[int, typer.Option(min=3, help="Points of the path that the barrier is read from.")] = 11,
+    corrections: Corrections = "repair,least-squares",
+    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 5000,
+    matching: Matching = "weight",
+    data_path: DataPath = None,
+    device: Device = "auto",
+    output: Output = None,
+) -> None:
+    """Where does merging start to pay: the disjoint experiment over widths, epochs or splits."""
+    from fedrebasin.simulations.disjoint_options import DisjointOptions, parse_corrections
+    from fedrebasin.simulations.settings import parse_seeds
+    from fedrebasin.simulations.sweep import reproduce_sweep
+    from fedrebasin.simulations.sweep_options import SweepOptions, parse_over
+
+    name, values = parse_over(over, dataset, model or None)
+    kind = "same-data" if same_data else name
+    base = DisjointOptions(
+        dataset=dataset,
+        path=Path(data_path) if data_path else None,
+        model=model or None,
+        width=width,
+        norm=norm,
+        epochs=epochs,
+        seeds=tuple(parse_seeds(seeds)),
+        held=held,
+        lams=lams,
+        device=device,
+        output=output or Path("fedrebasin-results") / f"sweep-{dataset}-{kind}",
+        calibration_images=calibration,
+        matching=matching,
+        corrections=parse_corrections(corrections),
+        command=command_line(),
+    )
+    page = reproduce_sweep(
+        SweepOptions(base, name, values, same_data), lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    print(f"the page is {page}")
