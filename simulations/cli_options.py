@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,3 +25,8 @@ Select = Annotated[
 Seeds = Annotated[str, typer.Option(help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
+
+
+def command_line() -> str:
+    """The command line that this process was called with."""
+    return shlex.join(["fedrebasin", *sys.argv[1:]])
