@@ -59,9 +59,9 @@ def inspect_request(request: Request) -> Inspection:
     """
     started = time.time()
     inputs, kwargs = parse_inputs(request.inputs), parse_kwargs(request.kwargs)
-    _check_target(request.html, "--html")
-    _check_target(request.save, "--save")
-    with importable_here(), _quiet():
+    check_target(request.html, "--html")
+    check_target(request.save, "--save")
+    with importable_here(), quiet():
         factory = load_factory(request.model)
         found = inspect_model(
             lambda: build(factory, kwargs),
@@ -92,7 +92,7 @@ def save_spec(spec: PermutationSpec, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _check_target(path: Path | None, option: str) -> None:
+def check_target(path: Path | None, option: str) -> None:
     """Find out before the work that a file cannot be written."""
     if path is None:
         return
@@ -102,7 +102,7 @@ def _check_target(path: Path | None, option: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing but this command speaks: a failed export prints graphs and stack traces besides its error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -25,13 +25,13 @@ from fedrebasin import (
     random_perms,
     trace,
 )
-from fedrebasin.matching.many import MANY_METHODS
+from fedrebasin.matching.many import JOINT_METHODS
 from fedrebasin.matching.many_problem import ManyProblem
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.relaxed import corner
 from fedrebasin.matching.relaxed_many import RelaxedMany, on_the_way
 
-METHODS = list(MANY_METHODS)
+METHODS = list(JOINT_METHODS)
 ZOO = {name: make for name, make in networks.NETWORKS.items() if name in ("mlp", "resnet20-layernorm")} | {
     "attention": lambda: networks_attention.ATTENTION["multihead"]()[:2],
     "recurrent": lambda: networks_recurrent.RECURRENT["lstm"]()[:2],

@@ -58,7 +58,7 @@ def anchored_start(problem: WeightProblem) -> tuple[list[Block], set[Block]]:
 def _entries(problem: WeightProblem, name: str, group: list[Block]) -> int:
     """Entries that speak for a group; a tensor that has two of its families says nothing before one is known."""
     families = {block.perm for block in group if block.row is not None}
-    return problem.reference[name].numel() if len(problem.plan.perms_of[name] & families) < 2 else 0
+    return problem.entries_of(name) if len(problem.plan.perms_of[name] & families) < 2 else 0
 
 
 def _settle(problem: WeightProblem, group: list[Block], names: set[str], unsettled: set[Block]) -> None:

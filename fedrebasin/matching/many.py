@@ -20,7 +20,7 @@ from fedrebasin.perms import Perms, compose, invert
 from fedrebasin.spec import PermutationSpec
 
 #: Each moves the problem to what it finds, and returns the objective on its way there.
-MANY_METHODS: dict[str, Callable[..., list[float]]] = {
+JOINT_METHODS: dict[str, Callable[..., list[float]]] = {
     "merge-many": merge_many,
     "cycle-consistent": cycle_consistent,
     "star": star,
@@ -85,8 +85,8 @@ def match_many(
     >>> bool((aligned[0] == aligned[1]).all() and (aligned[0] == aligned[2]).all())
     True
     """
-    if method not in MANY_METHODS:
-        raise RebasinError(f"method: expected one of {', '.join(MANY_METHODS)}; got {method!r}")
+    if method not in JOINT_METHODS:
+        raise RebasinError(f"method: expected one of {', '.join(JOINT_METHODS)}; got {method!r}")
     started = time.perf_counter()
     weights = check_coefficients(coefficients, len(models))
     counted = [place for place, weight in enumerate(weights) if weight > 0]
@@ -97,7 +97,7 @@ def match_many(
         labels=[f"models[{place}]" for place in counted],
         device=device,
     )
-    history = MANY_METHODS[method](problem, seed=seed)
+    history = JOINT_METHODS[method](problem, seed=seed)
     frame = invert(spec, problem.perms[problem.heaviest])
     found = dict(zip(counted, problem.perms, strict=True))
     for place, model in enumerate(models):

@@ -9,32 +9,30 @@ of other axes that have moved since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedrebasin.errors import SpecMismatchError
+from fedrebasin.matching.numbers import dot, like_of, norm_of
 from fedrebasin.matching.plan import Block, Term, plan_of
+from fedrebasin.matching.shelf import Shelf
+from fedrebasin.matching.side import side_of
 from fedrebasin.perms import Perms, compose, identity_perms
 from fedrebasin.permute import permute_tensor, source
 from fedrebasin.spec import PermutationSpec
+from fedrebasin.stored import StoredState, described
 
-#: Sums of products above this leave float32; norms above that leave float64.
-_LARGE, _LARGEST = 1e37, 1e150
-
-
-@dataclass
-class _Kept:
-    """A block's similarity, and for each term in it the orders of the other axes that it was made with."""
-
-    total: Tensor
-    orders: dict[int, dict[int, Tensor]]
+#: What never changes is multiplied in parts of about this many entries, so that no copy of all of it is made.
+_PART = 1 << 24
 
 
 class WeightProblem:
     """A reference and a model that is permuted step by step; neither is copied.
+
+    Where one of them is a :class:`StoredState`, tensors are read each time that they are used, and the similarities
+    lie in files.
 
     Only parameters count: running statistics follow their units but do not vote. Similarities are kept in the
     tensors' own precision (float32 for narrower types), objectives in float64.
@@ -51,20 +49,23 @@ class WeightProblem:
         labels: tuple[str, str] = ("reference", "model"),
     ) -> None:
         for side, label in zip((reference, model), labels, strict=True):
-            spec.check_state(side, label)
+            spec.check_state(described(side), label)
         self.spec = spec
         self.plan = plan_of(spec)
         self.blocks = self.plan.blocks
         self.scales = {
-            name: _norm(reference[name], name, labels[0]) * _norm(model[name], name, labels[1])
+            name: norm_of(reference[name], name, labels[0]) * norm_of(model[name], name, labels[1])
             for name in self.plan.names
         }
-        tensors = [side[name] for side in (reference, model) for name in self.plan.names]
-        self._like = like = _like(tensors, sum(self.scales.values()), device)
-        self.reference = {name: reference[name].detach().to(like) for name in self.plan.names}
-        self.model = {name: model[name].detach().to(like) for name in self.plan.names}
-        self._constant: dict[Block, Tensor] = {}
-        self._kept: dict[Block, _Kept] = {}
+        tensors = [side[name] for side in map(described, (reference, model)) for name in self.plan.names]
+        self._like = like = like_of(tensors, sum(self.scales.values()), device)
+        self.reference = side_of(reference, self.plan.names, like)
+        self.model = side_of(model, self.plan.names, like)
+        stored = next((state for state in (reference, model) if isinstance(state, StoredState)), None)
+        self._constant: MutableMapping[Block, Tensor] = {} if stored is None else Shelf(stored.scratch)
+        self._totals: MutableMapping[Block, Tensor] = {} if stored is None else Shelf(stored.scratch)
+        #: for each kept similarity and each term in it, the orders of the other axes that it was made with
+        self._kept: dict[Block, dict[int, dict[int, Tensor]]] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
         self.reset(init)
 
@@ -91,7 +92,11 @@ class WeightProblem:
 
     def entries(self, block: Block) -> list[int]:
         """The sizes of the block's tensors."""
-        return [self.reference[name].numel() for name in self.plan.tensors[block]]
+        return [self.entries_of(name) for name in self.plan.tensors[block]]
+
+    def entries_of(self, name: str) -> int:
+        """The size of a tensor."""
+        return math.prod(self.spec.shapes[name])
 
     def similarity(self, block: Block, names: set[str] | None = None) -> Tensor:
         """``similarity[i, j]`` of the reference's units with the model's: ``(n, n)``, on the CPU, not to be edited.
@@ -103,14 +108,17 @@ class WeightProblem:
         if block in self.plan.relative:
             return sum([self._product(block, term) for _, term in terms], self._empty(block)).cpu()
         if names is not None or block not in self._kept:
-            self._kept[block] = _Kept(self._constant_part(block).clone(), {})
-        kept, others = self._kept[block], []
+            self._kept[block], total = {}, self._constant_part(block).clone()
+        else:
+            total = self._totals[block]
+        others = []
         for index, term in terms:
             if term.name not in self.plan.simple:
                 others.append(self._product(block, term))
             elif term.name not in self.plan.alone[block]:
-                self._mend(kept, index, term)
-        return sum(others, kept.total).cpu()
+                self._mend(total, self._kept[block], index, term)
+        self._totals[block] = total
+        return sum(others, total).cpu()
 
     def _empty(self, block: Block) -> Tensor:
         return self._like.new_zeros(block.size, block.size)
@@ -118,11 +126,14 @@ class WeightProblem:
     def _constant_part(self, block: Block) -> Tensor:
         """What biases, norms and tensors without other permutations say: it never changes."""
         if block not in self._constant:
-            rows = [
-                [term.rows(side[term.name]) for term in self.plan.terms[block] if term.name in self.plan.alone[block]]
-                for side in (self.reference, self.model)
-            ]
-            self._constant[block] = torch.cat(rows[0], 1) @ torch.cat(rows[1], 1).T if rows[0] else self._empty(block)
+            terms = [term for term in self.plan.terms[block] if term.name in self.plan.alone[block]]
+            products: list[Tensor] = []
+            for part in _parts(terms, self.entries_of):
+                first, second = (
+                    torch.cat([term.rows(side[term.name]) for term in part], 1) for side in (self.reference, self.model)
+                )
+                products.append(first @ second.T if not products else products.pop().addmm_(first, second.T))
+            self._constant[block] = products[0] if products else self._empty(block)
         return self._constant[block]
 
     def _product(self, block: Block, term: Term) -> Tensor:
@@ -133,10 +144,10 @@ class WeightProblem:
         moved = permute_tensor(self.spec.axes[term.name], perms, self.model[term.name])
         return term.rows(self.reference[term.name]) @ term.rows(moved).T
 
-    def _mend(self, kept: _Kept, index: int, term: Term) -> None:
+    def _mend(self, total: Tensor, kept: dict[int, dict[int, Tensor]], index: int, term: Term) -> None:
         """Bring one term of a kept similarity up to the current orders of the tensor's other axes."""
         new = self.other_orders(term)
-        old = kept.orders.get(index)
+        old = kept.get(index)
         reference, model = self.reference[term.name], self.model[term.name]
         if old is None:
             change = _reorder(model, new)
@@ -152,8 +163,8 @@ class WeightProblem:
             else:
                 first, second = new, old
             change = _reorder(model, first).sub_(_reorder(model, second))
-        kept.total.addmm_(term.rows(reference), term.rows(change).T)
-        kept.orders[index] = new
+        total.addmm_(term.rows(reference), term.rows(change).T)
+        kept[index] = new
 
     def other_orders(self, term: Term) -> dict[int, Tensor]:
         """The current orders of the other axes of a term's tensor that some permutation moves."""
@@ -215,7 +226,20 @@ class WeightProblem:
     def objective(self, names: Iterable[str] | None = None) -> float:
         """The sum of <reference, current model> over the tied parameters, or over ``names``; exact in float64."""
         chosen = self.plan.names if names is None else sorted(names)
-        return sum(_dot(self.reference[name], self.current(name)) for name in chosen)
+        return sum(dot(self.reference[name], self.current(name)) for name in chosen)
+
+
+def _parts(terms: Sequence[Term], entries: Callable[[str], int]) -> list[list[Term]]:
+    """Terms in groups, each of one term or of few entries."""
+    found: list[list[Term]] = []
+    held = 0
+    for term in terms:
+        held += entries(term.name)
+        if not found or held > _PART:
+            found.append([])
+            held = entries(term.name)
+        found[-1].append(term)
+    return found
 
 
 def _without(orders: Mapping[int, Tensor], dim: int) -> dict[int, Tensor]:
@@ -226,24 +250,3 @@ def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
     for dim, order in orders.items():
         tensor = tensor.index_select(dim, order.to(tensor.device))
     return tensor
-
-
-def _like(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
-    """An empty tensor of the type and on the device that products are taken in."""
-    wide = scale > _LARGE or any(tensor.dtype == torch.float64 for tensor in tensors)
-    device = device or (tensors[0].device if tensors else None)
-    return torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
-
-
-def _norm(tensor: Tensor, name: str, label: str) -> float:
-    tensor = tensor.detach() if tensor.is_floating_point() else tensor.double()
-    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-    if not norm < _LARGEST:  # a NaN is not
-        raise SpecMismatchError(
-            f"{label}: {name!r} holds a NaN, an infinity or numbers whose squares overflow; leave this model out"
-        )
-    return norm
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    return float((first * second).sum(dtype=torch.float64))

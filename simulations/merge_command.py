@@ -1,0 +1,199 @@
+"""``fedrebasin merge``: safetensors files in, one safetensors file out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.coefficients import check_coefficients
+from fedrebasin.connectivity import loss_along_path, loss_barrier
+from fedrebasin.corrections.methods import Setting as CorrectionSetting
+from fedrebasin.corrections.methods import correct
+from fedrebasin.errors import UsageError
+from fedrebasin.perms import Perms
+from fedrebasin.permute import permute
+from fedrebasin.simulations.interrupts import signals_raise
+from fedrebasin.simulations.merge_average import averaged
+from fedrebasin.simulations.merge_data import read_calibration
+from fedrebasin.simulations.merge_files import check_values, open_inputs
+from fedrebasin.simulations.merge_matching import Found, Plan, match, needs_data, plan_matching
+from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, streams
+from fedrebasin.simulations.merge_network import Network, check_fit, from_model, from_spec, sizes
+from fedrebasin.simulations.merge_request import Request, check_output, correction_of, metadata_of, numbers
+from fedrebasin.stored import StoredState
+from fedrebasin.stored_write import write_state
+
+#: float32 copies of a model besides the models: of a joint matching, or by more than weights; of a correction
+_JOINT_COPIES, _CORRECTION_COPIES = 4, 3
+_LAMS = 11
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was done: ``barriers`` holds for each model but the reference the loss barrier, plain and aligned."""
+
+    network: Network
+    plan: Plan
+    found: Found
+    needs: Needs
+    streamed: bool
+    coefficients: list[float]
+    barriers: Mapping[str, tuple[float, float]]
+    output: Path | None
+
+
+def merge_files(request: Request) -> Merged:
+    """Do what ``fedrebasin merge`` is asked for; the output is written whole or not at all.
+
+    Raises
+    ------
+    RebasinError
+        For whatever the caller can mend.
+    """
+    limit, correction = parse_memory(request.memory), correction_of(request)
+    check_output(request)
+    weights = check_coefficients(numbers(request.coefficients, "--coefficients") or None, len(request.files))
+    plan = plan_matching(
+        request.files, weights, matching=request.matching, method=request.method, reference=request.reference
+    )
+    folder = None  # temporary files lie beside the output: elsewhere there may be little room, or it may be memory
+    if request.output is not None and not request.dry_run:
+        folder = next(parent for parent in request.output.absolute().parents if parent.exists())
+    with signals_raise(), tempfile.TemporaryDirectory(prefix=".fedrebasin-", dir=folder) as scratch:
+        states = open_inputs(request.files, scratch=Path(scratch))
+        network = _network(request, plan, states, limit)
+        check_fit(network.spec, states)
+        batches, labelled = _calibration(request, network)
+        whole = _whole(plan, correction, labelled=labelled)
+        copies = _JOINT_COPIES + len(states) if plan.joint or plan.matching != "weight" else 0
+        copies += _CORRECTION_COPIES + 2 * len(states) if correction or labelled else 0
+        needs = needs_of(network.spec, states, whole=whole, copies=copies)
+        streamed = streams(limit, needs)
+        request.on_phase("reading the files")
+        digests = check_values(states, network.spec)
+        held: list[Mapping[str, Tensor]] = list(states) if streamed else [dict(state) for state in states]
+        request.on_phase("matching")
+        found = _match(plan, network, held, weights, batches, labelled=labelled, seed=request.seed)
+        if request.dry_run:
+            barriers = _barriers(plan, network, held, found.perms, batches, request.files) if labelled else {}
+            return Merged(network, plan, found, needs, streamed, weights, barriers, None)
+        tensors: Any = averaged(network.spec, held, found.perms, weights)
+        if correction:
+            request.on_phase(f"correcting: {correction}")
+            setting = CorrectionSetting(_module(network), batches, weights, network.example, request.seed)
+            tensors = _corrected(correction, setting, network, dict(tensors), held, found.perms).items()
+        request.on_phase("writing")
+        assert request.output is not None
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {**states[0].metadata, "fedrebasin": metadata_of(request, plan, found, weights, digests, correction)}
+        write_state(request.output, states[0].described, tensors, metadata=metadata)
+    return Merged(network, plan, found, needs, streamed, weights, {}, request.output)
+
+
+def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit: int | None) -> Network:
+    if request.spec is not None:
+        if needs_data(plan, labelled=False):
+            raise UsageError(f"--matching: {plan.matching} runs the network; give --model and --calibration")
+        return from_spec(request.spec, check=request.check)
+    request.on_phase("tracing the model")
+    held = request.calibration is not None or request.correction != "none" or needs_data(plan, labelled=False)
+    return from_model(
+        *(request.model, request.inputs, states),
+        kwargs=request.kwargs,
+        vocab=request.vocab,
+        check=request.check,
+        held=held,
+        limit=limit,
+        seed=request.seed,
+    )
+
+
+def _calibration(request: Request, network: Network) -> tuple[list[Any] | None, bool]:
+    if request.calibration is None:
+        return None, False
+    if len(network.inputs) != 1:
+        raise UsageError(f"--calibration: needs a model of one input; --input was given {len(network.inputs)} times")
+    return read_calibration(
+        *(request.calibration, sizes(network.example), network.inputs[0].dtype),
+        count=request.examples,
+        seed=request.seed,
+        mean=numbers(request.mean, "--mean"),
+        std=numbers(request.std, "--std"),
+    )
+
+
+def _whole(plan: Plan, correction: str, *, labelled: bool) -> str:
+    """What needs the models as a whole, "" if nothing does."""
+    if plan.joint:
+        return f"--method {plan.joint}"
+    if plan.matching != "weight":
+        return f"--matching {plan.matching}"
+    if correction:
+        return f"--correction {correction}"
+    return "the loss barrier on --calibration" if labelled else ""
+
+
+def _module(network: Network) -> nn.Module:
+    if network.net is None:
+        raise UsageError("--model: this run needs the network with its weights; leave --no-check out")
+    return network.net
+
+
+def _match(
+    plan: Plan,
+    network: Network,
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    batches: list[Any] | None,
+    *,
+    labelled: bool,
+    seed: int,
+) -> Found:
+    runs = needs_data(plan, labelled=labelled)
+    if runs and batches is None:
+        raise UsageError(f"--matching: {plan.matching} needs --calibration, a path with the network's inputs")
+    if runs and plan.matching == "straight-through" and not labelled:
+        raise UsageError(f"--matching: {plan.matching} needs labels in --calibration")
+    spec = network.full if runs else network.spec
+    given = [network.whole(state) for state in states] if runs else states
+    net = network.net if runs else None
+    return match(plan, spec, given, weights, net=net, calibration=batches, labelled=labelled, seed=seed)
+
+
+@torch.no_grad()
+def _barriers(
+    plan: Plan,
+    network: Network,
+    states: Sequence[Mapping[str, Tensor]],
+    perms: Sequence[Perms],
+    batches: list[Any] | None,
+    files: Sequence[Path],
+) -> dict[str, tuple[float, float]]:
+    net, aligned = _module(network), [permute(network.spec, own, s) for own, s in zip(perms, states, strict=True)]
+
+    def barrier(ends: Sequence[Mapping[str, Tensor]], place: int) -> float:
+        pair = network.whole(ends[plan.reference]), network.whole(ends[place])
+        path = loss_along_path(net, *pair, batches or [], loss=nn.functional.cross_entropy, lams=_LAMS)
+        return loss_barrier(path)
+
+    others = [place for place in range(len(states)) if place != plan.reference]
+    return {str(files[place]): (barrier(states, place), barrier(aligned, place)) for place in others}
+
+
+def _corrected(
+    name: str,
+    setting: CorrectionSetting,
+    network: Network,
+    merged: Mapping[str, Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    perms: Sequence[Perms],
+) -> dict[str, Tensor]:
+    ends = [network.whole(permute(network.spec, own, state)) for own, state in zip(perms, states, strict=True)]
+    found = correct(name, setting, network.whole(merged), ends)
+    return {key: found[key].to(tensor.dtype) for key, tensor in merged.items()}
