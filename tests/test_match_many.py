@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,7 @@ from fedrebasin import (
     identity_perms,
     invert,
     match_many,
+    merge,
     permute,
     random_perms,
     trace,
@@ -210,8 +212,8 @@ def test_half_precision_and_scales_far_apart_are_matched(method: str) -> None:
         copies = [half[0], *({k: t.double() * scale for k, t in copy.items()} for copy in half[1:])]
         copies = half if name == "float16" else copies
         found = match_many(spec, copies, method=method)
-        for perms, copy in zip(found.perms, half, strict=True):
-            assert all(torch.equal(tensor, half[0][key]) for key, tensor in permute(spec, perms, copy).items()), name
+        for perms, other in zip(found.perms, half, strict=True):
+            assert all(torch.equal(tensor, half[0][key]) for key, tensor in permute(spec, perms, other).items()), name
 
 
 def test_what_is_no_model_or_method_is_refused() -> None:
@@ -253,3 +255,43 @@ def test_the_relaxed_objective_its_gradient_and_its_polynomial_agree_with_the_ex
     polynomial = np.polynomial.Polynomial(relaxed.polynomial(start, end, slope=slope, at_start=value))
     for lam in (0.1, 0.37, 0.9):
         assert polynomial(lam) == pytest.approx(relaxed.value(on_the_way(start, end, lam)), rel=1e-9)
+
+
+def test_straight_through_many_on_data_ends_at_a_loss_no_higher_than_its_start() -> None:
+    torch.manual_seed(1)
+    data = [(x, (x[:, :3] * x[:, 3:]).argmax(1)) for x in torch.randn(8, 60, 6)]
+    nets = [
+        nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)) for _ in range(3)
+    ]
+    for net in nets:
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        for inputs, targets in data * 10:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+    spec, models = trace(nets[0], (data[0][0],)), [net.state_dict() for net in nets]
+    shares = [0.35, 0.33, 0.32]
+    found = match_many(
+        *(spec, models),
+        coefficients=shares,
+        method="straight-through-many",
+        net=nets[0],
+        batches=data,
+        loss=nn.functional.cross_entropy,
+    )
+    aligned = [permute(spec, own, model) for own, model in zip(found.perms, models, strict=True)]
+    merged = copy.deepcopy(nets[0])
+    merged.load_state_dict(merge(aligned, coefficients=shares))
+    loss = sum(nn.functional.cross_entropy(merged(inputs), targets).item() for inputs, targets in data) / 8
+    assert found.measures["loss"] == pytest.approx(loss, rel=1e-4)
+    assert found.measures["loss"] < found.measures["loss-before"]
+    assert found.objective == pytest.approx(slow_objective(spec, models, found.perms, shares), rel=1e-6)
+
+
+def test_data_is_refused_where_it_has_no_use_or_is_not_all_there() -> None:
+    spec, models = tiny()
+    net = nn.Linear(1, 1)
+    with pytest.raises(RebasinError, match=r"with method='straight-through-many' only; got method='star' without batc"):
+        match_many(spec, models, method="star", net=net)
+    with pytest.raises(RebasinError, match="got method='straight-through-many' without net and batches"):
+        match_many(spec, models, method="straight-through-many", loss=nn.functional.mse_loss)

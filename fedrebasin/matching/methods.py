@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.matching.activation import activation_matching
 from fedrebasin.matching.frank_wolfe import frank_wolfe_matching
-from fedrebasin.matching.midpoint import Loss
+from fedrebasin.matching.labelled import Loss
 from fedrebasin.matching.result import Matching
 from fedrebasin.matching.sinkhorn import sinkhorn_matching
 from fedrebasin.matching.straight_through import straight_through_matching
