@@ -41,7 +41,8 @@ def models_of(name: str, count: int, seed: int) -> tuple[PermutationSpec, list[S
     def draw(key: str, tensor: Tensor) -> Tensor:
         if tensor.ndim < 2:
             return torch.ones_like(tensor) if key.endswith("weight") else torch.zeros_like(tensor)
-        return torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
+        drawn: Tensor = torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5
+        return drawn
 
     states = [{key: draw(key, tensor.detach()) for key, tensor in net.state_dict().items()} for _ in range(count)]
     return trace(net, (batch,)), states
@@ -112,7 +113,6 @@ def measure(name: str, count: int, ways: list[str], runs: int) -> list[dict[str,
             "models": count,
             "method": way,
             "gain": gains[way],
-            "mean-gain": round(statistics.mean(gains[way]), 1),
             "seconds": statistics.median(seconds[way]),
             "all-seconds": seconds[way],
         }
