@@ -74,9 +74,10 @@ def many(result: Result) -> tuple[Sequence[str], Rows]:
     for method in dict.fromkeys(row["method"] for row in result["rows"]):
         line = [method]
         for name in networks:
-            gain = cells[method, name]["gain"][0]
+            row = cells.get((method, name))
+            gain = row["gain"][0] if row else 0.0
             text = f"**{gain:.0f}**" if gain == best[name] else f"{gain:.0f}"
-            line.append(f"{text} / {cells[method, name]['seconds']:.2g} s")
+            line.append(f"{text} / {row['seconds']:.2g} s" if row else "-")
         rows.append(line)
     return ["gain / seconds", *networks], rows
 
