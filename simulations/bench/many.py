@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -140,7 +141,9 @@ def main() -> None:
         for count in map(int, filter(None, options.counts.split(","))):
             growth += measure(name, count, ["merge-many"], 1)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.many --output FILE"
+        asked = {name: value for name, value in vars(options).items() if name != "output"}
+        given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in asked.items())
+        command = f"python -m fedrebasin.simulations.bench.many {given} --output FILE"
         result = {
             "experiment": "many",
             "threads": torch.get_num_threads(),
