@@ -19,9 +19,11 @@ from fedrebasin import (
     trace,
 )
 from fedrebasin.matching.many_problem import ManyProblem
+from fedrebasin.matching.merge_many import add_one_by_one, ascend
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.relaxed import corner
 from fedrebasin.matching.relaxed_many import RelaxedMany, on_the_way
+from fedrebasin.matching.star import star
 from fedrebasin.simulations.bench.plain_many import plain_merge_many
 
 
@@ -128,3 +130,22 @@ def test_merge_many_gains_no_less_than_the_plain_algorithm() -> None:
     assert (
         match_many(spec, models).objective > plain > slow_objective(spec, models, [identity_perms(spec)] * 5, [0.2] * 5)
     )
+
+
+def test_merge_many_keeps_the_better_one_of_two_starts() -> None:
+    star_wins = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        nets = [
+            nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(4)
+        ]
+        spec, models = trace(nets[0], (torch.zeros(2, 3),)), [net.state_dict() for net in nets]
+        problem = ManyProblem(spec, models, [0.25] * 4)
+        before = problem.objective()
+        add_one_by_one(problem)
+        first = ascend(problem, before=before)[-1]
+        star(problem)
+        second = ascend(problem, before=before)[-1]
+        star_wins += second > first
+        assert match_many(spec, models).objective == pytest.approx(max(first, second), rel=1e-6)
+    assert 0 < star_wins < 6
