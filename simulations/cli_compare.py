@@ -40,7 +40,9 @@ def compare(
     later_epochs: Annotated[int | None, typer.Option(min=1, help="Local epochs of each later round.")] = None,
     seeds: Seeds = "0",
     data_path: DataPath = None,
-    reference: Annotated[str, typer.Option(help="auto, global, largest or merge-many.")] = "auto",
+    reference: Annotated[
+        str, typer.Option(help="auto, global, largest, merge-many, medoid, cycle-consistent or straight-through-many.")
+    ] = "auto",
     matching: Matching = "weight",
     correction: Annotated[
         str,

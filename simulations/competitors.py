@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedrebasin.corrections import methods as correction_methods
 from fedrebasin.corrections.federated import FEDERATED, FederatedOptions
 from fedrebasin.errors import UsageError
-from fedrebasin.matching.methods import METHODS, check_joint
+from fedrebasin.matching.methods import JOINT_REFERENCES, METHODS, check_joint
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -29,7 +29,7 @@ FLOWER = {
 }
 #: joins every comparison of clients that start apart: what the same work is worth from a common start
 COMMON_START = "fedavg@common"
-REFERENCES = ("auto", "global", "largest", "merge-many")
+REFERENCES = ("auto", "global", "largest", *JOINT_REFERENCES)
 MATCHINGS = tuple(METHODS)
 #: name of a federated correction with other options than its usual ones -> (correction, options)
 VARIANTS = {

@@ -20,14 +20,13 @@ from fedrebasin import (
     PermutationSpec,
     compose,
     identity_perms,
-    match_many,
     merge,
     moved_fraction,
     permute,
     weight_matching,
 )
 from fedrebasin.matching.certificate import IdentityCertificate
-from fedrebasin.matching.methods import JOINT_METHOD
+from fedrebasin.matching.methods import JOINT_METHOD, JOINT_REFERENCES
 from fedrebasin.strategies.common_start import Nearness, measure_nearness
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.replies import Reply
@@ -88,9 +87,9 @@ def find_alignment(
     replies : sequence of Reply
         At least one.
     match : Matcher
-        Matches one model to another. Replies are aligned to each other by merge-many if it is weight matching, by
-        any other method to the reply with most examples.
-    reference : {"auto", "global", "largest", "merge-many"}
+        Matches one model to another. Replies are aligned to each other if it is weight matching, by any other method to
+        the reply with most examples.
+    reference : {"auto", "global", "largest", "merge-many", "medoid", "cycle-consistent", "straight-through-many"}
     seed : int
     device : torch.device, optional
 
@@ -136,13 +135,13 @@ def _find(
     if largest:
         perms, gain = _align_to_largest(spec, replies, match)
     else:
-        many = match_many(
-            spec, [reply.tensors() for reply in replies], coefficients=shares(replies), seed=seed, device=device
-        )
+        method = reference if reference in JOINT_REFERENCES else JOINT_REFERENCES[0]
+        many = match.many(method, [reply.tensors() for reply in replies], shares(replies))
         perms, gain = list(many.perms), many.objective - many.objective_before
     if not apart:
         perms = _back_to_sent(spec, sent, replies, perms, seed=seed, device=device)
-    return Alignment(perms, apart, gain, _moved_fraction(perms), f"{'the largest' if largest else 'each other'}; {how}")
+    towards = "the largest" if largest else f"each other ({method})"
+    return Alignment(perms, apart, gain, _moved_fraction(perms), f"{towards}; {how}")
 
 
 def _half(replies: Sequence[Reply]) -> float:

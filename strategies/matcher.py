@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin import Matching, PermutationSpec, match_each
+from fedrebasin import ManyMatching, Matching, PermutationSpec, match_each, match_many
 from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
+from fedrebasin.matching.many import ON_DATA
 from fedrebasin.matching.methods import METHODS, Setting, find_matching
 
 State = Mapping[str, Tensor]
@@ -35,19 +36,35 @@ class Matcher:
             return match_each(self.setting.spec, reference, models, seed=self.setting.seed, device=self.setting.device)
         return [self(reference, model) for model in models]
 
+    def many(self, method: str, models: Sequence[State], coefficients: Sequence[float]) -> ManyMatching:
+        """Match several models to each other, on data if the method and this matcher have a loss."""
+        data: dict[str, Any] = {}
+        if method == ON_DATA and self.setting.loss is not None:
+            data = {"net": self.setting.net, "batches": self.setting.calibration, "loss": self.setting.loss}
+        seed, device = self.setting.seed, self.setting.device
+        return match_many(
+            self.setting.spec, models, coefficients=coefficients, method=method, seed=seed, device=device, **data
+        )
+
+    @property
+    def label(self) -> str:
+        """The option behind it, for messages."""
+        joint = self.runs_the_model and not METHODS[self.name].given(self.setting.loss).inputs
+        return f"reference={ON_DATA!r} with a loss" if joint else f"matching={self.name!r}"
+
     @property
     def runs_the_model(self) -> bool:
         """True if it runs the user's model on the user's data, which may raise anything."""
-        return METHODS[self.name].given(self.setting.loss).inputs
+        return self.setting.net is not None
 
 
-def uses_loss(name: str) -> bool:
-    """Whether a method has a use for a loss.
+def uses_loss(name: str, reference: str = "auto") -> bool:
+    """Whether a method, or a joint reference, has a use for a loss.
 
-    >>> uses_loss("straight-through"), uses_loss("weight")
-    (True, False)
+    >>> uses_loss("straight-through"), uses_loss("weight"), uses_loss("weight", "straight-through-many")
+    (True, False, True)
     """
-    return METHODS[name].targets or METHODS[name].choice
+    return METHODS[name].targets or METHODS[name].choice or reference == ON_DATA
 
 
 def build_matcher(
@@ -56,6 +73,7 @@ def build_matcher(
     model: nn.Module | None,
     calibration: Any,
     *,
+    reference: str = "auto",
     loss: Callable[..., Any] | None = None,
     seed: int = 0,
     device: torch.device | None = None,
@@ -68,6 +86,8 @@ def build_matcher(
         One of :data:`fedrebasin.matching.methods.METHODS`.
     calibration : iterable of batches, optional
         Inputs; with targets if the method needs a loss.
+    reference : str
+        ``"straight-through-many"`` learns from the data too, if there is a loss.
 
     Examples
     --------
@@ -76,34 +96,36 @@ def build_matcher(
     ...
     fedrebasin.errors.CalibrationError: matching='activation' needs calibration, a collection of input batches; ...
     """
-    method = METHODS[name].given(loss)
+    method, what = METHODS[name].given(loss), f"matching={name!r}"
+    joint = reference == ON_DATA and loss is not None
+    if joint:
+        method, what = replace(method, inputs=True, targets=True), f"reference={reference!r} with a loss"
     if loss is not None and not method.targets:
         users = " and ".join(repr(other) for other in METHODS if uses_loss(other))
         raise UsageError(
-            f"loss: only matching={users} and select='calibration' use it; leave it out with matching={name!r}"
+            f"loss: only matching={users}, reference={ON_DATA!r} and select='calibration' use it; leave it out with "
+            f"matching={name!r}"
         )
     matcher = Matcher(name, Setting(spec, seed=seed, device=device))
     if not method.inputs:
         return matcher
     if calibration is None:
         kind = "(input, target)" if method.targets else "input"
-        raise CalibrationError(
-            f"matching={name!r} needs calibration, a collection of {kind} batches; give calibration=batches"
-        )
+        raise CalibrationError(f"{what} needs calibration, a collection of {kind} batches; give calibration=batches")
     if model is None:
         raise UsageError(
-            f"matching={name!r} runs the model on calibration data, and a spec alone cannot; give model= too, or "
-            "matching='weight'"
+            f"{what} runs the model on calibration data, and a spec alone cannot; give model= too, or matching='weight'"
         )
     if method.targets and loss is None:
-        raise UsageError(
-            f"matching={name!r} needs loss=, a function of output and target, as torch.nn.functional.cross_entropy"
-        )
+        raise UsageError(f"{what} needs loss=, a function of output and target, as torch.nn.functional.cross_entropy")
     next(iter(Batches(calibration, inputs=spec.inputs)))
     state, few = model.state_dict(), list(islice(calibration, 2))
     setting = replace(matcher.setting, net=model, calibration=few, loss=loss)
     try:
-        find_matching(name, setting, state, state)
+        if joint:
+            Matcher(name, setting).many(reference, [state, state], [0.5, 0.5])
+        else:
+            find_matching(name, setting, state, state)
     except RebasinError:
         raise
     except Exception as error:

@@ -22,11 +22,10 @@ from flwr.serverapp.strategy.bulyan import Bulyan
 from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
-from fedrebasin.matching.methods import METHODS, check_joint
+from fedrebasin.matching.methods import JOINT_REFERENCES, METHODS, check_joint
 from fedrebasin.selection import names_of
 
 Correction = str | Sequence[str] | None  # several only where something chooses among them
-JOINT_REFERENCES = ("merge-many",)
 BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
@@ -34,7 +33,7 @@ BUILT: dict[str, tuple[str | None, ...]] = {
     "select": (None, "calibration"),
 }
 LATER: dict[str, tuple[str, ...]] = {
-    "reference": ("medoid", "cycle-consistent", "straight-through-many"),
+    "reference": (),
     "matching": ("learned",),
     "correction": (),
     "select": (),
@@ -59,10 +58,10 @@ def check_option(name: str, value: object) -> None:
 
     Examples
     --------
-    >>> check_option("reference", "medoid")  # doctest: +ELLIPSIS
+    >>> check_option("matching", "learned")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: reference='medoid' is not built yet; values built now: 'auto', 'global', ...
+    fedrebasin.errors.UsageError: matching='learned' is not built yet; values built now: 'weight', 'activation', ...
     """
     if value in BUILT[name]:
         return
@@ -77,10 +76,10 @@ def check_options(reference: str, matching: str, correction: Correction, *, sele
 
     Examples
     --------
-    >>> check_options("medoid", "weight", "default", select=None)  # doctest: +ELLIPSIS
+    >>> check_options("auto", "learned", "default", select=None)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: reference='medoid' is not built yet; values built now: 'auto', 'global', ...
+    fedrebasin.errors.UsageError: matching='learned' is not built yet; values built now: 'weight', 'activation', ...
     """
     check_option("reference", reference)
     check_option("matching", matching)

@@ -97,7 +97,7 @@ def narrow(
     """
     if arrays and arrays.keys() < spec.axes.keys():
         if matcher.runs_the_model and runs is None:
-            runs = f"matching={matcher.name!r}"
+            runs = matcher.label
         if runs is not None:
             missing = next(name for name in spec.axes if name not in arrays)
             raise UsageError(

@@ -57,11 +57,11 @@ class Rebasin(Around):
         A checked spec instead of ``model`` and ``example_inputs``; with them, it is checked again.
     calibration : iterable of batches, optional
         Inputs for the correction and the matching, read anew in every round; with targets if a loss is given.
-    reference : {"auto", "global", "largest", "merge-many"}
-        What the replies are aligned to: the model that was sent, the reply with most examples, or each other.
-        ``"auto"`` is the model that was sent, unless most replies were not trained from it
-        (``common_start.py``): then each other. Inside differential privacy, Krum, MultiKrum and Bulyan it is the
-        model that was sent.
+    reference : {"auto", "global", "largest", "merge-many", "medoid", "cycle-consistent", "straight-through-many"}
+        What the replies are aligned to: the model that was sent, the reply with most examples, or each other by that
+        method of :func:`fedrebasin.match_many`. ``"auto"`` is the model that was sent, unless most replies were not
+        trained from it (``common_start.py``): then ``"merge-many"``. Inside differential
+        privacy, Krum, MultiKrum and Bulyan it is the model that was sent.
     matching : str
         A name of ``METHODS``. Those on data need ``model`` and ``calibration``, ``"sinkhorn"`` too if a loss is given.
         All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
@@ -76,8 +76,9 @@ class Rebasin(Around):
         Hand back the best of a round's models, plain, aligned and corrected (``selection.py``), measured on a quarter
         of ``calibration`` that nothing else sees; the data is then read once, at construction, and held in memory.
     loss : callable, optional
-        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``, and for
-        ``select``, which goes by agreement with the replies' ensemble without it.
+        ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``, for
+        ``reference="straight-through-many"``, which then needs ``model`` and ``calibration``, and for ``select``, which
+        goes by agreement with the replies' ensemble without it.
     beside : sequence of str
         Further ArrayRecords of the replies, with names and shapes of the weights (control variates, moments, an EMA):
         permuted with them, averaged by the same shares into ``strategy.beside``, and sent with the next model.
@@ -167,9 +168,13 @@ class Rebasin(Around):
             seed=seed,
             device=self.device,
         )
-        calibration, loss = self._finish.calibration, loss if select is None or uses_loss(matching) else None
+        calibration, loss = self._finish.calibration, loss if select is None or uses_loss(matching, reference) else None
         self._matcher = build_matcher(
-            matching, self.spec, self.model, calibration, loss=loss, seed=seed, device=self.device
+            *(matching, self.spec, self.model, calibration),
+            reference=reference,
+            loss=loss,
+            seed=seed,
+            device=self.device,
         )
         self.strategy = strategy
         self.calibration = calibration

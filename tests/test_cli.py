@@ -28,7 +28,7 @@ BAD = {
     "compare --norm group": "--norm: expected batch or layer; got 'group'",
     "compare --seeds 1,x": "--seeds: expected whole numbers",
     "compare --seeds -1": "--seeds: expected different numbers from 0 up",
-    "compare --reference best": "--reference: expected one of auto, global, largest, merge-many; got 'best'",
+    "compare --reference best": "--reference: expected one of auto, global, largest, merge-many, medoid, cycle-consist",
     "compare --matching learned": "--matching: expected one of weight, activation, activation+weight, straight-through",
     "compare --matching activation --reference merge-many": "reference='merge-many' is built for matching='weight'",
     "reproduce disjoint digits --matching magic": "got 'magic'",

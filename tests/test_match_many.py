@@ -2,65 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping, Sequence
 
 import networks
 import networks_attention
 import networks_recurrent
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from test_many_problem import slow_objective, tiny
+from torch import nn
 
 from fedrebasin import (
-    PermutationSpec,
     RebasinError,
     SpecMismatchError,
     compose,
     identity_perms,
     invert,
     match_many,
+    merge,
     permute,
     random_perms,
     trace,
 )
 from fedrebasin.matching.many import JOINT_METHODS
-from fedrebasin.matching.many_problem import ManyProblem
-from fedrebasin.matching.plan import Block
-from fedrebasin.matching.relaxed import corner
-from fedrebasin.matching.relaxed_many import RelaxedMany, on_the_way
 
 METHODS = list(JOINT_METHODS)
 ZOO = {name: make for name, make in networks.NETWORKS.items() if name in ("mlp", "resnet20-layernorm")} | {
     "attention": lambda: networks_attention.ATTENTION["multihead"]()[:2],
     "recurrent": lambda: networks_recurrent.RECURRENT["lstm"]()[:2],
 }
-
-
-def tiny(width: int = 4, dtype: torch.dtype = torch.float64) -> tuple[PermutationSpec, list[dict[str, Tensor]]]:
-    torch.manual_seed(0)
-    nets = [
-        nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)).to(dtype)
-        for _ in range(4)
-    ]
-    return trace(nets[0], (torch.zeros(2, 3, dtype=dtype),)), [net.state_dict() for net in nets]
-
-
-def slow_objective(
-    spec: PermutationSpec,
-    models: Sequence[Mapping[str, Tensor]],
-    perms: Sequence[Mapping[str, Tensor]],
-    coefficients: Sequence[float],
-) -> float:
-    aligned = [permute(spec, own, model) for own, model in zip(perms, models, strict=True)]
-    tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
-    return sum(
-        coefficients[p] * coefficients[q] * float((aligned[p][name].double() * aligned[q][name].double()).sum())
-        for p in range(len(models))
-        for q in range(p)
-        for name in tied
-    )
 
 
 @pytest.mark.parametrize("network", ZOO)
@@ -100,47 +71,6 @@ def test_the_objective_is_the_sum_over_weighted_pairs(method: str) -> None:
     assert found.history[0] == found.objective_before and found.history[-1] == found.objective
     if method not in ("star", "medoid"):
         assert list(found.history) == sorted(found.history) and found.objective > found.objective_before
-
-
-def test_a_step_is_the_best_of_all_permutations_of_one_layer_of_one_model() -> None:
-    spec, models = tiny()
-    coefficients = [0.4, 0.3, 0.2, 0.1]
-    for seed, (place, block) in enumerate(itertools.product(range(4), (Block(name, 4) for name in spec.perm_shapes))):
-        problem = ManyProblem(spec, models, coefficients)
-        start = [random_perms(spec, 10 * seed + k) for k in range(4)]
-        problem.put(start)
-        before = problem.objective()
-        gain = problem.improve(place, block)
-        best = max(
-            slow_objective(
-                spec,
-                models,
-                [{**own, block.perm: torch.tensor(order)} if p == place else own for p, own in enumerate(start)],
-                coefficients,
-            )
-            for order in itertools.permutations(range(4))
-        )
-        assert problem.objective() == pytest.approx(best, rel=1e-9)
-        assert before + gain == pytest.approx(best, rel=1e-9)
-
-
-def test_merge_many_ends_where_no_step_gains() -> None:
-    spec, models = tiny(6)
-    found = match_many(spec, models, coefficients=[0.4, 0.3, 0.2, 0.1])
-    problem = ManyProblem(spec, models, [0.4, 0.3, 0.2, 0.1])
-    problem.put(found.perms)
-    assert all(problem.improve(place, block) == 0 for place in range(4) for block in problem.blocks)
-
-
-def test_merge_many_is_the_best_of_all_permutations_of_three_tiny_models() -> None:
-    torch.manual_seed(2)
-    nets = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double() for _ in range(3)]
-    spec, models = trace(nets[0], (torch.zeros(2, 3).double(),)), [net.state_dict() for net in nets]
-    (name,) = spec.perm_shapes
-    orders = [{name: torch.tensor(order)} for order in itertools.permutations(range(4))]
-    third = [1 / 3] * 3
-    best = max(slow_objective(spec, models, [orders[0], b, c], third) for b in orders for c in orders)
-    assert match_many(spec, models).objective == pytest.approx(best, rel=1e-9)
 
 
 def test_merge_many_gains_more_than_the_stars() -> None:
@@ -210,8 +140,8 @@ def test_half_precision_and_scales_far_apart_are_matched(method: str) -> None:
         copies = [half[0], *({k: t.double() * scale for k, t in copy.items()} for copy in half[1:])]
         copies = half if name == "float16" else copies
         found = match_many(spec, copies, method=method)
-        for perms, copy in zip(found.perms, half, strict=True):
-            assert all(torch.equal(tensor, half[0][key]) for key, tensor in permute(spec, perms, copy).items()), name
+        for perms, other in zip(found.perms, half, strict=True):
+            assert all(torch.equal(tensor, half[0][key]) for key, tensor in permute(spec, perms, other).items()), name
 
 
 def test_what_is_no_model_or_method_is_refused() -> None:
@@ -228,28 +158,41 @@ def test_what_is_no_model_or_method_is_refused() -> None:
         match_many(spec, [*models[:2], {**models[2], "0.weight": torch.zeros(3)}], coefficients=[1, 0, 1])
 
 
-def test_the_relaxed_objective_its_gradient_and_its_polynomial_agree_with_the_exact_one() -> None:
-    spec, models = tiny()
-    problem = ManyProblem(spec, models, [0.4, 0.3, 0.2, 0.1])
-    relaxed = RelaxedMany(problem)
-    sides = []
-    for seed in (0, 4):
-        perms = [random_perms(spec, seed + k) for k in range(4)]
-        sides.append(
-            (
-                [corner(spec, own, relaxed.like) for own in perms],
-                slow_objective(spec, models, perms, problem.coefficients),
-            )
-        )
-    (start, first), (end, last) = sides
-    constant = first - relaxed.value(start) * relaxed.scale  # the output's bias, which no permutation moves
-    assert relaxed.value(end) * relaxed.scale + constant == pytest.approx(last, rel=1e-9)
-    value, gradient = relaxed.gradient(start)
-    slope = sum(
-        float((g[perm] * (b[perm] - a[perm])).sum()) for g, a, b in zip(gradient, start, end, strict=True) for perm in a
+def test_straight_through_many_on_data_ends_at_a_loss_no_higher_than_its_start() -> None:
+    torch.manual_seed(1)
+    data = [(x, (x[:, :3] * x[:, 3:]).argmax(1)) for x in torch.randn(8, 60, 6)]
+    nets = [
+        nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)) for _ in range(3)
+    ]
+    for net in nets:
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+        for inputs, targets in data * 10:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+    spec, models = trace(nets[0], (data[0][0],)), [net.state_dict() for net in nets]
+    shares = [0.35, 0.33, 0.32]
+    found = match_many(
+        *(spec, models),
+        coefficients=shares,
+        method="straight-through-many",
+        net=nets[0],
+        batches=data,
+        loss=nn.functional.cross_entropy,
     )
-    step = 1e-6
-    assert (relaxed.value(on_the_way(start, end, step)) - value) / step == pytest.approx(slope, rel=1e-4)
-    polynomial = np.polynomial.Polynomial(relaxed.polynomial(start, end, slope=slope, at_start=value))
-    for lam in (0.1, 0.37, 0.9):
-        assert polynomial(lam) == pytest.approx(relaxed.value(on_the_way(start, end, lam)), rel=1e-9)
+    aligned = [permute(spec, own, model) for own, model in zip(found.perms, models, strict=True)]
+    merged = copy.deepcopy(nets[0])
+    merged.load_state_dict(merge(aligned, coefficients=shares))
+    loss = sum(nn.functional.cross_entropy(merged(inputs), targets).item() for inputs, targets in data) / 8
+    assert found.measures["loss"] == pytest.approx(loss, rel=1e-4)
+    assert found.measures["loss"] < found.measures["loss-before"]
+    assert found.objective == pytest.approx(slow_objective(spec, models, found.perms, shares), rel=1e-6)
+
+
+def test_data_is_refused_where_it_has_no_use_or_is_not_all_there() -> None:
+    spec, models = tiny()
+    net = nn.Linear(1, 1)
+    with pytest.raises(RebasinError, match=r"with method='straight-through-many' only; got method='star' without batc"):
+        match_many(spec, models, method="star", net=net)
+    with pytest.raises(RebasinError, match="got method='straight-through-many' without net and batches"):
+        match_many(spec, models, method="straight-through-many", loss=nn.functional.mse_loss)

@@ -18,6 +18,7 @@ from test_strategies_exact import spec_of
 from fedrebasin import trace
 from fedrebasin.errors import InvalidSpecError, RebasinError, SpecMismatchError, UsageError
 from fedrebasin.layout import Fixed
+from fedrebasin.matching.methods import JOINT_REFERENCES
 from fedrebasin.strategies import FederatedOptions, FedRebasin, Rebasin
 from fedrebasin.strategies.records import state_to_record
 
@@ -39,10 +40,9 @@ def dp_clients(inner: Strategy) -> Strategy:
     ("options", "message"),
     [
         (
-            {"reference": "medoid"},
-            "'medoid' is not built yet; values built now: 'auto', 'global', 'largest', 'merge-many'$",
+            {"reference": "best"},
+            "reference: expected one of 'auto', 'global', 'largest', 'merge-many', 'medoid', .*; got 'best'",
         ),
-        ({"reference": "best"}, "reference: expected one of 'auto', 'global', 'largest', 'merge-many'; got 'best'"),
         ({"reference": "default"}, "reference: expected one of 'auto'"),
         ({"matching": "learned"}, "matching='learned' is not built yet; values built now: 'weight', 'activation', "),
         ({"matching": "magic"}, "matching: expected one of 'weight', 'activation', .*; got 'magic'"),
@@ -69,6 +69,14 @@ def dp_clients(inner: Strategy) -> Strategy:
             "calibration: the model cannot run on its first batches: ",
         ),
         (
+            {"reference": "straight-through-many", "loss": torch.nn.functional.cross_entropy},
+            r"reference='straight-through-many' with a loss needs calibration, a collection of \(input, target\)",
+        ),
+        (
+            {"matching": "activation", "calibration": BATCHES, "reference": "medoid"},
+            "reference='medoid' is built for matching='weight' alone; with matching='activation' use",
+        ),
+        (
             {"matching": "activation", "calibration": BATCHES, "reference": "merge-many"},
             "reference='merge-many' is built for matching='weight' alone; with matching='activation' use",
         ),
@@ -92,7 +100,7 @@ def dp_clients(inner: Strategy) -> Strategy:
         ),
         (
             {"loss": torch.nn.functional.cross_entropy},
-            "loss: only matching='straight-through' and 'sinkhorn' and select='calibration' use it; leave it out with",
+            "loss: only matching='straight-through' and 'sinkhorn', reference='straight-through-many' and select=",
         ),
         ({"correction": "repair"}, "correction='repair' needs calibration"),
         (
@@ -184,7 +192,7 @@ def test_strategies_that_server_side_alignment_does_not_fit_are_refused(strategy
 
 
 @pytest.mark.parametrize("inner", [flower.Krum, flower.MultiKrum, flower.Bulyan, lambda: dp(FedAdam())])
-@pytest.mark.parametrize("reference", ["merge-many", "largest"])
+@pytest.mark.parametrize("reference", ["largest", *JOINT_REFERENCES])
 def test_under_privacy_and_selection_only_the_global_reference_is_built(inner: Any, reference: str) -> None:
     with pytest.raises(UsageError, match=f"reference='{reference}': under .* nothing bounds one client's influence"):
         Rebasin(inner(), spec=spec_of(), reference=reference)

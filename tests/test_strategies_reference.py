@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMed
 from test_strategies_exact import same_bytes, spec_of
 from torch import Tensor, nn
 
-from fedrebasin import merge, permute, random_perms
+from fedrebasin import PermutationSpec, match_many, merge, permute, random_perms, trace
+from fedrebasin.matching.methods import JOINT_REFERENCES
 from fedrebasin.strategies import Rebasin
 from fedrebasin.strategies.common_start import measure_nearness
 from fedrebasin.strategies.records import record_to_state, state_to_record
@@ -66,6 +67,10 @@ def round_of(kind: str, inner: Strategy, **options: str) -> tuple[Rebasin, Array
     assert arrays is not None
     assert metrics is not None
     return strategy, arrays, {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+
+
+def spec_of_width() -> PermutationSpec:
+    return trace(fresh(), (torch.randn(4, 5),))
 
 
 def alone(kind: str, inner: Strategy) -> State:
@@ -121,7 +126,38 @@ def test_in_a_round_apart_auto_aligns_the_replies_to_each_other() -> None:
     assert accuracy(record_to_state(arrays)) > accuracy(merge(trained("apart"), coefficients=[1, 3, 2])) + 0.05
 
 
-@pytest.mark.parametrize("reference", ["auto", "merge-many", "largest"])
+@pytest.mark.parametrize("reference", JOINT_REFERENCES)
+def test_a_joint_reference_is_what_match_many_finds_for_the_replies(reference: str) -> None:
+    _, arrays, metrics = round_of("apart", FedAvg(), reference=reference)
+    shares = [1 / 6, 1 / 2, 1 / 3]
+    found = match_many(spec_of_width(), trained("apart"), coefficients=shares, method=reference)
+    aligned = [permute(spec_of_width(), own, state) for own, state in zip(found.perms, trained("apart"), strict=True)]
+    assert nearest(record_to_state(arrays), merge(aligned, coefficients=shares)) < 1e-6
+    assert metrics["rebasin-objective-gain"] == pytest.approx(found.objective - found.objective_before)
+
+
+def test_straight_through_many_learns_from_labels_in_a_round() -> None:
+    x, y = data()
+    batches = list(zip(x.split(100), y.split(100), strict=True))
+    options = {"reference": "straight-through-many", "calibration": batches, "correction": None}
+    strategy = strategy_around(FedAvg(), loss=F.cross_entropy, **options)  # type: ignore[arg-type]
+    arrays, _ = play_round(strategy, fresh().state_dict(), trained("apart"), examples=[10, 30, 20])
+    assert arrays is not None
+    shares = [1 / 6, 1 / 2, 1 / 3]
+    found = match_many(
+        *(spec_of_width(), trained("apart")),
+        coefficients=shares,
+        method="straight-through-many",
+        net=fresh(),
+        batches=batches,
+        loss=F.cross_entropy,
+    )
+    aligned = [permute(spec_of_width(), own, state) for own, state in zip(found.perms, trained("apart"), strict=True)]
+    assert nearest(record_to_state(arrays), merge(aligned, coefficients=shares)) < 1e-6
+    assert found.measures["loss"] <= found.measures["loss-before"]
+
+
+@pytest.mark.parametrize("reference", ["auto", "merge-many", "medoid", "largest"])
 @pytest.mark.parametrize(
     "inner",
     [
@@ -150,7 +186,7 @@ def test_the_largest_reply_keeps_its_order_when_it_is_the_reference() -> None:
     assert nearest(record_to_state(arrays), replies[1]) < 1e-6
 
 
-@pytest.mark.parametrize("reference", ["largest", "merge-many"])
+@pytest.mark.parametrize("reference", ["largest", *JOINT_REFERENCES])
 def test_replies_aligned_to_each_other_come_back_into_the_order_of_the_model_that_they_were_trained_from(
     reference: str,
 ) -> None:

@@ -23,8 +23,8 @@ def cycle_consistent(problem: ManyProblem, *, seed: int = 0) -> list[float]:
 
     Two things are ours. The heaviest model is kept still, as the objective does not know one common order from another.
     And Frank-Wolfe starts half-way between the centre, where all entries of a ``P`` are equal, and merge-many's start:
-    five random initialisations of a wide MLP gain 2,471 from it, 2,177 from the centre and 2,114 from the identity,
-    which the paper starts from (merge-many: 2,460, in a tenth of the time).
+    five random initialisations of a wide MLP gained about an eighth less from the centre alone, and a seventh less from
+    the identity, which the paper starts from (``simulations/bench/many.py`` has it beside merge-many).
 
     Parameters
     ----------

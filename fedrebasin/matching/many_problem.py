@@ -108,3 +108,13 @@ class ManyProblem:
             pair.reference[name] = pair.model[name]
         pair.forget()
         return weight * gain
+
+    def sweep_towards(self, place: int, reference: State) -> None:
+        """Move each block of one model once to where it is most like ``reference``; the sum is left as it was."""
+        pair = self.pairs[place]
+        pair.reference.update({name: reference[name] for name in self.plan.names})
+        pair.forget()
+        for block in self.blocks:
+            improve(pair, block)
+        pair.reference.update({name: pair.model[name] for name in self.plan.names})
+        pair.forget()

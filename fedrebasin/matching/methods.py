@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.matching.activation import activation_matching
 from fedrebasin.matching.frank_wolfe import frank_wolfe_matching
-from fedrebasin.matching.midpoint import Loss
+from fedrebasin.matching.labelled import Loss
+from fedrebasin.matching.many import ON_DATA
 from fedrebasin.matching.result import Matching
 from fedrebasin.matching.sinkhorn import sinkhorn_matching
 from fedrebasin.matching.straight_through import straight_through_matching
@@ -144,8 +145,10 @@ METHODS = {
     "frank-wolfe": Method(_frank_wolfe),
 }
 
-#: The one method that aligns many models to each other, and what that is called.
-JOINT_METHOD, JOINT = "weight", "merge-many"
+#: The one method whose objective many models can share.
+JOINT_METHOD = "weight"
+#: References that are found among the replies, by the ``match_many`` method of the same name.
+JOINT_REFERENCES = ("merge-many", "medoid", "cycle-consistent", ON_DATA)
 
 
 def check_joint(matching: str, reference: str) -> None:
@@ -153,7 +156,7 @@ def check_joint(matching: str, reference: str) -> None:
 
     >>> check_joint("weight", "merge-many")
     """
-    if reference == JOINT and matching != JOINT_METHOD:
+    if reference in JOINT_REFERENCES and matching != JOINT_METHOD:
         raise UsageError(
             f"reference={reference!r} is built for matching={JOINT_METHOD!r} alone; with matching={matching!r} use "
             "reference='largest', 'global' or 'auto'"

@@ -55,6 +55,11 @@ class ManyMatching:
         One for each model.
     objective, objective_before : float
         The sum over pairs of models of their coefficients' product times <model, model>.
+    history : tuple of float
+        The objective on the way there, never falling but for ``"star"``, ``"medoid"`` and methods on data.
+    seconds : float
+    measures : dict of str to float
+        As for :class:`Matching`.
     """
 
     perms: list[dict[str, Tensor]]
@@ -62,6 +67,7 @@ class ManyMatching:
     objective_before: float
     history: tuple[float, ...] = field(default=(), repr=False)
     seconds: float = 0.0
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def moved_fraction(self) -> float:

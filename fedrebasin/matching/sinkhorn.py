@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fedrebasin.errors import RebasinError
 from fedrebasin.matching.doubly_stochastic import GRADIENTS
-from fedrebasin.matching.midpoint import Loss, Midpoint, lowest_loss_matching
+from fedrebasin.matching.labelled import Loss
+from fedrebasin.matching.midpoint import Midpoint, lowest_loss_matching
 from fedrebasin.matching.relaxed import Relaxed, best_corner, corner, no_logits, soften
 from fedrebasin.matching.relaxed_problem import TOLERANCE, RelaxedProblem
 from fedrebasin.matching.result import Matching

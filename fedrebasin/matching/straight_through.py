@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.errors import RebasinError
-from fedrebasin.matching.midpoint import Loss, Midpoint, State, lowest_loss_matching
+from fedrebasin.matching.labelled import Loss, State
+from fedrebasin.matching.midpoint import Midpoint, lowest_loss_matching
 from fedrebasin.matching.result import Matching
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import Perms

@@ -66,6 +66,33 @@ def methods(result: Result) -> tuple[Sequence[str], Rows]:
     return ["gain / seconds", *networks], rows
 
 
+def many(result: Result) -> tuple[Sequence[str], Rows]:
+    """``many.py``: the gain on the first run's models, which all ways share, and median seconds."""
+    networks = list(dict.fromkeys(row["network"] for row in result["rows"]))
+    cells = {(row["method"], row["network"]): row for row in result["rows"]}
+    best = {name: max(row["gain"][0] for row in result["rows"] if row["network"] == name) for name in networks}
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        line = [method]
+        for name in networks:
+            row = cells.get((method, name))
+            gain = row["gain"][0] if row else 0.0
+            text = f"**{gain:.0f}**" if gain == best[name] else f"{gain:.0f}"
+            line.append(f"{text} / {row['seconds']:.2g} s" if row else "-")
+        rows.append(line)
+    return ["gain / seconds", *networks], rows
+
+
+def growth(result: Result) -> tuple[Sequence[str], Rows]:
+    """``many.py``: seconds of merge-many by the number of models."""
+    counts = list(dict.fromkeys(row["models"] for row in result["growth"]))
+    networks = list(dict.fromkeys(row["network"] for row in result["growth"]))
+    cells = {(row["network"], row["models"]): row["seconds"] for row in result["growth"]}
+    return ["seconds, merge-many", *(f"{count} models" for count in counts)], [
+        [name, *(f"{cells[name, count]:.2g}" for count in counts)] for name in networks
+    ]
+
+
 def clients(result: Result) -> tuple[Sequence[str], Rows]:
     """``wide.py``: seconds a client, by one call and by a loop."""
     columns = "network|clients|seconds each, match_each|seconds each, a loop|times faster".split("|")
@@ -137,6 +164,8 @@ TABLES = {
     "speed": speed,
     "quality": quality,
     "methods": methods,
+    "many": many,
+    "growth": growth,
     "clients": clients,
     "secure": secure,
     "server-cost": server_cost,

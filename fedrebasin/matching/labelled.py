@@ -1,0 +1,81 @@
+"""A network under a loss on labelled data, whose weights are put in from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedrebasin.batches import Batches
+from fedrebasin.corrections.working import load, working_copy
+from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.spec import PermutationSpec
+
+Loss = Callable[[Any, Any], Tensor]
+State = Mapping[str, Tensor]
+
+
+class LabelledNet:
+    """A working copy of ``net``, in float32 or better and in evaluation mode, with its batches and loss."""
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        net: nn.Module,
+        state: State,
+        batches: Iterable[Any],
+        *,
+        loss: Loss,
+        device: torch.device | str | None,
+    ) -> None:
+        self.where = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
+        self.batches = Batches(batches, inputs=spec.inputs, name="batches", device=self.where)
+        self.spec, self._loss = spec, loss
+        self._net = working_copy(net, state, self.where)
+        for parameter in self._net.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def prepared(self, state: State) -> dict[str, Tensor]:
+        """A state on the network's device, narrow types widened."""
+        narrow = (torch.float16, torch.bfloat16)
+        return {
+            name: tensor.detach().to(self.where, torch.float32 if tensor.dtype in narrow else tensor.dtype)
+            for name, tensor in state.items()
+        }
+
+    def put(self, state: State) -> None:
+        """Set the network's weights."""
+        load(self._net, state)
+
+    def loss_of(self, args: Any, kwargs: Any, target: Any, state: dict[str, Tensor] | None = None) -> Tensor:
+        """The loss of one batch, at ``state`` if given: a scalar."""
+        if target is None:
+            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
+        output = self._net(*args, **kwargs) if state is None else functional_call(self._net, state, args, kwargs)
+        value = self._loss(output, target)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise RebasinError(f"loss: expected a scalar tensor from loss(output, target); got {got}")
+        return value
+
+    def gradients(self, args: Any, kwargs: Any, target: Any) -> tuple[bool, dict[str, Tensor]]:
+        """Whether the loss of a batch is finite, and its gradient in every parameter that has one."""
+        self._net.zero_grad(set_to_none=True)
+        value = self.loss_of(args, kwargs, target)
+        value.backward()  # type: ignore[no-untyped-call]
+        own = self._net.state_dict(keep_vars=True)
+        found = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
+        return bool(value.isfinite()), found
+
+    @torch.no_grad()
+    def mean(self) -> float:
+        """The mean loss over all examples."""
+        total, count = 0.0, 0
+        for args, kwargs, target in self.batches:
+            size = len(target) if isinstance(target, Tensor) and target.ndim else 1
+            total += float(self.loss_of(args, kwargs, target)) * size
+            count += size
+        return total / count
