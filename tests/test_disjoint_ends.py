@@ -106,3 +106,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         reproduce_disjoint(dataclasses.replace(TINY, output=tmp_path / "out", **changes), silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_corrections_can_be_chosen_and_those_without_a_meaning_are_refused(tmp_path):
+    options = dataclasses.replace(TINY, output=tmp_path, corrections=("rescale",))
+    reproduce_disjoint(options, silent)
+    rows = load_results(tmp_path / "results.json")["seeds"][0]["rows"]
+    assert "aligned+rescale" in rows and "aligned+repair" not in rows
+    for wrong in ("reset", "magic"):
+        with pytest.raises(UsageError, match=f"--corrections: expected some of .* got '{wrong}'"):
+            reproduce_disjoint(dataclasses.replace(options, corrections=(wrong,)), silent)
