@@ -19,6 +19,7 @@ from fedrebasin.simulations.cli_options import (
     Seeds,
     Width,
     command_line,
+    say_where,
 )
 
 
@@ -52,7 +53,7 @@ def sweep(
         print(line, file=sys.stderr, flush=True)
 
     if redraw:
-        print(f"the page is {draw_again(redraw, output or redraw.parent, say)}")
+        say_where(draw_again(redraw, output or redraw.parent, say))
         return
     name, values = parse_over(over, dataset, model or None)
     kind = "same-data" if same_data else name
@@ -73,4 +74,4 @@ def sweep(
         corrections=parse_corrections(corrections),
         command=command_line(),
     )
-    print(f"the page is {reproduce_sweep(SweepOptions(base, name, values, same_data), say)}")
+    say_where(reproduce_sweep(SweepOptions(base, name, values, same_data), say))

@@ -88,6 +88,7 @@ def test_the_command_trains_the_named_ends_and_draws_again(tmp_path, capsys):
     for words in ("--ends a,b", "--ends all"):
         folder = tmp_path / words[-1]
         assert run(f"reproduce disjoint digits {options} {words} --output {folder}".split()) == 0
+    assert f"the results are {tmp_path}/l/results.json" in capsys.readouterr().out.replace("\n", "")
     files = f"--redraw {tmp_path}/b/results.json --redraw {tmp_path}/l/results.json"
     assert run(f"reproduce disjoint digits {files} --output {tmp_path}/joined".split()) == 0
     assert "all" in load_results(tmp_path / "joined" / "results.json")["seeds"][0]["rows"]
