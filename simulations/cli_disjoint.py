@@ -19,6 +19,7 @@ from fedrebasin.simulations.cli_options import (
     Seeds,
     Width,
     command_line,
+    say_where,
 )
 
 
@@ -63,7 +64,7 @@ def disjoint(
         print(line, file=sys.stderr, flush=True)
 
     if redraw:
-        print(f"the page is {draw_again(redraw[0], output or redraw[0].parent, say, redraw[1:])}")
+        say_where(draw_again(redraw[0], output or redraw[0].parent, say, redraw[1:]))
         return
     chosen = tuple(word.strip() for word in ends.split(","))
     folder = f"disjoint-{dataset}" + ("-all" if chosen == ("all",) else "")
@@ -89,4 +90,4 @@ def disjoint(
         compile=compile_networks,
         command=command_line(),
     )
-    print(f"the page is {reproduce_disjoint(options, say)}")
+    say_where(reproduce_disjoint(options, say))

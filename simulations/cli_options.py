@@ -42,3 +42,8 @@ def command_line() -> str:
     words, folders = sys.argv[1:], ("--data", "--output", "--redraw")
     shown = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
     return shlex.join(["fedrebasin", *shown])
+
+
+def say_where(path: Path) -> None:
+    """The last line of a run: its page, or its results where there is no page."""
+    print(f"the {'page is' if path.suffix == '.html' else 'results are'} {path}")

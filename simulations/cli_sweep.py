@@ -19,6 +19,7 @@ from fedrebasin.simulations.cli_options import (
     Seeds,
     Width,
     command_line,
+    say_where,
 )
 
 
@@ -36,6 +37,7 @@ def sweep(
     corrections: Corrections = "repair,least-squares",
     calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 5000,
     matching: Matching = "weight",
+    redraw: Annotated[Path | None, typer.Option(help="Train nothing; draw this results.json again.")] = None,
     data_path: DataPath = None,
     device: Device = "auto",
     output: Output = None,
@@ -43,9 +45,16 @@ def sweep(
     """Where does merging start to pay: the disjoint experiment over widths, epochs or splits."""
     from fedrebasin.simulations.disjoint_options import DisjointOptions, parse_corrections
     from fedrebasin.simulations.settings import parse_seeds
+    from fedrebasin.simulations.sweep import redraw as draw_again
     from fedrebasin.simulations.sweep import reproduce_sweep
     from fedrebasin.simulations.sweep_options import SweepOptions, parse_over
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if redraw:
+        say_where(draw_again(redraw, output or redraw.parent, say))
+        return
     name, values = parse_over(over, dataset, model or None)
     kind = "same-data" if same_data else name
     base = DisjointOptions(
@@ -65,7 +74,4 @@ def sweep(
         corrections=parse_corrections(corrections),
         command=command_line(),
     )
-    page = reproduce_sweep(
-        SweepOptions(base, name, values, same_data), lambda line: print(line, file=sys.stderr, flush=True)
-    )
-    print(f"the page is {page}")
+    say_where(reproduce_sweep(SweepOptions(base, name, values, same_data), say))

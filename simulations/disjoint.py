@@ -18,7 +18,7 @@ from fedrebasin.simulations.disjoint_join import join_results
 from fedrebasin.simulations.disjoint_options import DisjointOptions, check_options, effort_of, end_configs
 from fedrebasin.simulations.disjoint_page import render
 from fedrebasin.simulations.disjoint_seed import ON_PATH, measure_alone, measure_seed
-from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
+from fedrebasin.simulations.ends import EndConfig, disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.time_plan import (
@@ -177,14 +177,15 @@ def _planned_epochs(
         pace = measure_pace(ends[0], data, half, device)
         after = 0.0
         if "a" in options.ends:
-            net = make_model(ends[0], data)
-            chosen = [name for name in Bench(data, ends[0], effort, device).corrections if name]
+            bench = Bench(data, ends[0], effort, device)
+            chosen = [name for name in bench.corrections if name]
             on_path = [name for name in chosen if name in ON_PATH]
-            after = work_after_training(effort, count_layers(net), chosen, on_path) / pace
-        images = len(data.train_labels) * (("a" in options.ends) + ("all" in options.ends))
+            images = len(bench.labels["test"]) + len(bench.labels["train"])
+            after = work_after_training(effort, count_layers(bench.net), chosen, on_path, images=images) / pace
+        trained = len(data.train_labels) * (("a" in options.ends) + ("all" in options.ends))
         seeds = len(set(options.seeds))
         spent = time.time() - started
-        epochs = epochs_that_fit(minutes, pace, images * seeds, after * seeds, spent)
+        epochs = epochs_that_fit(minutes, pace, trained * seeds, after * seeds, spent)
         return TimePlan(minutes, epochs, pace, after * seeds)
 
     facts |= {"minutes": minutes, "ends": options.ends, "seeds": list(options.seeds)}

@@ -40,6 +40,7 @@ def join_results(results: Sequence[Results]) -> dict[str, Any]:
             if seed["seed"] not in seeds:
                 raise UsageError(f"--redraw: expected seed {seed['seed']} in every file; got {sorted(seeds)}")
             for part in ("rows", "reliability"):
-                seed[part] = {**seeds[seed["seed"]][part], **seed[part]}
+                for name, row in seeds[seed["seed"]][part].items():
+                    seed[part].setdefault(name, row)
         joined.setdefault("joined", []).append(dict(other["provenance"]))
     return joined

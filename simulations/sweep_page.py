@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrebasin.simulations.disjoint_numbers import DATASETS, ROWS, spread_text
+from fedrebasin.simulations.plot_scales import wants_nines
 from fedrebasin.simulations.plots import Panel, Series, save_lines
 from fedrebasin.simulations.report import Picture, Section, Table, write_report
 from fedrebasin.simulations.results import summarise
@@ -158,14 +159,16 @@ def _over(
 ) -> Panel:
     """Values stand at equal distances: widths double, and so do most of the others, nearly."""
     values = results["values"]
+    nines = percent and wants_nines([value for one in series for value in one.y if value is not None])
     names = [f"{value:.3g}" if results["over"] == "held" else f"{value:g}" for value in values]
     return Panel(
         name,
         AXES[results["over"]],
-        ylabel,
+        ylabel + (" (errors on a log axis)" if nines else ""),
         series,
         ticks=list(range(len(values))),
         tick_labels=names,
         percent=percent,
         log=log,
+        nines=nines,
     )

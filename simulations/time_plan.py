@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.acceleration import clock
 from fedrebasin.simulations.data import Dataset
-from fedrebasin.simulations.disjoint_bench import TRAIN_IMAGES, Effort
+from fedrebasin.simulations.disjoint_bench import Effort
 from fedrebasin.simulations.ends import EndConfig, make_model
 from fedrebasin.simulations.results import load_results, save_results
 from fedrebasin.simulations.training import RECIPES, Trainer
@@ -62,23 +62,29 @@ def measure_pace(
     return steps * trainer.batch / (clock(device) - started)
 
 
-def work_after_training(effort: Effort, layers: int, corrections: Sequence[str], on_path: Sequence[str]) -> float:
+def work_after_training(
+    effort: Effort, layers: int, corrections: Sequence[str], on_path: Sequence[str], *, images: int
+) -> float:
     """Images of a gradient step that measuring one seed is worth, by the passes that each correction makes.
+
+    Parameters
+    ----------
+    images : int
+        Test and training images that every model is measured on.
 
     Examples
     --------
     >>> effort = Effort(lams=25, corrected_lams=5, calibration_images=3000, curve_calibration_images=1000)
-    >>> work_after_training(effort, 20, [], []) < work_after_training(effort, 20, ["repair"], ["repair"])
-    True
+    >>> round(work_after_training(effort, 20, [], [], images=15_000))
+    285000
     """
     passes = {"reset": 1, "closed-form": 4, "regmean": 2, "least-squares": 3 * layers, "distill": 40}
-    measured = 10_000 + TRAIN_IMAGES
     merges = 2 * (len(corrections) + 2 + effort.lams + effort.corrected_lams * len(on_path))
     corrected = sum(passes.get(name, layers + 2) for name in corrections) * effort.calibration_images
     corrected += sum(
         passes.get(name, layers + 2) * effort.corrected_lams * effort.curve_calibration_images for name in on_path
     )
-    return FORWARD * measured * (merges + 3) + PRECISE_FORWARD * 2 * corrected
+    return FORWARD * images * (merges + 3) + PRECISE_FORWARD * 2 * corrected
 
 
 def count_layers(net: nn.Module) -> int:

@@ -143,16 +143,6 @@ def test_another_split_is_trained_anew(tmp_path, no_page, count_trainings):
     assert len(count_trainings) == 5, "both ends; the model of all data has no part in the split"
 
 
-def test_corrections_can_be_chosen_and_those_without_a_meaning_are_refused(tmp_path, no_page):
-    options = dataclasses.replace(TINY, output=tmp_path, seeds=(0,), epochs=1, corrections=("rescale",))
-    reproduce_disjoint(options, lambda line: None)
-    rows = load_results(tmp_path / "results.json")["seeds"][0]["rows"]
-    assert "aligned+rescale" in rows and "aligned+repair" not in rows
-    for wrong in ("reset", "magic"):
-        with pytest.raises(UsageError, match=f"--corrections: expected some of .* got '{wrong}'"):
-            reproduce_disjoint(dataclasses.replace(options, corrections=(wrong,)), lambda line: None)
-
-
 def test_the_page_can_be_drawn_again_from_the_results_alone(finished, tmp_path):
     save_results(tmp_path / "results.json", load_results(finished[0] / "results.json"))
     page = redraw(tmp_path / "results.json", tmp_path / "page")

@@ -88,6 +88,7 @@ def test_the_command_trains_the_named_ends_and_draws_again(tmp_path, capsys):
     for words in ("--ends a,b", "--ends all"):
         folder = tmp_path / words[-1]
         assert run(f"reproduce disjoint digits {options} {words} --output {folder}".split()) == 0
+    assert f"the results are {tmp_path}/l/results.json" in capsys.readouterr().out.replace("\n", "")
     files = f"--redraw {tmp_path}/b/results.json --redraw {tmp_path}/l/results.json"
     assert run(f"reproduce disjoint digits {files} --output {tmp_path}/joined".split()) == 0
     assert "all" in load_results(tmp_path / "joined" / "results.json")["seeds"][0]["rows"]
@@ -106,3 +107,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         reproduce_disjoint(dataclasses.replace(TINY, output=tmp_path / "out", **changes), silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_corrections_can_be_chosen_and_those_without_a_meaning_are_refused(tmp_path):
+    options = dataclasses.replace(TINY, output=tmp_path, corrections=("rescale",))
+    reproduce_disjoint(options, silent)
+    rows = load_results(tmp_path / "results.json")["seeds"][0]["rows"]
+    assert "aligned+rescale" in rows and "aligned+repair" not in rows
+    for wrong in ("reset", "magic"):
+        with pytest.raises(UsageError, match=f"--corrections: expected some of .* got '{wrong}'"):
+            reproduce_disjoint(dataclasses.replace(options, corrections=(wrong,)), silent)

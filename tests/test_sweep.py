@@ -147,6 +147,12 @@ def test_the_page_can_be_drawn_again_from_the_results_alone(finished, tmp_path):
     assert page.read_text(encoding="utf-8") == finished[1].read_text(encoding="utf-8")
 
 
+def test_the_command_draws_again_and_trains_nothing(finished, tmp_path, trainings):
+    file = finished[0] / "results.json"
+    assert run(f"reproduce sweep digits --redraw {file} --output {tmp_path}".split()) == 0
+    assert trainings == [] and {path.name for path in tmp_path.iterdir()} == {"sweep.png", "barrier.png", "report.html"}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

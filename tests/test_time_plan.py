@@ -61,7 +61,7 @@ def test_measuring_the_pace_draws_nothing_from_the_global_generator():
 
 def test_more_corrections_points_and_images_are_more_work():
     def work(corrections=("repair",), on_path=("repair",), **changes):
-        return work_after_training(dataclasses.replace(EFFORT, **changes), 20, corrections, on_path)
+        return work_after_training(dataclasses.replace(EFFORT, **changes), 20, corrections, on_path, images=6000)
 
     assert work((), ()) < work() < work(("repair", "least-squares"))
     assert work() < min(work(lams=9), work(corrected_lams=9), work(calibration_images=2000))
