@@ -1,5 +1,7 @@
 """Merge models that were trained apart: trace, match, permute, average, repair."""
 
+from fedrebasin.aligner import PermutationAligner
+from fedrebasin.chain import chain_spec
 from fedrebasin.check import check_spec
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_along_path, loss_barrier
 from fedrebasin.corrections import (
@@ -50,6 +52,7 @@ __all__ = [
     "LossPath",
     "ManyMatching",
     "Matching",
+    "PermutationAligner",
     "PermutationSpec",
     "RebasinError",
     "Selection",
@@ -60,6 +63,7 @@ __all__ = [
     "align",
     "barrier_above_chord",
     "bias_normalisation",
+    "chain_spec",
     "check_spec",
     "closed_form",
     "compose",
