@@ -16,6 +16,13 @@ from fedrebasin.corrections import (
     reset_batchnorm,
     reshift,
 )
+from fedrebasin.diagnostics import (
+    layer_similarity,
+    linear_cka,
+    procrustes_distance,
+    relative_similarity,
+    unit_correlation,
+)
 from fedrebasin.errors import (
     CalibrationError,
     InvalidSpecError,
@@ -73,7 +80,9 @@ __all__ = [
     "input_grams",
     "interpolate",
     "invert",
+    "layer_similarity",
     "least_squares",
+    "linear_cka",
     "loss_along_path",
     "loss_barrier",
     "match_each",
@@ -83,8 +92,10 @@ __all__ = [
     "moved_fraction",
     "permute",
     "permute_optimizer",
+    "procrustes_distance",
     "random_perms",
     "regmean",
+    "relative_similarity",
     "repair",
     "rescale",
     "reset_batchnorm",
@@ -94,5 +105,6 @@ __all__ = [
     "split_calibration",
     "straight_through_matching",
     "trace",
+    "unit_correlation",
     "weight_matching",
 ]
