@@ -69,7 +69,8 @@ class Panel:
     """One pair of axes: lines, and horizontal lines that are labelled at the right-hand border.
 
     ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x to plot and legend;
-    ``ticks`` are the places of the x axis' ticks; ``log`` takes the logarithm of the y axis.
+    ``ticks`` are the places of the x axis' ticks, ``names`` what stands there instead of numbers; ``log`` takes the
+    logarithm of the y axis.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Panel:
     percent: bool = False
     log: bool = False
     diagonal: str = ""
+    names: Sequence[str] = ()
 
 
 def save_lines(path: Path, panels: Sequence[Panel]) -> None:
@@ -162,6 +164,8 @@ def _dress(axis: Axes, panel: Panel) -> None:
     axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.ticks is not None:
         axis.set_xticks(list(panel.ticks))
+    if panel.names:
+        axis.set_xticklabels(panel.names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8.5)
     if panel.percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     hlines = [(label, value) for label, value in panel.hlines if np.isfinite(value)]

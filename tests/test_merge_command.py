@@ -192,3 +192,40 @@ def test_a_tensor_under_two_names_may_be_in_the_file_once(folder: Path) -> None:
     data = "--calibration tokens.npy --matching activation+weight --correction least-squares"
     assert run(f"{line} {data} --output out2.safetensors") == 0
     assert set(load("out2.safetensors")) == set(state)
+
+
+def test_the_picture_shows_units_before_and_after(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(folder, 3)
+    np.save("images.npy", torch.randn(40, 3, 8, 8).numpy())
+    drawn: list[Any] = []
+    original = merge_command.draw
+    monkeypatch.setattr(merge_command, "draw", lambda path, found: drawn.append(found) or original(path, found))
+    line = f"a.safetensors b.safetensors c.safetensors {NET} --dry-run --calibration images.npy --plot out.png"
+    assert run(line) == 0
+    assert (folder / "out.png").read_bytes()[1:4] == b"PNG"
+    aligned, plain, cka = (found[0] for found in drawn[0].values())
+    assert list(plain) == ["body.0", "hidden", "head"]
+    assert all(value == pytest.approx(1, abs=1e-3) for value in (*aligned.values(), *cka.values()))
+    assert plain["body.0"] < 0.8 and plain["hidden"] < 0.8 and plain["head"] == pytest.approx(1, abs=1e-3)
+    assert run(line) == 2
+
+
+def test_the_line_of_the_usage_runs(folder: Path) -> None:
+    (folder / "package").mkdir()
+    (folder / "package" / "module.py").write_text(USER_CODE.replace("width * 36", "width * 900"))
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        state = {**random_state(1), "hidden.weight": torch.randn(7, 5400)}
+        save(folder / f"{name}.safetensors", state)
+    files = "a.safetensors b.safetensors"
+    assert run(f"{files} --model package.module:Net --input 1x3x32x32 --output merged.safetensors") == 0
+    sys.modules.pop("package.module", None)
+    sys.modules.pop("package", None)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_merge_tensor_by_tensor_stays_under_the_limit(folder: Path) -> None:
+    from fedrebasin.simulations.bench.merge import make_pair, run_merge
+
+    make_pair(folder, 60, 512)  # 0.57 GB each
+    assert run_merge(folder, "out", "--memory", "1GB")["peak-gb"] < 1

@@ -46,7 +46,7 @@ def layer_similarity(
     batches : iterable of batches
         Inputs; targets are not used. Read once; of one batch all layers' activations are held.
     measure : {"correlation", "cka", "procrustes", "relative"}
-        :func:`unit_correlation`, :func:`linear_cka` (batches of 4 examples and more), :func:`procrustes_distance`
+        :func:`unit_correlation`, :func:`linear_cka` (smaller batches than 4 are left out), :func:`procrustes_distance`
         (small where layers are alike) or :func:`relative_similarity` (anchors: the first batch).
     device : str, optional
 

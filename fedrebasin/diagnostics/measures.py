@@ -34,19 +34,21 @@ class Cka:
     """Linear CKA from minibatches: the unbiased HSIC of each, averaged (Nguyen et al., 2021, Equation 4)."""
 
     def __init__(self) -> None:
-        self._sums = [0.0, 0.0, 0.0]
+        self._sums, self._largest = [0.0, 0.0, 0.0], 0
 
     def add(self, first: Tensor, second: Tensor) -> None:
-        """Add a batch of four examples or more."""
+        """Add a batch; one of fewer than four examples has no unbiased estimate, and is left out."""
+        self._largest = max(self._largest, first.shape[1])
+        if first.shape[1] < 4:
+            return
         grams = [_gram(one) for one in (first, second)]
-        count = len(grams[0])
-        if count < 4:
-            raise CalibrationError(f"cka: expected batches of 4 examples and more; got {count}")
         for place, (one, other) in enumerate(((0, 1), (0, 0), (1, 1))):
             self._sums[place] += _hsic(grams[one], grams[other])
 
     def value(self) -> float:
         """1 for representations that are equal up to rotation, scale and shift; about 0 for unrelated ones."""
+        if self._largest < 4:
+            raise CalibrationError(f"cka: expected batches of 4 examples and more; got {self._largest}")
         both, first, second = self._sums
         return both / math.sqrt(first * second) if first > 0 and second > 0 else math.nan
 
@@ -132,7 +134,7 @@ def _rows(activations: Tensor) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return torch.nn.functional.normalize(rows, eps=torch.finfo(rows.dtype).tiny)
 
 
 MEASURES: dict[str, Callable[[], Measure]] = {
