@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def merge_files(request: Request) -> Merged:
     folder = None  # temporary files lie beside the output: elsewhere there may be little room, or it may be memory
     if request.output is not None and not request.dry_run:
         folder = next(parent for parent in request.output.absolute().parents if parent.exists())
-    with signals_raise(), tempfile.TemporaryDirectory(prefix=".fedrebasin-", dir=folder) as scratch:
+    with signals_raise(), _disk_errors(), tempfile.TemporaryDirectory(prefix=".fedrebasin-", dir=folder) as scratch:
         states = open_inputs(request.files, scratch=Path(scratch))
         network = _network(request, plan, states, limit)
         check_fit(network.spec, states)
@@ -102,6 +103,14 @@ def merge_files(request: Request) -> Merged:
         metadata = {**states[0].metadata, "fedrebasin": metadata_of(request, plan, found, weights, digests, correction)}
         write_state(request.output, states[0].described, tensors, metadata=metadata)
     return Merged(network, plan, found, needs, streamed, weights, {}, request.output)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"files: {error}; nothing was written") from error
 
 
 def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit: int | None) -> Network:
@@ -144,7 +153,7 @@ def _whole(plan: Plan, correction: str, *, data: bool) -> str:
         return f"--matching {plan.matching}"
     if correction:
         return f"--correction {correction}"
-    return "to run the network on --calibration" if data else ""
+    return "a run of the network on --calibration" if data else ""
 
 
 def _module(network: Network) -> nn.Module:

@@ -16,7 +16,7 @@ from fedrebasin.perms import Perms, compose, identity_perms, invert
 from fedrebasin.permute import permute
 from fedrebasin.spec import PermutationSpec
 
-JOINT_METHODS = ("merge-many",)
+MANY_METHODS = ("merge-many",)
 _MAX_ROUNDS = 50
 _TOLERANCE = 1e-7
 
@@ -72,8 +72,8 @@ def match_many(
     >>> bool((aligned[0] == aligned[1]).all() and (aligned[0] == aligned[2]).all())
     True
     """
-    if method not in JOINT_METHODS:
-        raise RebasinError(f"method: expected one of {', '.join(JOINT_METHODS)}; got {method!r}")
+    if method not in MANY_METHODS:
+        raise RebasinError(f"method: expected one of {', '.join(MANY_METHODS)}; got {method!r}")
     started = time.perf_counter()
     weights = check_coefficients(coefficients, len(models))
     generator = torch.Generator().manual_seed(seed)
