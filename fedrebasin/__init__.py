@@ -1,5 +1,7 @@
 """Merge models that were trained apart: trace, match, permute, average, repair."""
 
+from fedrebasin.aligner import PermutationAligner
+from fedrebasin.chain import chain_spec
 from fedrebasin.check import check_spec
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_along_path, loss_barrier
 from fedrebasin.corrections import (
@@ -13,6 +15,13 @@ from fedrebasin.corrections import (
     rescale,
     reset_batchnorm,
     reshift,
+)
+from fedrebasin.diagnostics import (
+    layer_similarity,
+    linear_cka,
+    procrustes_distance,
+    relative_similarity,
+    unit_correlation,
 )
 from fedrebasin.errors import (
     CalibrationError,
@@ -50,6 +59,7 @@ __all__ = [
     "LossPath",
     "ManyMatching",
     "Matching",
+    "PermutationAligner",
     "PermutationSpec",
     "RebasinError",
     "Selection",
@@ -60,6 +70,7 @@ __all__ = [
     "align",
     "barrier_above_chord",
     "bias_normalisation",
+    "chain_spec",
     "check_spec",
     "closed_form",
     "compose",
@@ -69,7 +80,9 @@ __all__ = [
     "input_grams",
     "interpolate",
     "invert",
+    "layer_similarity",
     "least_squares",
+    "linear_cka",
     "loss_along_path",
     "loss_barrier",
     "match_each",
@@ -79,8 +92,10 @@ __all__ = [
     "moved_fraction",
     "permute",
     "permute_optimizer",
+    "procrustes_distance",
     "random_perms",
     "regmean",
+    "relative_similarity",
     "repair",
     "rescale",
     "reset_batchnorm",
@@ -90,5 +105,6 @@ __all__ = [
     "split_calibration",
     "straight_through_matching",
     "trace",
+    "unit_correlation",
     "weight_matching",
 ]

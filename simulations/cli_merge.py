@@ -49,6 +49,9 @@ def merge(
     memory: Annotated[
         str, typer.Option(help="A limit such as 2GB; models that do not fit are read tensor by tensor.")
     ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG of how alike units respond to --calibration, before and after.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and report; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -79,6 +82,7 @@ def merge(
             mean=mean,
             std=std,
             memory=memory,
+            plot=plot,
             dry_run=dry_run,
             force=force,
             seed=seed,

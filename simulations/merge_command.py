@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from fedrebasin.simulations.merge_average import averaged
 from fedrebasin.simulations.merge_data import read_calibration
 from fedrebasin.simulations.merge_files import check_values, open_inputs
 from fedrebasin.simulations.merge_matching import Found, Plan, match, needs_data, plan_matching
-from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, streams
+from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, return_memory, streams
 from fedrebasin.simulations.merge_network import Network, check_fit, from_model, from_spec, sizes
+from fedrebasin.simulations.merge_plot import draw, similarities
 from fedrebasin.simulations.merge_request import Request, check_output, correction_of, metadata_of, numbers
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
@@ -65,21 +67,28 @@ def merge_files(request: Request) -> Merged:
     folder = None  # temporary files lie beside the output: elsewhere there may be little room, or it may be memory
     if request.output is not None and not request.dry_run:
         folder = next(parent for parent in request.output.absolute().parents if parent.exists())
-    with signals_raise(), tempfile.TemporaryDirectory(prefix=".fedrebasin-", dir=folder) as scratch:
+    with signals_raise(), _disk_errors(), tempfile.TemporaryDirectory(prefix=".fedrebasin-", dir=folder) as scratch:
         states = open_inputs(request.files, scratch=Path(scratch))
         network = _network(request, plan, states, limit)
         check_fit(network.spec, states)
         batches, labelled = _calibration(request, network)
-        whole = _whole(plan, correction, labelled=labelled)
+        whole = _whole(plan, correction, data=batches is not None)
         copies = _JOINT_COPIES + len(states) if plan.joint or plan.matching != "weight" else 0
-        copies += _CORRECTION_COPIES + 2 * len(states) if correction or labelled else 0
+        copies += _CORRECTION_COPIES + 2 * len(states) if correction or batches is not None else 0
         needs = needs_of(network.spec, states, whole=whole, copies=copies)
         streamed = streams(limit, needs)
+        if streamed:
+            return_memory()
         request.on_phase("reading the files")
         digests = check_values(states, network.spec)
         held: list[Mapping[str, Tensor]] = list(states) if streamed else [dict(state) for state in states]
         request.on_phase("matching")
         found = _match(plan, network, held, weights, batches, labelled=labelled, seed=request.seed)
+        if request.plot is not None:
+            request.on_phase("comparing the layers")
+            whole_states = [network.whole(state) for state in held]
+            sides = (network.full, _module(network), whole_states, found.perms, plan.reference, batches)
+            draw(request.plot, similarities(*sides))
         if request.dry_run:
             barriers = _barriers(plan, network, held, found.perms, batches, request.files) if labelled else {}
             return Merged(network, plan, found, needs, streamed, weights, barriers, None)
@@ -94,6 +103,14 @@ def merge_files(request: Request) -> Merged:
         metadata = {**states[0].metadata, "fedrebasin": metadata_of(request, plan, found, weights, digests, correction)}
         write_state(request.output, states[0].described, tensors, metadata=metadata)
     return Merged(network, plan, found, needs, streamed, weights, {}, request.output)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"files: {error}; nothing was written") from error
 
 
 def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit: int | None) -> Network:
@@ -128,7 +145,7 @@ def _calibration(request: Request, network: Network) -> tuple[list[Any] | None, 
     )
 
 
-def _whole(plan: Plan, correction: str, *, labelled: bool) -> str:
+def _whole(plan: Plan, correction: str, *, data: bool) -> str:
     """What needs the models as a whole, "" if nothing does."""
     if plan.joint:
         return f"--method {plan.joint}"
@@ -136,7 +153,7 @@ def _whole(plan: Plan, correction: str, *, labelled: bool) -> str:
         return f"--matching {plan.matching}"
     if correction:
         return f"--correction {correction}"
-    return "the loss barrier on --calibration" if labelled else ""
+    return "a run of the network on --calibration" if data else ""
 
 
 def _module(network: Network) -> nn.Module:

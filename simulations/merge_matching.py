@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
-from fedrebasin.matching.many import JOINT_METHODS, match_many
+from fedrebasin.matching.many import MANY_METHODS, match_many
 from fedrebasin.matching.methods import JOINT_METHOD, METHODS, Setting, find_matching
 from fedrebasin.perms import Perms, identity_perms
 from fedrebasin.spec import PermutationSpec
@@ -65,15 +65,15 @@ def plan_matching(
     """
     if matching not in METHODS:
         raise UsageError(f"--matching: expected one of {', '.join(METHODS)}; got {matching!r}")
-    if method and method not in JOINT_METHODS:
-        raise UsageError(f"--method: expected one of {', '.join(JOINT_METHODS)}; got {method!r}")
+    if method and method not in MANY_METHODS:
+        raise UsageError(f"--method: expected one of {', '.join(MANY_METHODS)}; got {method!r}")
     if method and reference is not None:
         raise UsageError("--method: aligns all models to each other; leave --reference out, or this")
     if method and matching != JOINT_METHOD:
         raise UsageError(f"--method: needs --matching {JOINT_METHOD}; with --matching {matching} give a --reference")
     heaviest = list(weights).index(max(weights))
     if reference is None:
-        joint = method or (next(iter(JOINT_METHODS)) if len(paths) > 2 and matching == JOINT_METHOD else "")
+        joint = method or (next(iter(MANY_METHODS)) if len(paths) > 2 and matching == JOINT_METHOD else "")
         return Plan(matching, joint, heaviest)
     places = [place for place, path in enumerate(paths) if path.resolve() == reference.resolve()]
     if not places:

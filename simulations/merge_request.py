@@ -36,6 +36,7 @@ class Request:
     mean: str = ""
     std: str = ""
     memory: str = ""
+    plot: Path | None = None
     dry_run: bool = False
     force: bool = False
     seed: int = 0
@@ -65,6 +66,11 @@ def correction_of(request: Request) -> str:
 
 def check_output(request: Request) -> None:
     """Refuse, before the work, an output that cannot be written or is there already."""
+    check_target(request.plot, "--plot")
+    if request.plot is not None and request.calibration is None:
+        raise UsageError("--plot: needs --calibration, a path with the network's inputs")
+    if request.plot is not None and request.plot.exists() and not request.force:
+        raise UsageError(f"--plot: {request.plot} is there already; give another path, or --force")
     if request.output is None:
         if not request.dry_run:
             raise UsageError("--output: expected the path of the merged file")

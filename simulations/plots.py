@@ -69,8 +69,8 @@ class Panel:
     """One pair of axes: lines, and horizontal lines that are labelled at the right-hand border.
 
     ``percent`` prints the fractions of the y axis as percentages; ``diagonal`` adds the line y = x to plot and legend;
-    ``ticks`` are the places of the x axis' ticks, and ``tick_labels`` what stands there instead of the numbers;
-    ``log`` takes the logarithm of the y axis, ``nines`` that of the distance from 1.
+    ``ticks`` are the places of the x axis' ticks, ``names`` what stands there instead of numbers; ``log`` takes the
+    logarithm of the y axis, ``nines`` that of the distance from 1.
     """
 
     title: str
@@ -78,12 +78,12 @@ class Panel:
     ylabel: str
     series: Sequence[Series]
     ticks: Sequence[float] | None = None
-    tick_labels: Sequence[str] | None = None
     hlines: Sequence[tuple[str, float]] = ()
     percent: bool = False
     log: bool = False
     nines: bool = False
     diagonal: str = ""
+    names: Sequence[str] = ()
 
 
 def save_lines(path: Path, panels: Sequence[Panel]) -> None:
@@ -164,7 +164,11 @@ def _draw(axis: Axes, series: Series, style: tuple[str, Any, str]) -> Any:
 def _dress(axis: Axes, panel: Panel) -> None:
     axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.ticks is not None:
-        axis.set_xticks(list(panel.ticks), None if panel.tick_labels is None else list(panel.tick_labels))
+        axis.set_xticks(list(panel.ticks))
+    if panel.names:
+        slanted = max(map(len, panel.names)) > 6  # names of layers, which would lie over each other
+        turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": 8.5} if slanted else {}
+        axis.set_xticklabels(panel.names, **turn)
     if panel.percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     hlines = [(label, value) for label, value in panel.hlines if np.isfinite(value)]

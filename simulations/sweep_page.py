@@ -167,7 +167,7 @@ def _over(
         ylabel + (" (errors on a log axis)" if nines else ""),
         series,
         ticks=list(range(len(values))),
-        tick_labels=names,
+        names=names,
         percent=percent,
         log=log,
         nines=nines,

@@ -46,7 +46,8 @@ BAD = {
     "reproduce": "",
     "reproduce disjoint": "Missing argument",
     "reproduce disjoint nope": "nope",
-    "merge": "No such command 'merge'",
+    "merge": "Missing argument 'FILES...'",
+    "fuse": "No such command 'fuse'",
 }
 
 

@@ -25,9 +25,9 @@ from fedrebasin import (
     random_perms,
     trace,
 )
-from fedrebasin.matching.many import JOINT_METHODS
+from fedrebasin.matching.many import MANY_METHODS
 
-METHODS = list(JOINT_METHODS)
+METHODS = list(MANY_METHODS)
 ZOO = {name: make for name, make in networks.NETWORKS.items() if name in ("mlp", "resnet20-layernorm")} | {
     "attention": lambda: networks_attention.ATTENTION["multihead"]()[:2],
     "recurrent": lambda: networks_recurrent.RECURRENT["lstm"]()[:2],

@@ -51,6 +51,6 @@ def test_plain_and_aligned_look_the_same_in_every_plot():
 
 
 def test_ticks_can_have_names_of_their_own(drawn, tmp_path):
-    panel = Panel("a", "b", "c", [Series("d", [0, 1], [1, 2])], ticks=[0, 1], tick_labels=["64", "128"])
+    panel = Panel("a", "b", "c", [Series("d", [0, 1], [1, 2])], ticks=[0, 1], names=["64", "128"])
     save_lines(tmp_path / "a.png", [panel])
     assert [text.get_text() for text in drawn[0].axes[0].get_xticklabels()] == ["64", "128"]

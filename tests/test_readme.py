@@ -64,6 +64,17 @@ def test_the_optimizer_example_relabels_what_a_client_keeps() -> None:
     assert torch.equal(net[0].bias, before[[2, 0, 1]])
 
 
+def test_the_example_of_plain_dicts_finds_a_planted_order() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 1))
+    order = torch.tensor([4, 2, 0, 1, 3])
+    a = net.state_dict()
+    b = {**a, "0.weight": a["0.weight"][order], "0.bias": a["0.bias"][order], "1.weight": a["1.weight"][:, order]}
+    names: dict[str, Any] = {"weights_a": a, "weights_b": b}
+    exec(compile(next(block for block in BLOCKS if "weight_match(" in block), "README.md", "exec"), names)
+    assert all(torch.equal(names["weights_b"][key], tensor) for key, tensor in a.items())
+
+
 def test_the_flower_example_makes_a_strategy() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

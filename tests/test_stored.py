@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fedrebasin import permute, random_perms, trace, weight_matching
 from fedrebasin.errors import RebasinError
+from fedrebasin.matching import problem
+from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
 
@@ -140,3 +142,15 @@ def test_matching_of_stored_states_is_that_of_held_ones(dtype: torch.dtype, tmp_
         assert found.objective == held.objective and found.objective_before == held.objective_before
         assert all(torch.equal(found.perms[perm], held.perms[perm]) for perm in held.perms)
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".safetensors"] * 3
+
+
+def test_what_never_changes_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    spec = trace(Residual(), (torch.randn(2, 4, 5),))
+    first, other = ({k: v.double() for k, v in Residual().state_dict().items()} for _ in range(2))
+    whole, parts = WeightProblem(spec, first, other), WeightProblem(spec, first, other)
+    expected = [whole.similarity(block) for block in whole.blocks]
+    monkeypatch.setattr(problem, "_PART", 30)
+    assert any(len(problem._parts(terms, parts.entries_of)) > 2 for terms in parts.plan.terms.values())
+    for block, similarity in zip(parts.blocks, expected, strict=True):
+        torch.testing.assert_close(parts.similarity(block), similarity)

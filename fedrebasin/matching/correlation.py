@@ -142,6 +142,14 @@ class CrossMoments:
         """False if any observation was NaN or infinite, or too large to square."""
         return all(bool(sums.isfinite().all()) for sums in (*self._means, *self._squares, self._crossed))
 
+    def covariance(self) -> Tensor:
+        """Sums of crossed deviations of every pair of units, on the CPU."""
+        return self._crossed.cpu()
+
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Sums of squared deviations of every unit, for both sets."""
+        return self._squares
+
     def correlation(self) -> Tensor:
         """Pearson's correlation of every pair of units, on the CPU; 0 for dead units."""
         inverse = []

@@ -25,7 +25,7 @@ from fedrebasin.spec import PermutationSpec
 #: The method that learns from labelled data, if it is given a loss.
 ON_DATA = "straight-through-many"
 #: Each moves the problem to what it finds, and returns the objective on its way there.
-JOINT_METHODS: dict[str, Callable[..., list[float]]] = {
+MANY_METHODS: dict[str, Callable[..., list[float]]] = {
     "merge-many": merge_many,
     "cycle-consistent": cycle_consistent,
     ON_DATA: straight_through_many,
@@ -97,8 +97,8 @@ def match_many(
     >>> bool((aligned[0] == aligned[1]).all() and (aligned[0] == aligned[2]).all())
     True
     """
-    if method not in JOINT_METHODS:
-        raise RebasinError(f"method: expected one of {', '.join(JOINT_METHODS)}; got {method!r}")
+    if method not in MANY_METHODS:
+        raise RebasinError(f"method: expected one of {', '.join(MANY_METHODS)}; got {method!r}")
     given = {"net": net, "batches": batches, "loss": loss}
     lacking = [name for name, value in given.items() if value is None]
     if len(lacking) < len(given) and (lacking or method != ON_DATA):
@@ -120,7 +120,7 @@ def match_many(
     if net is not None and batches is not None and loss is not None:
         history, measures = straight_through_many_on_data(problem, net=net, batches=batches, loss=loss, seed=seed)
     else:
-        history = JOINT_METHODS[method](problem, seed=seed)
+        history = MANY_METHODS[method](problem, seed=seed)
     frame = invert(spec, problem.perms[problem.heaviest])
     found = dict(zip(counted, problem.perms, strict=True))
     for place, model in enumerate(models):

@@ -158,7 +158,21 @@ def _scores(found: Sequence[Result] | None) -> str:
     return f"{spread_text(loss)} / {percent(top1)}"
 
 
+def merging(result: Result) -> tuple[Sequence[str], Rows]:
+    """``merge.py``: peak memory and seconds of ``fedrebasin merge``, under a limit and without one."""
+    columns = "two files of|largest tensor|--memory|peak|seconds|peak without a limit|seconds".split("|")
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row['file-gb']:.2g} GB each", f"{1e3 * row['largest-tensor-gb']:.0f} MB", row["memory"]]
+        for key in ("limited", "unlimited"):
+            found = row.get(key)
+            cells += [f"{found['peak-gb']:.2f} GB", f"{found['seconds']:.0f}"] if found else ["-", "-"]
+        rows.append(cells)
+    return columns, rows
+
+
 TABLES = {
+    "merging": merging,
     "calibration": calibration,
     "own-data": own_data,
     "speed": speed,
