@@ -89,7 +89,8 @@ def growth(result: Result) -> tuple[Sequence[str], Rows]:
     networks = list(dict.fromkeys(row["network"] for row in result["growth"]))
     cells = {(row["network"], row["models"]): row["seconds"] for row in result["growth"]}
     return ["seconds, merge-many", *(f"{count} models" for count in counts)], [
-        [name, *(f"{cells[name, count]:.2g}" for count in counts)] for name in networks
+        [name, *(f"{cells[name, count]:.2g}" if (name, count) in cells else "-" for count in counts)]
+        for name in networks
     ]
 
 
