@@ -45,7 +45,8 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     Raises
     ------
     UsageError
-        For an option that cannot be met, before anything is written.
+        For an option that cannot be met, before anything is written; for ``minutes`` that are too few, before
+        anything is trained.
 
     References
     ----------
