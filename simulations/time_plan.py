@@ -79,6 +79,7 @@ def work_after_training(
     285000
     """
     passes = {"reset": 1, "closed-form": 4, "regmean": 2, "least-squares": 3 * layers, "distill": 40}
+    passes |= {"least-squares-probabilities": 3 * layers, "least-squares+distill": 3 * layers + 40}
     merges = 2 * (len(corrections) + 2 + effort.lams + effort.corrected_lams * len(on_path))
     corrected = sum(passes.get(name, layers + 2) for name in corrections) * effort.calibration_images
     corrected += sum(

@@ -26,6 +26,7 @@ from fedrebasin.corrections.linear_maps import (
 )
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations
+from fedrebasin.corrections.output_goals import check_goals, logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.shifted_gram import unfolded_gram
 from fedrebasin.corrections.working import begin, extract, working_copy
@@ -49,6 +50,7 @@ def least_squares(
     *,
     coefficients: Sequence[float] | None = None,
     ridge: float | None = None,
+    goals: str = "pre-activations",
     memory: int = 2**30,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
@@ -80,6 +82,9 @@ def least_squares(
     ridge : float, optional
         By default every layer takes that of ``RIDGES`` which is best on every fifth example after a fit on the
         others, and is then fitted on all.
+    goals : {"pre-activations", "probabilities"}
+        What the last layer is solved for: the average of the ends' logits, or the logits of the average of their
+        class probabilities (``output_goals.py``), which is the better ensemble where ends know different classes.
     memory : int
         Bytes that may be kept between passes, besides ``len(ends) + 1`` networks, a layer's normal equations and a
         batch: calibration inputs, and outputs of the layers that later ones read. With enough of it a layer costs one
@@ -97,7 +102,8 @@ def least_squares(
     CalibrationError
         If the data is empty, can be read only once, or activations are not finite.
     RebasinError
-        If coefficients do not fit, ``ridge`` or ``memory`` is negative, or no layer can be solved.
+        If coefficients do not fit, ``ridge`` or ``memory`` is negative, no layer can be solved, or probabilities are
+        the goal and the network does not end in a linear layer.
 
     Warns
     -----
@@ -121,6 +127,8 @@ def least_squares(
         raise RebasinError(f"memory: expected a number of bytes from 0; got {memory}")
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")
+    args, kwargs, _ = next(iter(batches))
+    check_goals(goals, model, steps, (args, kwargs))
     budget = Memory(memory)
     held = hold(batches, budget)
     ours = Runner(model, steps, budget, keep=held is not None)
@@ -136,7 +144,10 @@ def least_squares(
             refresh_norm(model, step, step_moments(ours, index, step, source))
             continue
         start = read_map(model, step)
-        fit, check = layer_equations(ours, theirs, shares, index, step, source, split=ridge is None)
+        probabilities = goals == "probabilities" and index == len(steps) - 1
+        fit, check = layer_equations(
+            ours, theirs, shares, index, step, source, split=ridge is None, probabilities=probabilities
+        )
         total = fit + check if check.count else fit
         if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
             raise CalibrationError(
@@ -174,6 +185,7 @@ def layer_equations(
     source: Iterable[Batch],
     *,
     split: bool,
+    probabilities: bool = False,
 ) -> tuple[NormalEquations, NormalEquations]:
     """Normal equations of what the layer lacks, on the examples to fit and on those held out."""
     kernel = tuple(ours.model.state_dict()[layer.weight].shape[2:])
@@ -185,10 +197,13 @@ def layer_equations(
     for number, batch in enumerate(source):
         z = ours.output(index, number, batch, final=False)
         x = ours.last_input
-        lacking = torch.addcmul(per_channel(layer, constant, z), z, per_channel(layer, -scale, z))
-        for runner, share, factor, _ in terms:
-            z = runner.output(index, number, batch)
-            lacking.addcmul_(z, per_channel(layer, share * factor, z))
+        if probabilities:
+            lacking = logits_of_mean_probabilities([one.output(index, number, batch) for one in theirs], shares).sub_(z)
+        else:
+            lacking = torch.addcmul(per_channel(layer, constant, z), z, per_channel(layer, -scale, z))
+            for runner, share, factor, _ in terms:
+                z = runner.output(index, number, batch)
+                lacking.addcmul_(z, per_channel(layer, share * factor, z))
         if not kernel and x.ndim == 3 and len(x) != len(next(leaves(batch))) == x.shape[1]:
             x, lacking = x.transpose(0, 1), lacking.transpose(0, 1)  # attention has put positions first
         held = torch.arange(seen, seen + len(x), device=x.device) % _HELD == _HELD - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from fedrebasin.corrections.reshift import reshift
 from fedrebasin.errors import CalibrationError, RebasinError
 
 State = Mapping[str, Tensor]
+#: Adam's rate after a closed form: it has done most already, and the rate of ``distill`` alone undoes part of it.
+GENTLE_LR = 3e-4
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,19 @@ def _bias_normalisation(setting: Setting, merged: State, ends: Sequence[State]) 
     )
 
 
-def _distill(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+def _distill(setting: Setting, merged: State, ends: Sequence[State], lr: float = 1e-3) -> dict[str, Tensor]:
     assert setting.calibration is not None
     return distill(
         *(setting.net, merged, ends, setting.calibration),
         coefficients=setting.coefficients,
+        lr=lr,
         seed=setting.seed,
         device=setting.device,
     )
+
+
+def _solved_and_distilled(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    return _distill(setting, _with_data(least_squares)(setting, merged, ends), ends, lr=GENTLE_LR)
 
 
 CORRECTIONS = {
@@ -118,6 +126,8 @@ CORRECTIONS = {
     "closed-form": Correction(_with_data(closed_form)),
     "bias-normalisation": Correction(_bias_normalisation, inputs=False),
     "least-squares": Correction(_with_data(least_squares)),
+    "least-squares-probabilities": Correction(_with_data(partial(least_squares, goals="probabilities"))),
     "regmean": Correction(_with_data(regmean)),
     "distill": Correction(_distill),
+    "least-squares+distill": Correction(_solved_and_distilled),
 }

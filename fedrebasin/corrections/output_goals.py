@@ -1,0 +1,71 @@
+"""What the last layer of a classifier is solved for, so that it says what the ends' probabilities say together.
+
+Index letters: k ends, c classes. The average of logits ``sum_k c_k z_k`` is the goal that least squares has in every
+layer; where ends know different classes, the average of their probabilities is the better ensemble, and
+
+    goal = log sum_k c_k softmax(z_k)  -  its mean over c  +  the mean over c of sum_k c_k z_k
+
+are logits that have it as their softmax. A shift of all classes changes no probability: the last two terms choose the
+one that the averaged logits have, so that equal ends get their own logits back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedrebasin.batches import tensors
+from fedrebasin.corrections.layers import Layer, Step
+from fedrebasin.corrections.passes import Batch, Memory, Runner
+from fedrebasin.errors import RebasinError
+
+GOALS = ("pre-activations", "probabilities")
+
+
+def logits_of_mean_probabilities(logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Logits whose softmax over the last axis is the shares' average of the ends' softmaxes.
+
+    Parameters
+    ----------
+    logits : sequence of Tensor, shape (examples, classes)
+    shares : sequence of float
+        Positive, of sum 1.
+
+    Examples
+    --------
+    >>> one, other = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    >>> logits_of_mean_probabilities([one, other], [0.5, 0.5]).softmax(1)
+    tensor([[0.5000, 0.5000]])
+    >>> torch.allclose(logits_of_mean_probabilities([one, one], [0.5, 0.5]), one)
+    True
+    """
+    said = torch.stack([math.log(share) + one.log_softmax(-1) for share, one in zip(shares, logits, strict=True)])
+    goal = said.logsumexp(0)
+    level = sum(share * one.mean(-1, keepdim=True) for share, one in zip(shares, logits, strict=True))
+    return goal - goal.mean(-1, keepdim=True) + level
+
+
+@torch.no_grad()
+def check_goals(goals: str, model: nn.Module, steps: Sequence[Step], batch: Batch) -> None:
+    """Raise :class:`RebasinError` unless the goals are known and the network can have them.
+
+    Probabilities need a network whose output is what its last linear layer gives, ``(examples, classes)``.
+    """
+    if goals not in GOALS:
+        raise RebasinError(f"goals: expected one of {', '.join(GOALS)}; got {goals!r}")
+    if goals == "pre-activations":
+        return
+    last, (args, kwargs) = steps[-1], batch
+    output = tensors(model(*args, **kwargs))[0]
+    seen = None
+    if isinstance(last, Layer) and last.norm is None and not last.stride and output.ndim == 2:
+        seen = Runner(model, steps, Memory(0), keep=False).output(len(steps) - 1, 0, batch)
+    if seen is None or not torch.equal(seen, output):
+        raise RebasinError(
+            f"goals='probabilities' needs a classifier that ends in a linear layer, of shape (examples, classes); this "
+            f"network's output of shape {tuple(output.shape)} is not what its last layer, {last.key!r}, gives; "
+            "use goals='pre-activations'"
+        )
