@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:calibration")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("calibration")
-    words = "digits --width 6 --epochs 1 --nodes 2,3 --seeds 0,1 --images 20,90 --other-images 30 --skip distill,least-squares+distill".split()
+    words = "digits --width 6 --epochs 1 --nodes 2,3 --seeds 0,1 --images 20,90 --other-images 30".split()
+    words += ["--skip", "distill,least-squares+distill"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["x", *words, "--ends", str(folder / "ends"), "--output", str(folder)])
         calibration.main()
