@@ -58,5 +58,6 @@ def test_the_fingerprint_of_measured_numbers_covers_all_of_the_core_and_no_strat
         path for path in core.rglob("*.py") if path.relative_to(core).parts[0] not in ("simulations", "strategies")
     }
     assert expected <= set(read)
-    assert {path.parent.name for path in expected} == {"fedrebasin", "axes", "matching", "corrections", "rules"}
+    parts = {"fedrebasin", "axes", "matching", "corrections", "diagnostics", "rules"}
+    assert {path.parent.name for path in expected} == parts
     assert {path.stem for path in set(read) - expected} == set(kept.MEASURING)
