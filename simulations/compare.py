@@ -25,7 +25,7 @@ from fedrebasin.simulations.results import load_results, provenance, save_result
 from fedrebasin.simulations.runtime import RunError, run_app
 from fedrebasin.simulations.settings import Settings, resolve, to_run_config
 from fedrebasin.simulations.site import Site
-from fedrebasin.simulations.summary import write_page
+from fedrebasin.simulations.summary_page import write_page
 from fedrebasin.simulations.training import select_device
 
 APP = Path(__file__).resolve().parent / "app"
