@@ -63,7 +63,9 @@ def baseline_rows(results: Results) -> list[tuple[str, list[float], list[float]]
             [c["corrected_loss"] for c in corrected],
         ),
     ]
-    for name, key in ((f"ensemble of {results['nodes']} clients", "ensemble"), ("trained on all data", "all_data")):
+    sizes = {len(entry["clients"]) for entry in entries}  # a node that never comes has no model
+    ensemble = f"ensemble of {sizes.pop()} clients" if len(sizes) == 1 else "ensemble of those that came"
+    for name, key in ((ensemble, "ensemble"), ("trained on all data", "all_data")):
         rows.append((name, [entry[key]["accuracy"] for entry in entries], [entry[key]["loss"] for entry in entries]))
     if "joins" in entries[0]:
         joins = [entry["joins"] for entry in entries]
