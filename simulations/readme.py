@@ -85,7 +85,9 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
             label = label_of(name)
             rows.append([where, f"**{label}**" if "rebasin" in name else label, *cells])
         for label, accuracies, losses in baseline_rows(one):
-            rows.append([where, f"{label} (loss {plain(losses)})", percent(accuracies), "", ""])
+            work = 1 if one["settings"]["start"] == "apart" else one["settings"]["rounds"]
+            cells = [percent(accuracies) if number == work else "" for number in _ROUNDS]
+            rows.append([where, f"{label} (loss {plain(losses)})", *cells])
     return _markdown(columns, rows)
 
 
