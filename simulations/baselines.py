@@ -36,7 +36,12 @@ def correct_prior(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def client_baselines(
-    client_logits: Sequence[Tensor], client_labels: Sequence[Tensor], test_labels: Tensor, classes: int
+    client_logits: Sequence[Tensor],
+    client_labels: Sequence[Tensor],
+    test_labels: Tensor,
+    classes: int,
+    *,
+    nodes: Sequence[int] | None = None,
 ) -> dict[str, object]:
     """Score each client alone, alone with its label prior corrected, and the ensemble of their logits.
 
@@ -46,6 +51,8 @@ def client_baselines(
         Each client's logits on the test images.
     client_labels : sequence of Tensor
         The labels that each client trained on.
+    nodes : sequence of int, optional
+        Their numbers; from 0 by default.
 
     Returns
     -------
@@ -54,7 +61,8 @@ def client_baselines(
         ``ensemble``.
     """
     clients = []
-    for node, (logits, labels) in enumerate(zip(client_logits, client_labels, strict=True)):
+    numbers = range(len(client_logits)) if nodes is None else nodes
+    for node, logits, labels in zip(numbers, client_logits, client_labels, strict=True):
         alone = score(logits, test_labels)
         corrected = score(correct_prior(logits, labels, classes), test_labels)
         row = {"node": node, "examples": len(labels), **alone}

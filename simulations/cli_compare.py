@@ -32,11 +32,20 @@ def compare(
     nodes: Annotated[int, typer.Option(min=2, help="Number of clients.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each strategy.")] = 3,
     partition: Annotated[str, typer.Option(help="biased:HELD, dirichlet:ALPHA or iid.")] = "biased:0.2",
-    start: Annotated[str, typer.Option(help="apart: own initialisations; common: the server's.")] = "apart",
+    start: Annotated[
+        str,
+        typer.Option(
+            help="apart: own initialisations; common: the server's; joins:ROUND: common, but the last node trains "
+            "apart and joins at that round."
+        ),
+    ] = "apart",
+    absent: Annotated[float, typer.Option(help="Probability that a node is absent from a round; two stay.")] = 0.0,
     model: Model = "",
     width: Width = None,
     norm: Norm = "batch",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Local epochs of round 1; default: the data set's.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Local epochs of round 1, or of who joins; default: the data set's.")
+    ] = None,
     later_epochs: Annotated[int | None, typer.Option(min=1, help="Local epochs of each later round.")] = None,
     seeds: Seeds = "0",
     data_path: DataPath = None,
@@ -71,6 +80,7 @@ def compare(
             rounds=rounds,
             partition=partition,
             start=start,
+            absent=absent,
             model=model,
             width=width or 0,
             norm=norm,

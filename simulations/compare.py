@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.attendance import attendance, check_nodes
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.events import Event
 from fedrebasin.simulations.handover import hand_over
@@ -24,7 +25,7 @@ from fedrebasin.simulations.results import load_results, provenance, save_result
 from fedrebasin.simulations.runtime import RunError, run_app
 from fedrebasin.simulations.settings import Settings, resolve, to_run_config
 from fedrebasin.simulations.site import Site
-from fedrebasin.simulations.summary import write_page
+from fedrebasin.simulations.summary_page import write_page
 from fedrebasin.simulations.training import select_device
 
 APP = Path(__file__).resolve().parent / "app"
@@ -69,6 +70,7 @@ def compare(options: Options, *, on_event: Callable[[Event], None] = lambda even
     check_extra()
     device = str(select_device(options.settings.device))
     settings = resolve(replace(options.settings, device=device))
+    check_nodes(settings, options.nodes)
     output = _free_folder(options.output, settings)
     _check_path(options.path, settings.data)
     if options.path is not None:
@@ -102,7 +104,7 @@ def check_extra() -> None:
 def _free_folder(output: Path | None, settings: Settings) -> Path:
     if output is None:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        output = Path("fedrebasin-results") / f"compare-{settings.data}-{settings.start}-{stamp}"
+        output = Path("fedrebasin-results") / f"compare-{settings.data}-{settings.start.replace(':', '-')}-{stamp}"
     output = output.expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"--output: expected a new or empty folder; {output} is in use")
@@ -204,7 +206,11 @@ def _check_whole(raw: dict[str, Any], settings: Settings, nodes: int, site: Site
     found = {(run["seed"], run["strategy"]) for run in raw["runs"]}
     for run in raw["runs"]:
         rounds = [row["round"] for row in run["rounds"]]
-        whole = all(row["replies"] == nodes and not row["failures"] for row in run["rounds"][1:])
+        whole = all(
+            row["replies"] == len(attendance(settings, nodes, seed=run["seed"], server_round=row["round"]))
+            and not row["failures"]
+            for row in run["rounds"][1:]
+        )
         if rounds != list(range(settings.rounds + 1)) or not whole:
             found.discard((run["seed"], run["strategy"]))
     if found != expected:

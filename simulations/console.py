@@ -19,8 +19,8 @@ from fedrebasin.simulations.summary import (
     baseline_rows,
     percent,
     plain,
-    round_table,
 )
+from fedrebasin.simulations.summary_tables import round_table
 
 #: seconds between two lines about one node where the output is no terminal
 QUIET = 5.0

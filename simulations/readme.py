@@ -11,8 +11,9 @@ from typing import Any
 from fedrebasin.simulations.bench.tables import TABLES
 from fedrebasin.simulations.competitors import label_of
 from fedrebasin.simulations.disjoint_numbers import ROWS, per_seed, spread_text
-from fedrebasin.simulations.results import load_results, write_whole
-from fedrebasin.simulations.summary import baseline_rows, by_round, percent, plain, strategies
+from fedrebasin.simulations.results import load_results, summarise, write_whole
+from fedrebasin.simulations.settings import join_round
+from fedrebasin.simulations.summary import baseline_rows, by_round, megabytes, percent, plain, strategies
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _MARKED = re.compile(r"(<!-- table: (?P<name>[a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -27,9 +28,9 @@ def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other, ``federated`` their first rounds side by side with the bytes of queries, ``zoo`` some rows of
-    ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` the runs of one benchmark; every NAME is a folder
-    of ``simulations/results/``.
+    other, ``attendance`` all rounds of those where nodes come and go, ``federated`` first rounds side by side with the
+    bytes of queries, ``zoo`` some rows of ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` the runs
+    of one benchmark; every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
@@ -40,10 +41,7 @@ def render(text: str, folder: Path = RESULTS) -> str:
     def table(match: re.Match[str]) -> str:
         kind, *names = match["name"].split()
         results = [load_results(folder / name / "results.json") for name in names]
-        if kind in TABLES:
-            rendered = _markdown(*TABLES[kind](_joined(results)))
-        else:
-            rendered = {"disjoint": _disjoint, "rounds": _rounds, "federated": _federated, "zoo": _zoo}[kind](results)
+        rendered = _markdown(*TABLES[kind](_joined(results))) if kind in TABLES else _KINDS[kind](results)
         return f"{match[1]}{rendered}\n{match[3]}"
 
     return _MARKED.sub(table, text)
@@ -87,7 +85,33 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
             label = label_of(name)
             rows.append([where, f"**{label}**" if "rebasin" in name else label, *cells])
         for label, accuracies, losses in baseline_rows(one):
-            rows.append([where, f"{label} (loss {plain(losses)})", percent(accuracies), "", ""])
+            work = 1 if one["settings"]["start"] == "apart" else one["settings"]["rounds"]
+            cells = [percent(accuracies) if number == work else "" for number in _ROUNDS]
+            rows.append([where, f"{label} (loss {plain(losses)})", *cells])
+    return _markdown(columns, rows)
+
+
+def _attendance(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every round, and what it cost; a baseline stands below the round whose work it equals."""
+    last = max(one["settings"]["rounds"] for one in results)
+    columns = ["data, start", "strategy", *(f"round {number}" for number in range(1, last + 1)), "MB sent"]
+    rows = []
+    for one in results:
+        settings = one["settings"]
+        where = f"{settings['data']}, {settings['start']}"
+        where += f", absent {settings['absent']:g}" if settings["absent"] else ""
+        numbers = range(1, settings["rounds"] + 1)
+        for name in strategies(one):
+            cells = [percent(by_round(one, name, "accuracy", number)) for number in numbers]
+            label = f"**{label_of(name)}**" if "rebasin" in name else label_of(name)
+            sent = megabytes(one, name, settings["rounds"])
+            rows.append(
+                [where, label, *cells, *[""] * (last - len(cells)), f"{summarise(sent)[0]:.1f}" if sent else ""]
+            )
+        for label, accuracies, losses in baseline_rows(one):
+            number = join_round(settings["start"]) if "joins" in label else settings["rounds"]
+            cells = [percent(accuracies) if column == number else "" for column in range(1, last + 1)]
+            rows.append([where, f"{label} (loss {plain(losses)})", *cells, ""])
     return _markdown(columns, rows)
 
 
@@ -125,6 +149,9 @@ def _zoo(results: Sequence[Mapping[str, Any]]) -> str:
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_KINDS = {"disjoint": _disjoint, "rounds": _rounds, "attendance": _attendance, "federated": _federated, "zoo": _zoo}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ USUAL = {
     "cifar10": ("conv", 64, 12, 1),
     "cifar100": ("conv", 64, 12, 1),
 }
-STARTS = ("apart", "common")
+STARTS = ("apart", "common", "joins:ROUND")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Settings:
     rounds: int = 3
     partition: str = "biased:0.2"
     start: str = "apart"
+    absent: float = 0.0
     model: str = ""
     width: int = 0
     norm: str = "batch"
@@ -64,12 +65,12 @@ class Settings:
 
     @property
     def line_up(self) -> list[str]:
-        """What runs: the strategies and, where clients start apart, FedAvg from a common start.
+        """What runs: the strategies and, where clients or one of them start apart, FedAvg from a common start.
 
         >>> Settings().line_up
         ['fedavg', 'fedrebasin', 'fedavg@common']
         """
-        return [*self.strategy_list, *([COMMON_START] if self.start == "apart" else [])]
+        return [*self.strategy_list, *([COMMON_START] if self.start != "common" else [])]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -85,6 +86,29 @@ def parse_seeds(text: str) -> list[int]:
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds: expected different numbers from 0 up; got {text!r}")
     return seeds
+
+
+def join_round(start: str) -> int:
+    """The round in which a silo that trained apart joins; 0 where none does.
+
+    Raises
+    ------
+    UsageError
+        If ``start`` is none of ``apart``, ``common`` and ``joins:ROUND`` with a whole number from 2 up.
+
+    Examples
+    --------
+    >>> join_round("joins:3"), join_round("common")
+    (3, 0)
+    """
+    if start in ("apart", "common"):
+        return 0
+    kind, _, number = start.partition(":")
+    if kind != "joins":
+        raise UsageError(f"--start: expected {', '.join(STARTS[:-1])} or {STARTS[-1]}; got {start!r}")
+    if not number.isdecimal() or int(number) < 2:
+        raise UsageError(f"--start: joins takes a round from 2 up, as in joins:3; got {start!r}")
+    return int(number)
 
 
 def resolve(settings: Settings) -> Settings:
@@ -110,8 +134,10 @@ def resolve(settings: Settings) -> Settings:
         raise UsageError(f"--model: expected one of {', '.join(DEFAULT_WIDTHS)}; got {settings.model!r}")
     if settings.norm not in ("batch", "layer"):
         raise UsageError(f"--norm: expected batch or layer; got {settings.norm!r}")
-    if settings.start not in STARTS:
-        raise UsageError(f"--start: expected apart or common; got {settings.start!r}")
+    if join_round(settings.start) > settings.rounds:
+        raise UsageError(f"--start: expected a round up to the last, {settings.rounds}; got {settings.start!r}")
+    if not 0 <= settings.absent < 1:
+        raise UsageError(f"--absent: expected a probability, 0 <= P < 1; got {settings.absent}")
     for name, value in (("rounds", settings.rounds), ("calibration", settings.calibration)):
         if value < 1:
             raise UsageError(f"--{name}: expected at least 1; got {value}")

@@ -23,7 +23,15 @@ BAD = {
     "compare --strategies fedavg+repair": "got 'fedavg+repair'",
     "compare --strategies fedrebasin+magic": "got 'fedrebasin+magic'",
     "compare --partition halves": "--partition: expected one of biased:HELD, dirichlet:ALPHA, iid",
-    "compare --start late": "--start: expected apart or common; got 'late'",
+    "compare --start late": "--start: expected apart, common or joins:ROUND; got 'late'",
+    "compare --start joins": "--start: joins takes a round from 2 up, as in joins:3; got 'joins'",
+    "compare --start joins:1": "--start: joins takes a round from 2 up, as in joins:3; got 'joins:1'",
+    "compare --start joins:two": "--start: joins takes a round from 2 up, as in joins:3; got 'joins:two'",
+    "compare --start joins:4": "--start: expected a round up to the last, 3; got 'joins:4'",
+    "compare --start joins:2": "--nodes: expected at least 3 where one of them joins later; got 2",
+    "compare --absent 1": "--absent: expected a probability, 0 <= P < 1; got 1.0",
+    "compare --absent nan": "--absent: expected a probability, 0 <= P < 1; got nan",
+    "compare --absent often": "'often' is not a valid float",
     "compare --model vit": "--model: expected one of mlp, conv, vgg, resnet20; got 'vit'",
     "compare --norm group": "--norm: expected batch or layer; got 'group'",
     "compare --seeds 1,x": "--seeds: expected whole numbers",
@@ -104,4 +112,4 @@ def test_the_exit_status_reaches_the_shell() -> None:
     call = [sys.executable, "-m", "fedrebasin.simulations.cli", "compare", "--start", "late"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "fedrebasin: --start: expected apart or common; got 'late'\n"
+    assert done.stderr == "fedrebasin: --start: expected apart, common or joins:ROUND; got 'late'\n"

@@ -18,7 +18,8 @@ from fedrebasin.simulations.runtime import RunError
 from fedrebasin.simulations.settings import Settings, from_run_config, resolve, to_run_config
 from fedrebasin.simulations.silo import initial_model
 from fedrebasin.simulations.site import Site
-from fedrebasin.simulations.summary import answer_of, round_table
+from fedrebasin.simulations.summary_tables import round_table
+from fedrebasin.simulations.summary_words import answer_of
 
 
 def test_the_apps_own_config_is_the_commands_default() -> None:

@@ -104,7 +104,8 @@ def test_every_module_of_the_wheel_can_be_imported(installed: tuple[set[str], Pa
 def test_the_command_runs_from_the_wheel_and_finds_its_app(installed: tuple[set[str], Path]) -> None:
     _, site = installed
     done = python(site, "-m", "fedrebasin.simulations.cli", "compare", "--start", "late")
-    assert (done.returncode, done.stderr) == (2, "fedrebasin: --start: expected apart or common; got 'late'\n")
+    expected = "fedrebasin: --start: expected apart, common or joins:ROUND; got 'late'\n"
+    assert (done.returncode, done.stderr) == (2, expected)
     code = (
         "from fedrebasin.simulations.compare import APP\n"
         "from flwr.cli.config_utils import load_and_validate\n"

@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedrebasin.simulations.attendance import local_epochs, trains_apart
 from fedrebasin.simulations.events import emit
 from fedrebasin.simulations.handover import take_over
 from fedrebasin.simulations.partition import parse_partition, partition_rows
@@ -32,8 +33,9 @@ def train(message: Message, context: Context) -> Message:
 
     data = take_over(settings.data, str(context.run_config["data-file"]))
     rows = partition_rows(data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed)[node]
-    apart = config["start"] == "apart" and server_round == 1
-    epochs = settings.epochs if server_round == 1 else settings.later_epochs
+    here = {"seed": seed, "server_round": server_round}
+    apart = config["start"] != "common" and trains_apart(settings, nodes, node, **here)
+    epochs = local_epochs(settings, nodes, node, **here)
     model = initial_model(settings, data, seed=seed, owner=node)
     started = time.perf_counter()
 
@@ -76,7 +78,7 @@ def train(message: Message, context: Context) -> Message:
 
     seconds = time.perf_counter() - started
     about = ConfigRecord({"node": node, "examples": len(rows), "train-loss": loss, "seconds": seconds})
-    about["reused"] = known is not None
+    about["reused"], about["apart"] = known is not None, apart
     content = RecordDict(
         {
             "arrays": ArrayRecord(model.state_dict()),
@@ -85,6 +87,11 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     return Message(content=content, reply_to=message)
+
+
+@app.query("partition")
+def partition(message: Message, context: Context) -> Message:
+    return Message(RecordDict({ABOUT: ConfigRecord({"node": context.node_config["partition-id"]})}), reply_to=message)
 
 
 @app.query("rebasin")

@@ -15,7 +15,9 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fedrebasin.matching.methods import METHODS
-from fedrebasin.simulations.baselines import client_baselines, score
+from fedrebasin.simulations.alone import Alone
+from fedrebasin.simulations.attendance import attendance, check_nodes, fewest
+from fedrebasin.simulations.baselines import Score, score
 from fedrebasin.simulations.competitors import COMMON_START, make_strategy
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.events import emit
@@ -23,9 +25,9 @@ from fedrebasin.simulations.handover import take_over
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import save_results
 from fedrebasin.simulations.settings import Settings, from_run_config
-from fedrebasin.simulations.silo import initial_model, train_round
+from fedrebasin.simulations.silo import initial_model
 from fedrebasin.simulations.training import predict, select_device
-from fedrebasin.simulations.watch import WatchedGrid
+from fedrebasin.simulations.watch import WatchedGrid, partitions_of
 
 app = ServerApp()
 
@@ -36,16 +38,18 @@ def main(grid: Grid, context: Context) -> None:
     settings = from_run_config(context.run_config)
     progress_file, results_file = (str(context.run_config[key]) for key in ("progress-file", "results-file"))
     data = take_over(settings.data, str(context.run_config["data-file"]))
-    nodes = len(list(grid.get_node_ids()))
+    partitions = partitions_of(grid)
+    nodes = len(partitions)
+    check_nodes(settings, nodes)
     emit(progress_file, "phase", text=f"the server is ready; {nodes} nodes are starting")
     runs, baselines = [], []
     for seed in settings.seed_list:
-        arena = Arena(settings, data, nodes, seed, progress_file)
+        arena = Arena(settings, data, partitions, seed, progress_file)
         # the server waits while clients train, so the model of all data trains beside them
         with ThreadPoolExecutor(1) as background:
-            everything = background.submit(arena.train_on_all) if settings.start == "apart" else None
+            everything = background.submit(arena.alone.train)
             runs += [arena.play(grid, name) for name in settings.line_up]
-            baselines += arena.baselines(everything)
+            baselines.append(arena.baselines(everything))
     emit(progress_file, "done")
     results = {"settings": asdict(settings), "nodes": nodes, "runs": runs, "baselines": baselines}
     if results_file:
@@ -58,26 +62,27 @@ def main(grid: Grid, context: Context) -> None:
 class Arena:
     """One seed: the same nodes, rows and starts for every strategy."""
 
-    def __init__(self, settings: Settings, data: Dataset, nodes: int, seed: int, progress_file: str) -> None:
+    def __init__(
+        self, settings: Settings, data: Dataset, partitions: dict[int, int], seed: int, progress_file: str
+    ) -> None:
         self.settings = settings
         self.data = data
-        self.nodes = nodes
+        self.partitions = partitions
+        self.nodes = len(partitions)
         self.seed = seed
         self.progress_file = progress_file
-        self.rows = partition_rows(
-            data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed
+        rows = partition_rows(
+            data.train_labels, data.classes, self.nodes, parse_partition(settings.partition), seed=seed
         )
         self.device = select_device(settings.device)
         self.model = initial_model(settings, data, seed=seed)
         self.initial = ArrayRecord(self.model.state_dict())
-        self.ends: dict[str, Any] = {}
-        # made here, not in its thread: fresh weights are drawn from torch's one global generator
-        self.model_of_all = initial_model(settings, data, seed=seed, owner=nodes)
+        self.alone = Alone(settings, data, rows, seed)
 
     def play(self, grid: Grid, name: str) -> dict[str, Any]:
         """Let one strategy run all its rounds."""
         start = "common" if name == COMMON_START else self.settings.start
-        watched = WatchedGrid(grid, self.score_ends if start == "apart" else None)
+        watched = WatchedGrid(grid, self.score_ends, self.partitions)
         rounds: list[dict[str, Any]] = []
         clock = time.perf_counter()
 
@@ -88,6 +93,8 @@ class Arena:
             if server_round:
                 row |= {"expected": watched.expected, "failures": watched.failures, "nodes": watched.nodes}
                 row |= {"replies": len(watched.nodes), "seconds": time.perf_counter() - clock}
+                row |= {"sent_bytes": watched.sent_bytes, "received_bytes": watched.received_bytes}
+            watched.open_round(attendance(self.settings, self.nodes, seed=self.seed, server_round=server_round + 1))
             clock = time.perf_counter()
             rounds.append(row)
             emit(self.progress_file, "round", seed=self.seed, strategy=name, rounds=self.settings.rounds, **row)
@@ -95,7 +102,7 @@ class Arena:
 
         strategy = make_strategy(
             name,
-            nodes=self.nodes,
+            nodes=fewest(self.settings, self.nodes, [self.seed]),
             model=lambda: initial_model(self.settings, self.data, seed=self.seed),
             example_inputs=(self.data.normalise(self.data.train_images[:2]),),
             calibration=self.calibration(),
@@ -137,34 +144,12 @@ class Arena:
         self.model.load_state_dict(arrays.to_torch_state_dict())
         return predict(self.model, self.data, self.data.test_images, device=self.device)
 
-    def score_ends(self, replies: list[Message]) -> None:
-        """Score the clients themselves, once: every strategy gets the same ends in a first round apart."""
-        if self.ends or len(replies) < self.nodes:
-            return
-        logits = [self.logits(reply.content.array_records["arrays"]) for reply in replies]
-        labels = [self.data.train_labels[rows] for rows in self.rows]
-        self.ends = client_baselines(logits, labels, self.data.test_labels, self.data.classes)
+    def score_ends(self, replies: list[Message], nodes: list[dict[str, Any]]) -> None:
+        """Keep what a client that trained apart knows: every strategy gets the same ends."""
+        for reply, about in zip(replies, nodes, strict=True):
+            if about["apart"] and about["node"] not in self.alone.ends:
+                self.alone.ends[about["node"]] = self.logits(reply.content.array_records["arrays"])
 
-    def train_on_all(self) -> dict[str, float]:
-        """One model on everybody's rows, for as many epochs as a silo trains."""
-        everything = torch.arange(len(self.data.train_labels))
-        train_round(
-            self.model_of_all,
-            self.settings,
-            self.data,
-            everything,
-            seed=self.seed,
-            owner=self.nodes,
-            server_round=1,
-            epochs=self.settings.epochs,
-        )
-        return score(
-            predict(self.model_of_all, self.data, self.data.test_images, device=self.device),
-            self.data.test_labels,
-        )
-
-    def baselines(self, everything: Future[dict[str, float]] | None) -> list[dict[str, Any]]:
-        if everything is None:
-            return []
+    def baselines(self, everything: Future[Score]) -> dict[str, Any]:
         emit(self.progress_file, "waiting", seed=self.seed)
-        return [{"seed": self.seed, **self.ends, "all_data": everything.result()}]
+        return self.alone.entry(everything.result())
