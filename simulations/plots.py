@@ -167,7 +167,9 @@ def _dress(axis: Axes, panel: Panel) -> None:
         axis.set_xticks(list(panel.ticks))
     if panel.names:
         slanted = max(map(len, panel.names)) > 6  # names of layers, which would lie over each other
-        turn: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": 8.5} if slanted else {}
+        turn: dict[str, Any] = (
+            {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": 8.5} if slanted else {}
+        )
         axis.set_xticklabels(panel.names, **turn)
     if panel.percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
