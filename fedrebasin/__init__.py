@@ -51,6 +51,7 @@ from fedrebasin.selection import Selection, select_candidate
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
+from fedrebasin.trunk import match_trunks, merge_trunk_modules, merge_trunks, trunk_tensors
 
 __all__ = [
     "Axis",
@@ -87,8 +88,11 @@ __all__ = [
     "loss_barrier",
     "match_each",
     "match_many",
+    "match_trunks",
     "merge",
     "merge_modules",
+    "merge_trunk_modules",
+    "merge_trunks",
     "moved_fraction",
     "permute",
     "permute_optimizer",
@@ -105,6 +109,7 @@ __all__ = [
     "split_calibration",
     "straight_through_matching",
     "trace",
+    "trunk_tensors",
     "unit_correlation",
     "weight_matching",
 ]

@@ -50,8 +50,8 @@ class Rebasin(LegacyStrategy):
     model : nn.Module or function of no arguments
         The clients' model; its ``state_dict`` gives the order of the arrays.
     **options
-        As for :class:`fedrebasin.strategies.Rebasin`; no ``checkpoint_dir``, ``beside``, ``send_perms``, and no
-        correction by queries, for which this interface has no message.
+        As for :class:`fedrebasin.strategies.Rebasin`; no ``checkpoint_dir``, ``beside``, ``send_perms``, ``until``, and
+        no correction by queries, for which this interface has no message.
 
     Raises
     ------
@@ -81,7 +81,7 @@ class Rebasin(LegacyStrategy):
                     f"strategy: {type(link).__name__} of flwr.server.strategy cannot be aligned in front of; take "
                     "fedrebasin.strategies.Rebasin and a strategy of flwr.serverapp.strategy"
                 )
-        for name in ("checkpoint_dir", "correction", "beside", "send_perms"):
+        for name in ("checkpoint_dir", "correction", "beside", "send_perms", "until"):
             value = options.get(name)
             if value and (name != "correction" or str(value).startswith("federated")):
                 raise UsageError(

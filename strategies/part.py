@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 
-from fedrebasin import PermutationSpec
+from fedrebasin import PermutationSpec, trunk_tensors
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.matcher import Matcher
-from fedrebasin.strategies.records import record_to_state
+from fedrebasin.strategies.records import record_to_state, select_arrays
 
 HOME = ("fixed", "relabelled")
 
@@ -108,3 +108,29 @@ def narrow(
         matcher = replace(matcher, setting=replace(matcher.setting, spec=spec))
     spec.check_state(record_to_state(arrays), "initial_arrays")
     return spec, matcher
+
+
+class Trunk:
+    """What nodes with heads of their own share: the tensors up to a layer, or all of them.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        Of the server's model.
+    until : str or None
+        The last module of the trunk, as for :func:`fedrebasin.trunk_tensors`.
+    """
+
+    def __init__(self, spec: PermutationSpec, until: str | None) -> None:
+        self.names = None if until is None else frozenset(trunk_tensors(spec, until))
+
+    def cut(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The trunk's tensors, in their order; the very record where all are shared."""
+        return arrays if self.names is None else select_arrays(arrays, [name for name in arrays if name in self.names])
+
+    def strip(self, replies: Sequence[Message], key: str) -> None:
+        """Leave the heads out of the replies that hold them, in place."""
+        for message in replies if self.names is not None else ():
+            record = message.content.get(key) if message.has_content() else None
+            if isinstance(record, ArrayRecord):
+                message.content[key] = self.cut(record)

@@ -36,7 +36,7 @@ from fedrebasin.strategies.options import (
     check_strategy,
     guarded_by,
 )
-from fedrebasin.strategies.part import check_home, narrow
+from fedrebasin.strategies.part import Trunk, check_home, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.selection import Round, plain_replies
@@ -88,7 +88,9 @@ class Rebasin(Around):
     home : {"fixed", "relabelled"}
         Where ``initial_arrays`` are a part of the model, units that are tied to the rest are fixed; or they move, which
         only clients that relabel the rest by those permutations can bear.
-        Not built yet.
+    until : str, optional
+        The module up to which nodes share a trunk, as for :func:`fedrebasin.merge_trunks`: that part alone is sent,
+        aligned and aggregated; every node keeps a head of its own, of any shape, and may leave it in its replies.
     checkpoint_dir : path, optional
         After every round the global model, the strategies' state, metrics and random states are written there; a run
         that is started on the same folder goes on at the next round (``checkpointed.py``).
@@ -144,6 +146,7 @@ class Rebasin(Around):
         beside: Sequence[str] = (),
         send_perms: bool = False,
         home: str = "fixed",
+        until: str | None = None,
         checkpoint_dir: str | Path | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -188,6 +191,7 @@ class Rebasin(Around):
         self._screen = build_screen(strategy, self.spec)
         self.arrayrecord_key = self._screen.arrayrecord_key
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
+        self._trunk = Trunk(self.spec, until)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
@@ -203,6 +207,7 @@ class Rebasin(Around):
             In the first round, if ``arrays`` are not the model's or a part of it, or if a differential privacy wrapper
             stands around.
         """
+        arrays = self._trunk.cut(arrays)
         if self._sent is None:
             check_not_wrapped_by_privacy()
             self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self._finish.runs_the_model, self.home)
@@ -216,6 +221,12 @@ class Rebasin(Around):
             self._finish.queries.prepare(server_round, grid, messages, self._timeout)
         return messages
 
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy configure the evaluation of what the nodes share."""
+        return super().configure_evaluate(server_round, self._trunk.cut(arrays), config, grid)
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -226,6 +237,7 @@ class Rebasin(Around):
             raise RebasinError("aggregate_train was called before configure_train, which gives it the sent model")
         nodes = node_of_message(self._messages)
         replies = self._beside.take(replies)
+        self._trunk.strip(replies, self.arrayrecord_key)
         screened = self._screen.screen(server_round, replies, sent, nodes)
         if not screened.replies:
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)

@@ -39,6 +39,13 @@ def test_the_plain_pytorch_example_runs(capsys: Any) -> None:
     assert "perms" in capsys.readouterr().out
 
 
+def test_the_example_of_different_heads_gives_two_networks_one_trunk() -> None:
+    names: dict[str, Any] = {"torch": torch, "nn": nn, "trace": trace}
+    exec(compile(next(block for block in BLOCKS if "merge_trunks" in block), "README.md", "exec"), names)
+    assert torch.equal(names["one"]["0.weight"], names["other"]["0.weight"])
+    assert [net(torch.zeros(1, 20)).shape[1] for net in names["merged"]] == [3, 7]
+
+
 def test_the_client_example_makes_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, inputs = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), (torch.zeros(2, 2),)
     check_spec(net, trace(net, inputs), inputs).save(tmp_path / "spec.json")
