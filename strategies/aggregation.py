@@ -13,10 +13,19 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fedrebasin import PermutationSpec, merge, moved_fraction
+from fedrebasin.allocator import return_freed_memory
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.alignment import Perms, shares
 from fedrebasin.strategies.options import chain, read_attribute
-from fedrebasin.strategies.records import array_to_tensor, cast_arrays, select_arrays, state_to_record, tensor_to_array
+from fedrebasin.strategies.records import (
+    array_to_tensor,
+    cast_arrays,
+    select_arrays,
+    state_to_record,
+    tensor_to_array,
+    tensor_view,
+)
+from fedrebasin.strategies.replaced import replace_array
 from fedrebasin.strategies.replies import Reply, Screened
 
 State = dict[str, Tensor]
@@ -55,19 +64,23 @@ def rewrite_replies(
         for name in list(reply.arrays):
             if not moved and not keep_ends and name in held:
                 continue  # never decoded
-            tensor = array_to_tensor(reply.arrays[name])
-            if moved:
-                tensor = permute_tensor(spec.axes[name], perm, tensor)
+            tensor = (
+                permute_tensor(spec.axes[name], perm, tensor_view(reply.arrays[name]))
+                if moved
+                else array_to_tensor(reply.arrays[name])
+            )
             if keep_ends:
                 end[name] = tensor
             if name not in held:
                 kept[name] = tensor
                 del reply.arrays[name]
             elif moved:
-                reply.arrays[name] = tensor_to_array(tensor)
+                replace_array(reply.arrays, name, tensor)
         buffers.append(kept)
         if keep_ends:
             ends.append(end)
+        if moved:
+            return_freed_memory(sum(len(array.data) for array in reply.arrays.values()))
     return AlignedReplies(buffers, ends)
 
 

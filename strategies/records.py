@@ -50,10 +50,10 @@ def array_view(array: Array) -> np.ndarray[Any, Any]:
     >>> view.shape, view.dtype, view.flags.writeable
     ((2, 3), dtype('float16'), False)
     """
-    header = array.data[: 10 + int.from_bytes(array.data[8:10], "little")]  # the format's version 1
-    if array.stype == "numpy.ndarray" and header[:8] == b"\x93NUMPY\x01\x00":
+    header = plain_header(array)
+    if header:
         try:
-            shape, fortran, dtype = _parse_header(header)
+            shape, fortran, dtype = parse_header(header)
             if not dtype.hasobject:
                 flat = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=len(header))
                 return flat.reshape(shape, order="F" if fortran else "C")
@@ -62,8 +62,14 @@ def array_view(array: Array) -> np.ndarray[Any, Any]:
     return array.numpy()
 
 
+def plain_header(array: Array) -> bytes:
+    """What stands before the values in NumPy's form, version 1; empty if the array is in another."""
+    header = array.data[: 10 + int.from_bytes(array.data[8:10], "little")]
+    return header if array.stype == "numpy.ndarray" and header[:8] == b"\x93NUMPY\x01\x00" else b""
+
+
 @lru_cache(maxsize=4096)
-def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and dtype; the same few headers come with every reply, and parsing takes 0.1 ms."""
     stream = BytesIO(header)
     np.lib.format.read_magic(stream)

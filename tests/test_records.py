@@ -19,6 +19,7 @@ from fedrebasin.strategies.records import (
     select_arrays,
     state_to_record,
 )
+from fedrebasin.strategies.replaced import replace_array
 from fedrebasin.strategies.replies import Reply
 
 DTYPES = [
@@ -111,3 +112,18 @@ def test_casting_restores_dtypes_and_order_and_leaves_right_arrays_alone() -> No
     assert cast["a"].dtype == "float16"
     assert cast["a"].shape == ()
     assert record_to_state(cast)["a"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "old", [np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32, order="F"), np.zeros((), np.complex64)]
+)
+def test_a_replaced_array_is_what_flower_would_have_made_of_it(old: np.ndarray) -> None:
+    new = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T if old.ndim else torch.tensor(0.5)
+    new = new.to(torch.from_numpy(np.zeros(1, old.dtype)).dtype)
+    record = ArrayRecord({"a": Array(old), "b": Array(old)})
+    before = record["a"]
+    kept = before.data
+    replace_array(record, "a", new)
+    assert list(record) == ["a", "b"] and record["a"].numpy().tobytes() == new.numpy().tobytes()
+    assert record["a"].data == Array(np.array(new.numpy(), order="C")).data
+    assert before.data == kept  # another record may hold it, as the model that was sent

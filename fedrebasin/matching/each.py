@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedrebasin.allocator import return_freed_memory
 from fedrebasin.errors import RebasinError
 from fedrebasin.matching.certificate import IdentityCertificate
+from fedrebasin.matching.plan import plan_of
 from fedrebasin.matching.result import Matching, inner_product
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import identity_perms
@@ -64,6 +66,7 @@ def match_each(
         raise RebasinError(f"inits: expected one for each of the {len(models)} models; got {len(inits)}")
     spec.check_state(reference, "reference")
     certificate = IdentityCertificate(spec, reference, device=device)
+    size = sum(reference[name].nbytes for name in plan_of(spec).names)
     found: list[Matching] = []
     for index, model in enumerate(models):
         started = time.perf_counter()
@@ -76,4 +79,5 @@ def match_each(
                 found.append(Matching(identity_perms(spec), objective, objective, (objective,), seconds))
                 continue
         found.append(weight_matching(spec, reference, model, seed=seed, init=init, device=device))
+        return_freed_memory(size)
     return found
