@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from merge_cases import NET, USER_CODE, Net, load, output_of, plant, random_stat
 from torch import Tensor
 
 from fedrebasin import PermutationSpec, check_spec, match_many, merge, permute, trace, weight_matching
-from fedrebasin.simulations import cli, merge_command
+from fedrebasin.simulations import merge_command
 from fedrebasin.simulations.merge_memory import resident
 from fedrebasin.stored import StoredState
 
@@ -223,48 +221,3 @@ def test_the_line_of_the_usage_runs(folder: Path) -> None:
     assert run(f"{files} --model package.module:Net --input 1x3x32x32 --output merged.safetensors") == 0
     sys.modules.pop("package.module", None)
     sys.modules.pop("package", None)
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plant(folder)
-
-    def full(*args: Any, **keywords: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(merge_command, "match", full)
-    assert run(f"a.safetensors b.safetensors {NET} --output out.safetensors") == 2
-    said = capsys.readouterr().err
-    assert "No space left on device; nothing was written" in said and said.count("\n") == 1
-    assert hidden_files(folder) == []
-
-
-def test_a_spec_that_inspect_proved_and_saved_is_taken(folder: Path) -> None:
-    state = plant(folder)
-    assert cli.run("inspect merged_nets:Net --input 2x3x8x8 --save spec.json".split()) == 0
-    assert run("a.safetensors b.safetensors --spec spec.json --output out.safetensors") == 0
-    torch.testing.assert_close(output_of(load("out.safetensors"), IMAGES), output_of(state, IMAGES))
-
-
-def test_a_plain_install_without_the_extra_is_enough(folder: Path) -> None:
-    plant(folder)
-    np.save("images.npy", IMAGES.numpy())
-    extras = "matplotlib PIL pyarrow sklearn torchvision flwr jinja2 datasets flwr_datasets ray".split()
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"
-        "from fedrebasin.simulations import cli\n"
-        f"sys.exit(cli.run({shlex.split(f'merge a.safetensors b.safetensors {NET} --output out.safetensors')} + "
-        "['--calibration', 'images.npy', '--correction', 'reset-batchnorm']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "out.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_the_peak_of_a_merge_tensor_by_tensor_stays_under_the_limit(folder: Path) -> None:
-    from fedrebasin.simulations.bench.merge import make_pair, run_merge
-
-    make_pair(folder, 60, 512)  # 0.57 GB each
-    assert run_merge(folder, "out", "--memory", "1GB")["peak-gb"] < 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from fedrebasin.layout import Fixed, Free, Layout, leaves
 from fedrebasin.matching.slabs import slabs
 from fedrebasin.permute import outer_dims_of
 from fedrebasin.spec import PermutationSpec
+
+#: What never changes is multiplied in parts of about this many entries, so that no copy of all of it is made.
+_PART = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -178,4 +181,17 @@ def _terms(spec: PermutationSpec, block: Block, names: list[str]) -> list[Term]:
             places = slab.places.flatten()
             whole = len(places) == spec.shapes[name][slab.dim] and bool((places == torch.arange(len(places))).all())
             found.append(Term(name, slab.dim, None if whole else places, slab.places.shape[1], slab.within))
+    return found
+
+
+def in_parts(terms: Sequence[Term], entries: Callable[[str], int]) -> list[list[Term]]:
+    """Terms in groups, each of one term or of few entries."""
+    found: list[list[Term]] = []
+    held = 0
+    for term in terms:
+        held += entries(term.name)
+        if not found or held > _PART:
+            found.append([])
+            held = entries(term.name)
+        found[-1].append(term)
     return found

@@ -10,22 +10,19 @@ of other axes that have moved since.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
 from fedrebasin.matching.numbers import dot, like_of, norm_of
-from fedrebasin.matching.plan import Block, Term, plan_of
+from fedrebasin.matching.plan import Block, Term, in_parts, plan_of
 from fedrebasin.matching.shelf import Shelf
 from fedrebasin.matching.side import side_of
 from fedrebasin.perms import Perms, compose, identity_perms
 from fedrebasin.permute import permute_tensor, source
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.stored import StoredState, described
-
-#: What never changes is multiplied in parts of about this many entries, so that no copy of all of it is made.
-_PART = 1 << 24
 
 
 class WeightProblem:
@@ -128,7 +125,7 @@ class WeightProblem:
         if block not in self._constant:
             terms = [term for term in self.plan.terms[block] if term.name in self.plan.alone[block]]
             products: list[Tensor] = []
-            for part in _parts(terms, self.entries_of):
+            for part in in_parts(terms, self.entries_of):
                 first, second = (
                     torch.cat([term.rows(side[term.name]) for term in part], 1) for side in (self.reference, self.model)
                 )
@@ -227,19 +224,6 @@ class WeightProblem:
         """The sum of <reference, current model> over the tied parameters, or over ``names``; exact in float64."""
         chosen = self.plan.names if names is None else sorted(names)
         return sum(dot(self.reference[name], self.current(name)) for name in chosen)
-
-
-def _parts(terms: Sequence[Term], entries: Callable[[str], int]) -> list[list[Term]]:
-    """Terms in groups, each of one term or of few entries."""
-    found: list[list[Term]] = []
-    held = 0
-    for term in terms:
-        held += entries(term.name)
-        if not found or held > _PART:
-            found.append([])
-            held = entries(term.name)
-        found[-1].append(term)
-    return found
 
 
 def _without(orders: Mapping[int, Tensor], dim: int) -> dict[int, Tensor]:

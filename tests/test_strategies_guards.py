@@ -1,0 +1,86 @@
+"""Under privacy and selection: what is refused, and what auto means there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flower_messages import MemoryGrid, small_net, warnings
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
+from test_strategies_exact import spec_of
+
+from fedrebasin.errors import UsageError
+from fedrebasin.matching.methods import JOINT_REFERENCES
+from fedrebasin.strategies import FedRebasin, Rebasin
+from fedrebasin.strategies.records import state_to_record
+
+__all__ = ["warnings"]
+
+INPUTS = (torch.randn(4, 5),)
+BATCHES = [torch.randn(200, 5)]
+
+
+def dp(inner: Strategy) -> Strategy:
+    return flower.DifferentialPrivacyServerSideFixedClipping(inner, 0.1, 1.0, 2)
+
+
+def dp_clients(inner: Strategy) -> Strategy:
+    return flower.DifferentialPrivacyClientSideFixedClipping(inner, 0.1, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FedAvg, "strategy: expected an instance of flwr.serverapp.strategy.Strategy"),
+        (
+            dp_clients(FedAvg()),
+            "DifferentialPrivacyClientSideFixedClipping has the clients clip before the server aligns",
+        ),
+        (
+            flower.DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.1, 2),
+            r"AdaptiveClipping has the clients clip .* align on the client \(rebasin_mod, last in its list of mods\)",
+        ),
+        (flower.FedXgbBagging(), "FedXgbBagging aggregates trees"),
+        (FedRebasin(spec=spec_of()), "strategy: it aligns already"),
+        (dp(FedRebasin(spec=spec_of())), "strategy: it aligns already"),
+    ],
+)
+def test_strategies_that_server_side_alignment_does_not_fit_are_refused(strategy: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Rebasin(strategy, spec=spec_of())
+
+
+@pytest.mark.parametrize("inner", [flower.Krum, flower.MultiKrum, flower.Bulyan, lambda: dp(FedAdam())])
+@pytest.mark.parametrize("reference", ["largest", *JOINT_REFERENCES])
+def test_under_privacy_and_selection_only_the_global_reference_is_built(inner: Any, reference: str) -> None:
+    with pytest.raises(UsageError, match=f"reference='{reference}': under .* nothing bounds one client's influence"):
+        Rebasin(inner(), spec=spec_of(), reference=reference)
+
+
+def test_under_privacy_auto_warns_and_repair_is_not_used(warnings: list[str]) -> None:
+    strategy = Rebasin(dp(FedAvg()), model=small_net(), example_inputs=INPUTS, calibration=BATCHES)
+    assert "DifferentialPrivacyServerSideFixedClipping the reference is the global model" in warnings[0]
+    assert strategy.correction == "reset-batchnorm"
+    with pytest.raises(UsageError, match=r"correction='repair': under .* past clipping or selection"):
+        Rebasin(dp(FedAvg()), model=small_net(), example_inputs=INPUTS, calibration=BATCHES, correction="repair")
+    plain = Rebasin(dp(FedAvg()), model=small_net(norm=False), example_inputs=INPUTS, calibration=BATCHES)
+    assert plain.correction is None
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        dp,
+        dp_clients,
+        lambda inner: flower.DifferentialPrivacyServerSideAdaptiveClipping(inner, 0.1, 2),
+        lambda inner: flower.DifferentialPrivacyClientSideAdaptiveClipping(inner, 0.1, 2),
+    ],
+    ids=["fixed", "client-side", "adaptive", "client-side adaptive"],
+)
+def test_privacy_around_alignment_is_refused_before_anything_is_sent(wrapper: Any) -> None:
+    outer = wrapper(FedRebasin(spec=spec_of()))
+    grid = MemoryGrid({1: lambda message: message, 2: lambda message: message})
+    with pytest.raises(UsageError, match=r"\(Rebasin\(...\)\) clips before alignment; turn them round: Rebasin\(Diff"):
+        outer.start(grid=grid, initial_arrays=state_to_record(small_net().state_dict()), num_rounds=1)
