@@ -52,6 +52,7 @@ from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
 from fedrebasin.trunk import match_trunks, merge_trunk_modules, merge_trunks, trunk_tensors
+from fedrebasin.widths import WidthMatching, check_widths, match_widths, merge_widths, resize
 
 __all__ = [
     "Axis",
@@ -67,12 +68,14 @@ __all__ = [
     "SpecMismatchError",
     "TraceError",
     "UnsupportedOpError",
+    "WidthMatching",
     "activation_matching",
     "align",
     "barrier_above_chord",
     "bias_normalisation",
     "chain_spec",
     "check_spec",
+    "check_widths",
     "closed_form",
     "compose",
     "distill",
@@ -89,10 +92,12 @@ __all__ = [
     "match_each",
     "match_many",
     "match_trunks",
+    "match_widths",
     "merge",
     "merge_modules",
     "merge_trunk_modules",
     "merge_trunks",
+    "merge_widths",
     "moved_fraction",
     "permute",
     "permute_optimizer",
@@ -104,6 +109,7 @@ __all__ = [
     "rescale",
     "reset_batchnorm",
     "reshift",
+    "resize",
     "select_candidate",
     "sinkhorn_matching",
     "split_calibration",

@@ -46,6 +46,12 @@ def test_the_example_of_different_heads_gives_two_networks_one_trunk() -> None:
     assert [net(torch.zeros(1, 20)).shape[1] for net in names["merged"]] == [3, 7]
 
 
+def test_the_example_of_different_widths_gives_each_network_its_own() -> None:
+    names: dict[str, Any] = {"torch": torch, "nn": nn}
+    exec(compile(next(block for block in BLOCKS if "merge_widths" in block), "README.md", "exec"), names)
+    assert [names[name]["0.weight"].shape[0] for name in ("one", "other", "as_wide")] == [64, 32, 64]
+
+
 def test_the_client_example_makes_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, inputs = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), (torch.zeros(2, 2),)
     check_spec(net, trace(net, inputs), inputs).save(tmp_path / "spec.json")
