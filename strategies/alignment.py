@@ -30,6 +30,7 @@ from fedrebasin.matching.methods import JOINT_METHOD, JOINT_REFERENCES
 from fedrebasin.strategies.common_start import Nearness, measure_nearness
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.trajectory import Permuted, better_start, gain_of, same_order
 
 Perms = dict[str, Tensor]
 State = Mapping[str, Tensor]
@@ -53,6 +54,8 @@ class Alignment:
         Share of the hidden units that change their place, mean over the replies.
     how : str
         For the log: which reference, and why.
+    reused : int
+        How many replies moved as their node's last one did (``trajectory.py``).
     """
 
     perms: list[Perms]
@@ -60,6 +63,7 @@ class Alignment:
     objective_gain: float
     moved_fraction: float
     how: str
+    reused: int = 0
 
     @property
     def moves(self) -> bool:
@@ -76,6 +80,7 @@ def find_alignment(
     reference: str,
     seed: int,
     device: torch.device | None,
+    last: Sequence[Perms | None] | None = None,
 ) -> Alignment:
     """Find the permutations of a round.
 
@@ -92,13 +97,17 @@ def find_alignment(
     reference : {"auto", "global", "largest", "merge-many", "medoid", "cycle-consistent", "straight-through-many"}
     seed : int
     device : torch.device, optional
+    last : sequence of perms or None, optional
+        For each reply what its node's last one was permuted by, if it moved. Weight matching to the sent model starts
+        there where it cannot be improved, or is better than what it finds without.
 
     Notes
     -----
     A matching that fails (the sent model holds a NaN, a device is out of memory) is logged, and nothing moves.
     """
+    last = [None] * len(replies) if last is None or match.name != JOINT_METHOD else last
     try:
-        return _find(spec, sent, replies, match, reference=reference, seed=seed, device=device)
+        return _find(spec, sent, replies, match, reference=reference, seed=seed, device=device, last=last)
     except Exception as error:
         if not (match.runs_the_model or isinstance(error, ValueError | RuntimeError)):
             raise
@@ -115,22 +124,24 @@ def _find(
     reference: str,
     seed: int,
     device: torch.device | None,
+    last: Sequence[Perms | None],
 ) -> Alignment:
-    certain = [False] * len(replies)
+    certain: list[Perms | None] = [None] * len(replies)
     if reference in ("auto", "global") and match.name == JOINT_METHOD:
         certificate = IdentityCertificate(spec, sent, device=device)
-        certain = [certificate.holds(reply.tensors()) for reply in replies]
+        certain = [_certain(spec, certificate, reply, perms) for reply, perms in zip(replies, last, strict=True)]
     if reference == "global":
-        return _align_to_sent(sent, replies, match, how="the sent model", certain=certain)
+        return _align_to_sent(sent, replies, match, how="the sent model", certain=certain, last=last)
     # by chance a reply that was trained elsewhere has the sent model's order once in 10 ** log10_order cases
-    sure = sum(reply.examples for reply, stays in zip(replies, certain, strict=True) if stays)
+    sure = sum(reply.examples for reply, stays in zip(replies, certain, strict=True) if stays is not None)
     if sure > _half(replies) and spec.log10_order >= CERTAIN:
-        how = f"the sent model, since {sum(certain)} of {len(replies)} replies are certainly in its order"
-        return _align_to_sent(sent, replies, match, how=how, certain=certain)
+        count = sum(stays is not None for stays in certain)
+        how = f"the sent model, since the order of {count} of {len(replies)} replies is certain"
+        return _align_to_sent(sent, replies, match, how=how, certain=certain, last=last)
     nearness = measure_nearness(spec, sent, [reply.tensors() for reply in replies], seed=seed)
     apart, how = _judge(replies, nearness)
     if reference == "auto" and not apart:
-        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}", certain=certain)
+        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}", certain=certain, last=last)
     largest = reference == "largest" or match.name != JOINT_METHOD
     if largest:
         perms, gain = _align_to_largest(spec, replies, match)
@@ -157,16 +168,42 @@ def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool
     return apart, f"{share} are nearer to the sent model than their relabellings (z from {evidence[0]:.3g})"
 
 
+def _certain(spec: PermutationSpec, certificate: IdentityCertificate, reply: Reply, last: Perms | None) -> Perms | None:
+    """The order that no single permutation improves: the node's last one, or the reply's own; None if not certain."""
+    if last is not None and certificate.holds(Permuted(spec, last, reply.tensors())):
+        return last
+    return identity_perms(spec) if certificate.holds(reply.tensors()) else None
+
+
 def _align_to_sent(
-    sent: State, replies: Sequence[Reply], match: Matcher, *, how: str, certain: Sequence[bool]
+    sent: State,
+    replies: Sequence[Reply],
+    match: Matcher,
+    *,
+    how: str,
+    certain: Sequence[Perms | None],
+    last: Sequence[Perms | None],
 ) -> Alignment:
-    """Match those that are not certainly best as they are."""
-    open_places = [place for place, stays in enumerate(certain) if not stays]
-    found = dict(zip(open_places, match.each(sent, [replies[place].tensors() for place in open_places]), strict=True))
-    stays = identity_perms(match.setting.spec)
-    perms = [found[place].perms if place in found else stays for place in range(len(replies))]
-    gain = sum(matching.objective - matching.objective_before for matching in found.values())
-    return Alignment(perms, False, gain / len(replies), _moved_fraction(perms), how)
+    """Match those whose order is not certain."""
+    setting, gain = match.setting, 0.0
+    spec, perms = setting.spec, list(certain)
+    open_places = [place for place, order in enumerate(certain) if order is None]
+    found = match.each(sent, [replies[place].tensors() for place in open_places])
+    for place, matching in zip(open_places, found, strict=True):
+        start = last[place]
+        if start is not None:
+            state = replies[place].tensors()
+            matching = better_start(spec, sent, state, matching, start, seed=setting.seed, device=setting.device)
+        perms[place] = matching.perms
+        gain += matching.objective - matching.objective_before
+    reused = 0
+    for order, before, reply, known in zip(perms, last, replies, certain, strict=True):
+        if order is not None and before is not None and same_order(order, before):
+            reused += 1
+            gain += gain_of(spec, sent, reply.tensors(), order) if known is not None else 0.0
+    final = [order for order in perms if order is not None]
+    how = f"{how}; {reused} as their node's last" if reused else how
+    return Alignment(final, False, gain / len(replies), _moved_fraction(final), how, reused)
 
 
 def _align_to_largest(spec: PermutationSpec, replies: Sequence[Reply], match: Matcher) -> tuple[list[Perms], float]:

@@ -23,6 +23,7 @@ from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.buffers import merge_buffers
 from fedrebasin.strategies.records import array_to_tensor, record_to_state, state_to_record, tensor_to_array
 from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.trajectory import Trajectories
 from fedrebasin.strategies.wire import decode
 
 PERMS = "rebasin-perms"  # the ArrayRecord in which permutations travel
@@ -131,17 +132,20 @@ class Beside:
         self.names = tuple(names)
         self.send_perms = send_perms
         self.averages: dict[str, ArrayRecord] = {}
+        self.trajectories = Trajectories()
         self._perms: dict[int, ArrayRecord] = {}
         self._taken: dict[int, dict[str, ArrayRecord]] = {}
 
     def state_dict(self) -> dict[str, object]:
-        """For a checkpoint: the averages, and the permutations that nodes have yet to get."""
-        return {"averages": self.averages, "perms": {str(node): record for node, record in self._perms.items()}}
+        """For a checkpoint: the averages, the permutations that nodes have yet to get, and each node's last."""
+        perms = {str(node): record for node, record in self._perms.items()}
+        return {"averages": self.averages, "perms": perms, "trajectories": self.trajectories.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, ArrayRecord]]) -> None:
         """Take up what :meth:`state_dict` gave; a node that has another id by now starts anew."""
         self.averages = state["averages"]
         self._perms = {int(node): record for node, record in state["perms"].items()}
+        self.trajectories.load_state_dict(state.get("trajectories", {}))  # older checkpoints have none
 
     def attach(self, messages: Sequence[Message]) -> None:
         """Add the averages, and the node's permutations, to what each node is sent."""
@@ -175,6 +179,7 @@ class Beside:
 
         A record that does not fit is left out of its average, with a log line; the reply's weights count all the same.
         """
+        self.trajectories.remember(perms, replies)
         if self.send_perms:
             self._perms.update((reply.node, state_to_record(perm)) for perm, reply in zip(perms, replies, strict=True))
         for name in self.names:

@@ -111,7 +111,8 @@ class Rebasin(Around):
     ``partition-id`` if all have one, so that sums do not depend on who was first. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
-    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies); of a federated correction also
+    ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies),
+    ``rebasin-reused`` (replies that moved as their node's last one, ``trajectory.py``); of a federated correction also
     ``rebasin-query-rounds``, ``rebasin-query-bytes`` (both ways, all nodes) and ``rebasin-query-left-out`` (nodes);
     with ``select`` those of ``selection.py``.
 
@@ -243,9 +244,9 @@ class Rebasin(Around):
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
         state, reference = RecordView(sent), "global" if self.guard else self.reference
-        alignment = find_alignment(
-            self.spec, state, screened.replies, self._matcher, reference=reference, seed=self.seed, device=self.device
-        )
+        last = self._beside.trajectories.last(self.spec, screened.replies)
+        options: dict[str, Any] = {"reference": reference, "seed": self.seed, "device": self.device, "last": last}
+        alignment = find_alignment(self.spec, state, screened.replies, self._matcher, **options)
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
@@ -279,5 +280,6 @@ class Rebasin(Around):
         metrics["rebasin-objective-gain"] = alignment.objective_gain
         metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
         metrics["rebasin-left-out"] = screened.left_out
+        metrics["rebasin-reused"] = alignment.reused
         metrics.update(figures)
         return model, metrics
