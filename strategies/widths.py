@@ -27,7 +27,8 @@ class Widths:
     load: it starts from its own initialisation. From then on it gets the global model in its own width: all of its
     units take part, by the transport plan between them and those of its last reply. Its reply goes up by assignment,
     each unit to one of the wide network's; entries that it lacks are those of the round's reference,
-    which so says alone what they are: the reply of the model's own width with most examples, or the model that was sent.
+    which so says alone what they are: the reply of the model's own width with most examples, or else the model that
+    was sent.
 
     Parameters
     ----------
