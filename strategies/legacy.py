@@ -81,7 +81,7 @@ class Rebasin(LegacyStrategy):
                     f"strategy: {type(link).__name__} of flwr.server.strategy cannot be aligned in front of; take "
                     "fedrebasin.strategies.Rebasin and a strategy of flwr.serverapp.strategy"
                 )
-        for name in ("checkpoint_dir", "correction", "beside", "send_perms", "until"):
+        for name in ("checkpoint_dir", "correction", "beside", "send_perms", "until", "node_models"):
             value = options.get(name)
             if value and (name != "correction" or str(value).startswith("federated")):
                 raise UsageError(

@@ -40,6 +40,7 @@ from fedrebasin.strategies.part import Trunk, check_home, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.selection import Round, plain_replies
+from fedrebasin.strategies.widths import Widths
 
 
 class Rebasin(Around):
@@ -91,6 +92,8 @@ class Rebasin(Around):
     until : str, optional
         The module up to which nodes share a trunk, as for :func:`fedrebasin.merge_trunks`: that part alone is sent,
         aligned and aggregated; every node keeps a head of its own, of any shape, and may leave it in its replies.
+    node_models : sequence of nn.Module or functions of no arguments
+        Narrower networks of the model's kind that nodes may train: ``widths.py`` says what such a node gets and gives.
     checkpoint_dir : path, optional
         After every round the global model, the strategies' state, metrics and random states are written there; a run
         that is started on the same folder goes on at the next round (``checkpointed.py``).
@@ -148,6 +151,7 @@ class Rebasin(Around):
         send_perms: bool = False,
         home: str = "fixed",
         until: str | None = None,
+        node_models: Sequence[Model] = (),
         checkpoint_dir: str | Path | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -193,6 +197,14 @@ class Rebasin(Around):
         self.arrayrecord_key = self._screen.arrayrecord_key
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._trunk = Trunk(self.spec, until)
+        unfit: dict[str, object] = {
+            "until": until,
+            "beside": beside,
+            "send_perms": send_perms,
+            "checkpoint_dir": checkpoint_dir,
+        }
+        unfit |= {"a federated correction": self._finish.queries, self.guard or "a guard": self.guard}
+        self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._sent: ArrayRecord | None = None
         self._messages: list[Message] = []
@@ -217,6 +229,7 @@ class Rebasin(Around):
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._beside.attach(messages)
+        self._widths.attach(messages, self.arrayrecord_key)
         self._messages = messages
         if self._finish.queries is not None:
             self._finish.queries.prepare(server_round, grid, messages, self._timeout)
@@ -226,7 +239,9 @@ class Rebasin(Around):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the inner strategy configure the evaluation of what the nodes share."""
-        return super().configure_evaluate(server_round, self._trunk.cut(arrays), config, grid)
+        messages = list(super().configure_evaluate(server_round, self._trunk.cut(arrays), config, grid))
+        self._widths.attach(messages, self.arrayrecord_key)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -239,6 +254,7 @@ class Rebasin(Around):
         nodes = node_of_message(self._messages)
         replies = self._beside.take(replies)
         self._trunk.strip(replies, self.arrayrecord_key)
+        self._widths.take(replies, self.arrayrecord_key, sent, nodes)
         screened = self._screen.screen(server_round, replies, sent, nodes)
         if not screened.replies:
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)

@@ -100,7 +100,7 @@ def average(
         total = torch.zeros_like(tensor, dtype=torch.float64)
         weight = torch.zeros_like(total)
         for matching, state, coefficient in zip(matchings, fitted, coefficients, strict=True):
-            counts = coefficient * _counts(matching, name).to(total)
+            counts = coefficient * counts_of(matching, name).to(total)
             total += counts * state[name].to(total)
             weight += counts
         alone = total if not name.endswith("running_var") else torch.ones_like(total)
@@ -108,7 +108,7 @@ def average(
     return like_state(fitted[0], result)
 
 
-def _counts(matching: WidthMatching, name: str) -> Tensor:
+def counts_of(matching: WidthMatching, name: str) -> Tensor:
     """Where the model has a say in a tensor of the reference's shape: 1, else 0."""
     counts = torch.ones((), dtype=torch.float64)
     for layout in matching.reference_spec.axes[name]:

@@ -1,0 +1,134 @@
+"""Nodes that train narrower networks of the model's kind: their replies are made to fit, and what they get back is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from logging import WARNING
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.logger import log
+from torch import Tensor, nn
+
+from fedrebasin import PermutationSpec, RebasinError, check_widths, match_widths, resize
+from fedrebasin.errors import UsageError
+from fedrebasin.strategies.network import Model
+from fedrebasin.strategies.records import record_to_state, state_to_record
+from fedrebasin.widths.merge import counts_of
+
+State = dict[str, Tensor]
+
+
+class Widths:
+    """The node models' specs, and what each narrower node trained last.
+
+    A node's width is told by the shapes of its reply. So in its first round it gets the wide model, which it cannot
+    load: it starts from its own initialisation. From then on it gets the global model in its own width: all of its
+    units take part, by the transport plan between them and those of its last reply. Its reply goes up by assignment,
+    each unit to one of the wide network's; entries that it lacks are those of the round's reference,
+    which so says alone what they are: the reply of the model's own width with most examples, or else the model that
+    was sent.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+    node_models : sequence of nn.Module or functions of no arguments
+        The narrower networks; no layer is wider than the model's.
+    example_inputs : tuple
+    seed : int
+    unfit : dict of str to object
+        Options that do not go with it, refused where they are set.
+
+    Raises
+    ------
+    RebasinError
+        If there is no model, if one of them does not keep its function among dead units, or with an unfit option.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        node_models: Sequence[Model],
+        example_inputs: Any,
+        *,
+        seed: int,
+        unfit: Mapping[str, object],
+    ) -> None:
+        self.specs: list[PermutationSpec] = []
+        self._last: dict[int, tuple[PermutationSpec, State]] = {}
+        if not node_models:
+            return
+        option = next((name for name, value in unfit.items() if value), None)
+        if option is not None:
+            raise UsageError(f"node_models: not built yet together with {option}; leave one of them out")
+        if model is None:
+            raise UsageError("node_models: give model= and example_inputs= too, from which the widths are proved")
+        for one in node_models:
+            net = one if isinstance(one, nn.Module) else one()
+            self.spec, spec = check_widths(model, net, example_inputs, seed=seed)
+            self.specs.append(spec)
+
+    def attach(self, messages: Sequence[Message], key: str) -> None:
+        """Give the nodes that trained a narrower network the model in their own width."""
+        for message in messages:
+            found = self._last.get(message.metadata.dst_node_id)
+            record = message.content.get(key)
+            if found is not None and isinstance(record, ArrayRecord):
+                spec, last = found
+                content = RecordDict(dict(message.content))  # the messages may share one
+                content[key] = state_to_record(self._narrowed(spec, record_to_state(record), last))
+                message.content = content
+
+    def take(self, replies: Sequence[Message], key: str, sent: ArrayRecord, nodes: Mapping[str, int]) -> None:
+        """Make the narrower replies fit, in place; one that cannot be is left to the screen, which names it."""
+        if not self.specs:
+            return
+        reference: State | None = None
+        for message, spec in [(message, self._spec_of(message, key)) for message in replies]:
+            if spec is None:
+                continue
+            if reference is None:
+                reference = self._reference(replies, key, sent)
+            state = record_to_state(message.content.array_records[key])
+            try:
+                matching = match_widths(self.spec, spec, reference, state)
+            except RebasinError as error:
+                log(WARNING, "rebasin: a narrower reply cannot be made to fit: %s", error)
+                continue
+            fitted = resize(matching, state)
+            for name, tensor in fitted.items():
+                if tensor.is_floating_point():
+                    fitted[name] = torch.where(counts_of(matching, name) > 0, tensor, reference[name].to(tensor))
+            message.content[key] = state_to_record(fitted)
+            self._last[nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)] = spec, state
+
+    def _narrowed(self, spec: PermutationSpec, model: State, last: State) -> State:
+        try:
+            matching = match_widths(self.spec, spec, model, last, unmatched="transport")
+        except RebasinError:  # widths without a common multiple, or an op that nobody knows
+            matching = match_widths(self.spec, spec, model, last)
+        return resize(matching.inverse(), model)
+
+    def _spec_of(self, message: Message, key: str) -> PermutationSpec | None:
+        shapes = _shapes(message, key)
+        return next((spec for spec in self.specs if spec.shapes == shapes and shapes != self.spec.shapes), None)
+
+    def _reference(self, replies: Iterable[Message], key: str, sent: ArrayRecord) -> State:
+        """The reply of the model's width with most examples that is finite, or the model that was sent."""
+        whole = [message for message in replies if _shapes(message, key) == self.spec.shapes]
+        for message in sorted(whole, key=_examples, reverse=True):
+            state = record_to_state(message.content.array_records[key])
+            if all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                return state
+        return record_to_state(sent)
+
+
+def _shapes(message: Message, key: str) -> dict[str, tuple[int, ...]]:
+    record = message.content.array_records.get(key) if message.has_content() else None
+    return {} if record is None else {name: tuple(array.shape) for name, array in record.items()}
+
+
+def _examples(message: Message) -> float:
+    counts = [record.get("num-examples") for record in message.content.metric_records.values()]
+    return max((float(count) for count in counts if isinstance(count, int | float)), default=0.0)

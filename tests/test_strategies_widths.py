@@ -1,0 +1,62 @@
+"""Nodes with narrower networks in Flower: their replies take part, and each gets back its own width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flower_messages import configure, play_round, warnings
+from test_widths import X, mlp, output, planted, widened
+
+from fedrebasin import RebasinError, permute, random_perms
+from fedrebasin.errors import UsageError
+from fedrebasin.strategies import FedRebasin
+from fedrebasin.strategies.records import record_to_state
+
+__all__ = ["warnings"]
+
+
+def test_a_narrow_node_and_wide_ones_of_one_function_merge_to_it_and_each_gets_its_own_width() -> None:
+    specs, (wide, narrow) = planted("dead units")
+    nets = [mlp(5, 7), mlp(3, 4)]
+    states = [{name: tensor.float() for name, tensor in state.items()} for state in (wide, narrow)]
+    moved = [permute(specs[place], random_perms(specs[place], 3 + place), state) for place, state in enumerate(states)]
+    strategy = FedRebasin(model=nets[0], node_models=[nets[1]], example_inputs=X, reference="largest")
+    sent = nets[0].state_dict()
+    arrays, metrics = play_round(strategy, sent, [states[0], moved[1], moved[0]])
+    assert arrays is not None and metrics is not None
+    assert metrics["rebasin-left-out"] == 0
+    x = torch.randn(20, 5, dtype=torch.float64)
+    expected = output(narrow, x)
+    merged = {name: tensor.double() for name, tensor in record_to_state(arrays).items()}
+    torch.testing.assert_close(output(merged, x), expected, rtol=1e-4, atol=1e-5)
+    messages = configure(strategy, record_to_state(arrays), 3, 2)
+    shapes = [tuple(message.content.array_records["arrays"]["0.weight"].shape) for message in messages]
+    assert shapes == [(5, 5), (3, 5), (5, 5)]
+
+
+def test_a_narrow_node_gets_the_function_of_a_network_with_doubled_units_back() -> None:
+    narrow = {name: tensor.double() for name, tensor in mlp(3, 4).state_dict().items()}
+    wide = widened(narrow, {"0": [2, 0, 1, 0, 2, 1], "2": [3, 1, 0, 2, 2, 3, 0, 1]}, {"0": [0.5] * 6, "2": [0.5] * 8})
+    strategy = FedRebasin(model=mlp(6, 8), node_models=[lambda: mlp(3, 4)], example_inputs=X)
+    small = {name: tensor.float() for name, tensor in narrow.items()}
+    play_round(strategy, mlp(6, 8, seed=1).state_dict(), [small, small])
+    message = configure(strategy, {name: tensor.float() for name, tensor in wide.items()}, 2, 2)[1]
+    back = {name: tensor.double() for name, tensor in record_to_state(message.content.array_records["arrays"]).items()}
+    x = torch.randn(20, 5, dtype=torch.float64)
+    torch.testing.assert_close(output(back, x), output(narrow, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_narrow_reply_with_a_nan_is_left_out_and_the_round_goes_on(warnings: list[str]) -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+    arrays, metrics = play_round(strategy, wide, [wide, {**narrow, "0.bias": torch.full((3,), torch.nan)}])
+    assert arrays is not None and metrics is not None
+    assert metrics["rebasin-left-out"] == 1
+    assert "a narrower reply cannot be made to fit: model: expected finite weights" in warnings[0]
+
+
+def test_what_does_not_go_with_narrower_nodes_is_refused() -> None:
+    with pytest.raises(UsageError, match="node_models: not built yet together with send_perms"):
+        FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X, send_perms=True)
+    with pytest.raises(RebasinError, match="narrow: expected at most 3 units"):
+        FedRebasin(model=mlp(3, 4), node_models=[mlp(5, 7)], example_inputs=X)
