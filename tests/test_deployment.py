@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 from flower_messages import MemoryGrid
 from flwr.app import Context, Message, RecordDict
+from flwr.serverapp.strategy import Result
 from safetensors.numpy import load_file
 
 from fedrebasin.simulations.processes import Family
@@ -33,6 +37,25 @@ class Deployment:
     folder: Path
     port: int
     environment: dict[str, str]
+    family: Family
+
+    def pids(self, *words: str) -> set[int]:
+        """The processes of the deployment whose command line holds all of these words."""
+        found = set()
+        for pid in self.family.look():
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+            if all(word in line for word in words):
+                found.add(pid)
+        return found
+
+    def run(self, config: str, log: str) -> subprocess.Popen[bytes]:
+        """Start the app once more, its output in the file ``log``."""
+        call = ["flwr", "run", ".", "silos", "--stream", "--run-config", config]
+        with (self.folder / log).open("wb") as file:
+            return subprocess.Popen(call, cwd=self.folder, env=self.environment, stdout=file, stderr=file)
 
     def refusal(self, *options: str) -> str:
         """What one more SuperNode says before it ends, for it is not to be let in."""
@@ -89,16 +112,26 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     try:
         status = process.wait(timeout=400)
         assert status == 0, (folder / "log").read_text(errors="replace")[-3000:]
-        yield Deployment(folder, port, {**environment, "FLWR_HOME": str(folder / "keys")})
+        yield Deployment(folder, port, {**environment, "FLWR_HOME": str(folder / "keys")}, family)
     finally:
         family.look()
         left = family.end(patience=0)
     assert left == []
 
 
-def test_the_deployed_model_is_that_of_the_same_replies_in_one_process(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def to_bytes(path: Path) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in load_file(path).items()}
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, partitions: int, rounds: int) -> Result:
+    """The same silos' replies, aggregated by the app's strategy in this process."""
     monkeypatch.syspath_prepend(str(APP))
     from rebasin_deployment.client_app import train_silo
     from rebasin_deployment.server_app import first_model, make_strategy
@@ -108,12 +141,17 @@ def test_the_deployed_model_is_that_of_the_same_replies_in_one_process(
         context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={})
         return lambda message: train_silo(message, context)
 
-    grid = MemoryGrid({9 - partition: node(partition) for partition in range(SILOS)})  # arriving in another order
-    expected = make_strategy(SILOS).start(grid=grid, initial_arrays=first_model(), num_rounds=ROUNDS)
+    grid = MemoryGrid({9 - partition: node(partition) for partition in range(partitions)})  # arriving in another order
+    return make_strategy(partitions).start(grid=grid, initial_arrays=first_model(), num_rounds=rounds)
+
+
+def test_the_deployed_model_is_that_of_the_same_replies_in_one_process(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = in_process(monkeypatch, SILOS, ROUNDS)
     moved = expected.train_metrics_clientapp[1]["rebasin-moved-fraction"]
     assert isinstance(moved, float) and moved > 0.3
-    found = load_file(deployment.folder / "model.safetensors")
-    assert {name: value.tobytes() for name, value in found.items()} == {
+    assert to_bytes(deployment.folder / "model.safetensors") == {
         name: array.numpy().tobytes() for name, array in expected.arrays.items()
     }
 
@@ -135,3 +173,37 @@ def test_another_authority_is_not_trusted(deployment: Deployment) -> None:
     subprocess.run(["sh", str(APP / "make_keys.sh"), "other", "0", "1"], cwd=deployment.folder, check=True)
     said = deployment.refusal("--root-certificates", "other/ca.crt", "--auth-supernode-private-key", "keys/node0")
     assert "CERTIFICATE_VERIFY_FAILED" in said
+
+
+def test_a_server_that_is_killed_between_rounds_goes_on_to_the_same_bits(deployment: Deployment) -> None:
+    kept, output = deployment.folder / "kept", deployment.folder / "resumed.safetensors"
+    config = f"checkpoints='{kept}' output='{output}'"
+    killed = deployment.run(config, "killed")
+    wait_for((kept / "round-000001").exists)
+    for pid in deployment.pids("flwr-serverapp"):
+        os.kill(pid, signal.SIGKILL)
+    killed.kill()  # it only shows the log
+    killed.wait()
+    assert not (kept / "round-000002").exists() and not output.exists()
+    assert deployment.run(config, "resumed").wait(timeout=240) == 0
+    assert "round 1 of" in (deployment.folder / "resumed").read_text(errors="replace")
+    assert to_bytes(output) == to_bytes(deployment.folder / "model.safetensors")
+
+
+def test_a_node_that_is_killed_in_a_round_is_named_and_the_round_goes_on(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test: its SuperNode does not come back."""
+    output, before = deployment.folder / "two.safetensors", deployment.pids("flwr-clientapp")
+    running = deployment.run(f"rounds=1 output='{output}'", "dying")
+    wait_for(lambda: deployment.pids("flwr-clientapp") - before)  # it takes seconds until one has trained
+    for pid in deployment.pids("flower-supernode", "keys/node2"):
+        os.kill(pid, signal.SIGKILL)
+    assert running.wait(timeout=240) == 0
+    call = ["flwr", "supernode", "list", "silos", "--format", "json"]
+    done = subprocess.run(call, cwd=deployment.folder, env=deployment.environment, capture_output=True, check=True)
+    dead = [node["node-id"] for node in json.loads(done.stdout)["nodes"] if node["status"] == "offline"]
+    log = (deployment.folder / "dying").read_text(errors="replace")
+    assert [f"the failure in round 1 is node {node}'s" in log for node in dead] == [True], (dead, log[-2000:])
+    expected = in_process(monkeypatch, SILOS - 1, 1)
+    assert to_bytes(output) == {name: array.numpy().tobytes() for name, array in expected.arrays.items()}
