@@ -1,0 +1,142 @@
+"""What an aligning strategy does in every round: send, align the replies, aggregate them, correct the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from torch import nn
+
+from fedrebasin.corrections.methods import Setting
+from fedrebasin.errors import RebasinError
+from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, rewrite_replies
+from fedrebasin.strategies.alignment import find_alignment, shares
+from fedrebasin.strategies.around import Around
+from fedrebasin.strategies.buffers import merge_buffers
+from fedrebasin.strategies.finish import Finish
+from fedrebasin.strategies.matcher import Matcher
+from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
+from fedrebasin.strategies.options import (
+    check_not_wrapped_by_privacy,
+)
+from fedrebasin.strategies.part import Trunk, narrow
+from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
+from fedrebasin.strategies.replies import ReplyScreen
+from fedrebasin.strategies.selection import Round, plain_replies
+from fedrebasin.strategies.widths import Widths
+
+
+class Rounds(Around):
+    """The rounds of :class:`fedrebasin.strategies.Rebasin`, which says what each part is."""
+
+    model: nn.Module | None
+    calibration: Any
+    example_inputs: Any
+    reference: str
+    select: str | None
+    home: str
+    arrayrecord_key: str
+    guard: str
+    _finish: Finish
+    _matcher: Matcher
+    _screen: ReplyScreen
+    _trunk: Trunk
+    _widths: Widths
+    _sent: ArrayRecord | None
+    _messages: list[Message]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy sample nodes; it sees the parameters alone, the nodes get the buffers too.
+
+        Raises
+        ------
+        RebasinError
+            In the first round, if ``arrays`` are not the model's or a part of it, or if a differential privacy wrapper
+            stands around.
+        """
+        arrays = self._trunk.cut(arrays)
+        if self._sent is None:
+            check_not_wrapped_by_privacy()
+            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self._finish.runs_the_model, self.home)
+        self._sent = arrays
+        trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
+        messages = list(self.strategy.configure_train(server_round, trained, config, grid))
+        restore_buffers(messages, self.arrayrecord_key, trained, arrays)
+        self._beside.attach(messages)
+        self._widths.attach(messages, self.arrayrecord_key)
+        self._messages = messages
+        if self._finish.queries is not None:
+            self._finish.queries.prepare(server_round, grid, messages, self._timeout)
+        return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the inner strategy configure the evaluation of what the nodes share."""
+        messages = list(super().configure_evaluate(server_round, self._trunk.cut(arrays), config, grid))
+        self._widths.attach(messages, self.arrayrecord_key)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Align the replies, let the inner strategy aggregate them, correct the result."""
+        started = time.perf_counter()
+        sent = self._sent
+        if sent is None:
+            raise RebasinError("aggregate_train was called before configure_train, which gives it the sent model")
+        nodes = node_of_message(self._messages)
+        replies = self._beside.take(replies)
+        self._trunk.strip(replies, self.arrayrecord_key)
+        self._widths.take(replies, self.arrayrecord_key, sent, nodes)
+        screened = self._screen.screen(server_round, replies, sent, nodes)
+        if not screened.replies:
+            log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
+            return None, None
+        state, reference = RecordView(sent), "global" if self.guard else self.reference
+        last = self._beside.trajectories.last(self.spec, screened.replies)
+        options: dict[str, Any] = {"reference": reference, "seed": self.seed, "device": self.device, "last": last}
+        alignment = find_alignment(self.spec, state, screened.replies, self._matcher, **options)
+        moved = alignment.moved_fraction
+        log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
+        outside = alignment.apart and alignment.moves
+        trained = names_of_weights(self.spec, sent)
+        keep_ends = outside or self._finish.keeps_ends
+        plain = []
+        if self.select is not None:
+            plain = plain_replies(screened.replies, self.strategy, moves=alignment.moves, outside=outside)
+        aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
+        coefficients = shares(screened.replies)
+        self._beside.settle(self.spec, alignment.perms, screened.replies, coefficients)
+        seconds = time.perf_counter() - started
+        arrays, metrics = aggregate(self.strategy, server_round, screened, aligned.ends if outside else None, trained)
+        started = time.perf_counter()
+        if arrays is None:
+            return None, metrics
+        buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
+        model = complete_model(arrays, buffers, sent)
+        if not is_finite(model):
+            log(WARNING, "rebasin: the aggregate of round %d holds a NaN or an infinity; the model stays", server_round)
+            return None, metrics
+        setting = None
+        if self.model is not None:
+            setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
+        corrected, figures = self._finish.run(setting, Round(model, plain, aligned.ends, screened.replies))
+        if outside or corrected is not None:
+            model = model if corrected is None else corrected
+            adopt_model(self.strategy, model)
+        metrics = MetricRecord() if metrics is None else metrics
+        metrics["rebasin-moved-fraction"] = moved
+        metrics["rebasin-objective-gain"] = alignment.objective_gain
+        metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
+        metrics["rebasin-left-out"] = screened.left_out
+        metrics["rebasin-reused"] = alignment.reused
+        metrics.update(figures)
+        return model, metrics
