@@ -152,6 +152,26 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
     return ["test loss / top-1 %", *columns], rows
 
 
+def joint(result: Result) -> tuple[Sequence[str], Rows]:
+    """``joint.py``: one column a number of clients; loss and accuracy, as averaged and corrected, CPU seconds."""
+    counts = list(dict.fromkeys(row["clients"] for row in result["rows"]))
+    rows = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        line = [f"**{method}**" if method else "plain average"]
+        for count in counts:
+            own = [row for row in result["rows"] if (row["clients"], row["method"]) == (count, method)]
+            parts = [
+                _scores([row for row in own if row["correction"] == name]) for name in {r["correction"]: 0 for r in own}
+            ]
+            seconds = sum(row["cpu-seconds"] for row in own) / len(own)
+            line.append("; ".join(parts) + (f"; {seconds:.2g} s" if method else ""))
+        rows.append(line)
+    for name in ("best client", "ensemble of logits", "ensemble of probabilities"):
+        found = [[one["rows"][name] for one in result["references"] if one["clients"] == count] for count in counts]
+        rows.append([name, *map(_scores, found)])
+    return ["average; corrected; CPU seconds", *(f"{count} clients" for count in counts)], rows
+
+
 def _scores(found: Sequence[Result] | None) -> str:
     if not found:
         return "-"
@@ -181,6 +201,7 @@ TABLES = {
     "methods": methods,
     "many": many,
     "growth": growth,
+    "joint": joint,
     "clients": clients,
     "secure": secure,
     "server-cost": server_cost,
