@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedrebasin import permute, random_perms, trace, weight_matching
 from fedrebasin.errors import RebasinError
-from fedrebasin.matching import problem
+from fedrebasin.matching import plan
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
@@ -150,7 +150,7 @@ def test_what_never_changes_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch
     first, other = ({k: v.double() for k, v in Residual().state_dict().items()} for _ in range(2))
     whole, parts = WeightProblem(spec, first, other), WeightProblem(spec, first, other)
     expected = [whole.similarity(block) for block in whole.blocks]
-    monkeypatch.setattr(problem, "_PART", 30)
-    assert any(len(problem._parts(terms, parts.entries_of)) > 2 for terms in parts.plan.terms.values())
+    monkeypatch.setattr(plan, "_PART", 30)
+    assert any(len(plan.in_parts(terms, parts.entries_of)) > 2 for terms in parts.plan.terms.values())
     for block, similarity in zip(parts.blocks, expected, strict=True):
         torch.testing.assert_close(parts.similarity(block), similarity)
