@@ -187,12 +187,12 @@ def _align_to_sent(
     """Match those whose order is not certain."""
     setting, gain = match.setting, 0.0
     spec, perms = setting.spec, list(certain)
-    open_places = [place for place, order in enumerate(certain) if order is None]
-    found = match.each(sent, [replies[place].tensors() for place in open_places])
-    for place, matching in zip(open_places, found, strict=True):
-        start = last[place]
+    for place, start in enumerate(last):
+        if certain[place] is not None:
+            continue
+        state = replies[place].tensors()
+        matching = match(sent, state)
         if start is not None:
-            state = replies[place].tensors()
             matching = better_start(spec, sent, state, matching, start, seed=setting.seed, device=setting.device)
         perms[place] = matching.perms
         gain += matching.objective - matching.objective_before

@@ -20,8 +20,8 @@ from fedrebasin.strategies.records import DECODE_ERRORS, array_view, sum_of_squa
 
 FACTOR = 1e3
 FLOOR = 1e-2
-LARGEST = math.sqrt(float(np.finfo(np.float32).max))
 _FINITE = float(np.finfo(np.float32).max)
+LARGEST = math.sqrt(_FINITE)
 Measured = float  # the root mean square of one tensor
 
 

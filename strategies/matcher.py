@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin import ManyMatching, Matching, PermutationSpec, match_each, match_many
+from fedrebasin.allocator import return_freed_memory
 from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.matching.many import ON_DATA
@@ -28,7 +29,9 @@ class Matcher:
 
     def __call__(self, reference: State, model: State) -> Matching:
         """Match ``model`` to ``reference``."""
-        return find_matching(self.name, self.setting, reference, model)
+        found = find_matching(self.name, self.setting, reference, model)
+        return_freed_memory(sum(tensor.nbytes for tensor in model.values()))
+        return found
 
     def each(self, reference: State, models: Sequence[State]) -> list[Matching]:
         """Match several models to one reference."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
@@ -196,5 +195,4 @@ class Rebasin(Rounds):
         unfit |= {"a federated correction": self._finish.queries, self.guard or "a guard": self.guard}
         self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
-        self._sent: ArrayRecord | None = None
-        self._messages: list[Message] = []
+        self._sent, self._messages = None, []

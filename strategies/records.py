@@ -35,7 +35,7 @@ def array_to_tensor(array: Array) -> Tensor:
     tensor(3)
     """
     # not np.ascontiguousarray: it turns a 0-d array into one of shape (1,)
-    return torch.from_numpy(np.array(array.numpy(), order="C"))
+    return torch.from_numpy(np.array(array_view(array), order="C"))
 
 
 def array_view(array: Array) -> np.ndarray[Any, Any]:

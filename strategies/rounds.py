@@ -21,9 +21,7 @@ from fedrebasin.strategies.buffers import merge_buffers
 from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
-from fedrebasin.strategies.options import (
-    check_not_wrapped_by_privacy,
-)
+from fedrebasin.strategies.options import check_not_wrapped_by_privacy
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen

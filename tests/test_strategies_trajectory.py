@@ -15,7 +15,7 @@ from test_strategies_exact import spec_of
 from test_strategies_legacy import play
 
 from fedrebasin import Matching, identity_perms, permute, random_perms, weight_matching
-from fedrebasin.matching import each
+from fedrebasin.matching import each, methods
 from fedrebasin.matching.result import inner_product
 from fedrebasin.strategies import Rebasin, legacy
 from fedrebasin.strategies.records import record_to_state
@@ -49,7 +49,8 @@ def test_nodes_that_keep_their_order_are_matched_in_the_first_round_alone(
     strategy = strategy_with(reference=reference)
     arrays, metrics = play_round(strategy, SENT, own_orders(1))
     assert arrays is not None and metrics is not None and metrics["rebasin-reused"] == 0
-    monkeypatch.setattr(each, "weight_matching", no_matching)
+    for module in (each, methods):
+        monkeypatch.setattr(module, "weight_matching", no_matching)
     for number in (2, 3):
         sent = record_to_state(arrays)
         arrays, metrics = play_round(strategy, sent, own_orders(number), server_round=number)

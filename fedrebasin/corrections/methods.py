@@ -103,19 +103,16 @@ def _bias_normalisation(setting: Setting, merged: State, ends: Sequence[State]) 
     )
 
 
-def _distill(setting: Setting, merged: State, ends: Sequence[State], lr: float = 1e-3) -> dict[str, Tensor]:
-    assert setting.calibration is not None
-    return distill(
-        *(setting.net, merged, ends, setting.calibration),
-        coefficients=setting.coefficients,
-        lr=lr,
-        seed=setting.seed,
-        device=setting.device,
-    )
+def _trained(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    def run(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+        return _with_data(partial(function, seed=setting.seed))(setting, merged, ends)
+
+    return run
 
 
 def _solved_and_distilled(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
-    return _distill(setting, _with_data(least_squares)(setting, merged, ends), ends, lr=GENTLE_LR)
+    solved = _with_data(least_squares)(setting, merged, ends)
+    return _trained(partial(distill, lr=GENTLE_LR))(setting, solved, ends)
 
 
 CORRECTIONS = {
@@ -128,6 +125,6 @@ CORRECTIONS = {
     "least-squares": Correction(_with_data(least_squares)),
     "least-squares-probabilities": Correction(_with_data(partial(least_squares, goals="probabilities"))),
     "regmean": Correction(_with_data(regmean)),
-    "distill": Correction(_distill),
+    "distill": Correction(_trained(distill)),
     "least-squares+distill": Correction(_solved_and_distilled),
 }

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import tensors
+from fedrebasin.batches import Batches, tensors
 from fedrebasin.corrections.layers import Layer, Step
-from fedrebasin.corrections.passes import Batch, Memory, Runner
+from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.errors import RebasinError
 
 GOALS = ("pre-activations", "probabilities")
@@ -49,7 +49,7 @@ def logits_of_mean_probabilities(logits: Sequence[Tensor], shares: Sequence[floa
 
 
 @torch.no_grad()
-def check_goals(goals: str, model: nn.Module, steps: Sequence[Step], batch: Batch) -> None:
+def check_goals(goals: str, model: nn.Module, steps: Sequence[Step], batches: Batches) -> None:
     """Raise :class:`RebasinError` unless the goals are known and the network can have them.
 
     Probabilities need a network whose output is what its last linear layer gives, ``(examples, classes)``.
@@ -58,11 +58,11 @@ def check_goals(goals: str, model: nn.Module, steps: Sequence[Step], batch: Batc
         raise RebasinError(f"goals: expected one of {', '.join(GOALS)}; got {goals!r}")
     if goals == "pre-activations":
         return
-    last, (args, kwargs) = steps[-1], batch
+    last, (args, kwargs, _) = steps[-1], next(iter(batches))
     output = tensors(model(*args, **kwargs))[0]
     seen = None
     if isinstance(last, Layer) and last.norm is None and not last.stride and output.ndim == 2:
-        seen = Runner(model, steps, Memory(0), keep=False).output(len(steps) - 1, 0, batch)
+        seen = Runner(model, steps, Memory(0), keep=False).output(len(steps) - 1, 0, (args, kwargs))
     if seen is None or not torch.equal(seen, output):
         raise RebasinError(
             f"goals='probabilities' needs a classifier that ends in a linear layer, of shape (examples, classes); this "

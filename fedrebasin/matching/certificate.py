@@ -44,6 +44,11 @@ class IdentityCertificate:
             reference if device is None else {name: reference[name].to(device) for name in self._plan.names}
         )
         self.possible = not self._plan.relative
+        #: for each tensor the blocks that it speaks for, with the slab in which it does
+        self._users: dict[str, list[tuple[Block, Term]]] = {}
+        for block, found in self._plan.terms.items():
+            for term in found:
+                self._users.setdefault(term.name, []).append((block, term))
         self._margins: dict[tuple[Block, bool], Tensor] = {}
         self._bounds: dict[Block, Tensor] = {}
 
@@ -60,19 +65,14 @@ class IdentityCertificate:
 
     def changes(self, model: Mapping[str, Tensor]) -> dict[Block, Tensor]:
         """How far each unit moved, ``|a_i - b_i|^2``, shape (units,) for each block; every tensor is read once."""
-        terms: dict[str, list[tuple[Block, Term]]] = {}
-        for block, found in self._plan.terms.items():
-            for term in found:
-                terms.setdefault(term.name, []).append((block, term))
         result: dict[Block, Tensor] = {}
-        for name, users in terms.items():
+        for name, users in self._users.items():
             reference = self._wide(self._reference[name])
             model_tensor = self._wide(model[name]).to(reference)
-            whole = {term.dim for _, term in users if not term.within and term.places is None}
-            sums = _sums_of_squares(model_tensor, reference, sorted(whole))
+            sums = _sums_of_squares(model_tensor, reference, sorted({term.dim for _, term in users if term.whole}))
             squares = None
             for block, term in users:
-                if term.dim in sums and not term.within and term.places is None:
+                if term.whole:
                     moved = sums[term.dim].reshape(-1, term.copies).sum(1)
                 else:
                     squares = (model_tensor - reference).square_() if squares is None else squares
@@ -99,7 +99,7 @@ class IdentityCertificate:
     def _bound(self, block: Block) -> Tensor:
         """What no margin can exceed: ``|a_i - a_j| <= |a_i| + max |a|``."""
         if block not in self._bounds:
-            squares = [_sum_of_rows(t, self._wide(self._reference[t.name]).square()) for t in self._plan.terms[block]]
+            squares = [t.rows(self._wide(self._reference[t.name])).square().sum(1) for t in self._plan.terms[block]]
             norms = torch.stack(squares).sum(0).sqrt()
             self._bounds[block] = (norms + norms.max()).square() / 4
         return self._bounds[block]
@@ -119,10 +119,6 @@ class IdentityCertificate:
 
 def _all_within(moved: Tensor, margin: Tensor) -> bool:
     return bool((moved * (1 + _ROUNDING) <= margin).all())
-
-
-def _sum_of_rows(term: Term, squares: Tensor) -> Tensor:
-    return term.rows(squares).sum(1)
 
 
 def _sums_of_squares(model: Tensor, reference: Tensor, dims: list[int]) -> dict[int, Tensor]:

@@ -36,6 +36,11 @@ class Term:
     copies: int
     within: tuple[tuple[int, Tensor], ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether the slab is the tensor, its axis ``dim`` the block's units."""
+        return self.places is None and not self.within
+
     def rows(self, tensor: Tensor) -> Tensor:
         """The slab of ``tensor``, shape ``(units, columns)``."""
         for dim, index in self.within:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import SpecMismatchError
-from fedrebasin.layout import Each, Fixed, Free, Layout, Product, Sum, leaves
+from fedrebasin.layout import Each, Free, Layout, Product, Sum, leaves
 from fedrebasin.permute import like_state
 from fedrebasin.spec import PermutationSpec
 
@@ -201,7 +201,5 @@ def _fits(one: Layout, other: Layout, common: Mapping[str, str]) -> bool:
         case Each(), _:
             perms = {leaf.perm for leaf in leaves(one) if isinstance(leaf, Free)}
             return one.size == other.size and not perms & set(common)
-        case Fixed(), _:
-            return one.size == other.size
         case _:
             return one.size == other.size

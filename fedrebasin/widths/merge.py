@@ -68,9 +68,8 @@ def merge_widths(
         raise RebasinError(f"specs: expected one for each model; got {len(specs)} for {len(models)} models")
     widths = [sum(math.prod(shape) for shape in spec.shapes.values()) for spec in specs]
     widest = max(range(len(models)), key=lambda place: (widths[place], weights[place]))
-    options = {"unmatched": unmatched, "fold_above": fold_above}
     matchings = [
-        match_widths(specs[widest], spec, models[widest], model, **options)  # type: ignore[arg-type]
+        match_widths(specs[widest], spec, models[widest], model, unmatched=unmatched, fold_above=fold_above)
         for spec, model in zip(specs, models, strict=True)
     ]
     merged = average(matchings, models, weights)

@@ -100,7 +100,8 @@ class WidthProblem:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         match layouts:
             case Free(perm=found), Free() if found == perm:
-                yield tuple(side.movedim(dim, 0).reshape(side.shape[dim], -1) for side in (reference, model))  # type: ignore[misc]
+                mine, theirs = (side.movedim(dim, 0).reshape(side.shape[dim], -1) for side in (reference, model))
+                yield mine, theirs
             case Sum(parts=ones), Sum(parts=others):
                 first = reference.split_with_sizes([part.size for part in ones], dim)
                 second = model.split_with_sizes([part.size for part in others], dim)
