@@ -7,6 +7,7 @@ from contextlib import suppress
 
 #: Models smaller than this leave little, and giving that back takes some milliseconds.
 _WORTHWHILE = 1 << 23
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def return_freed_memory(size: int) -> None:
@@ -23,3 +24,12 @@ def return_freed_memory(size: int) -> None:
         return
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_nothing_freed() -> None:
+    """Let the allocator give back every tensor of a megabyte and more as soon as it is dropped, from now on.
+
+    glibc otherwise keeps what was freed below 32 MB, in pieces: with layers of 10 MB that was a gigabyte.
+    """
+    with suppress(OSError, AttributeError):  # another C library; its allocator is left alone
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

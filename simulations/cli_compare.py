@@ -57,7 +57,8 @@ def compare(
         str,
         typer.Option(
             help="none, repair, reset-batchnorm, rescale, reshift, closed-form, bias-normalisation, least-squares, "
-            "regmean or distill; on the clients' own data federated-repair[-at-once], federated-least-squares[-prior], "
+            "least-squares-probabilities, regmean, distill or least-squares+distill; on the clients' own data "
+            "federated-repair[-at-once], federated-least-squares[-prior], "
             "federated-regmean; a strategy's +NAME wins; with --select several, with commas between."
         ),
     ] = "none",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedrebasin.simulations.cli_options import (
+    CalibrationImages,
     Corrections,
     DataPath,
     Device,
+    Epochs,
+    Held,
     Matching,
     Model,
     Norm,
@@ -19,6 +21,7 @@ from fedrebasin.simulations.cli_options import (
     Seeds,
     Width,
     command_line,
+    say,
     say_where,
 )
 
@@ -28,19 +31,19 @@ def disjoint(
     model: Model = "",
     width: Width = None,
     norm: Norm = "batch",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default: the data set's.")] = None,
+    epochs: Epochs = None,
     minutes: Annotated[
         float | None, typer.Option(help="Instead of epochs: as many as fit into a run of this length.")
     ] = None,
     seeds: Seeds = "0",
-    held: Annotated[float, typer.Option(help="Share of a class that goes to the other half.")] = 0.2,
+    held: Held = 0.2,
     ends: Annotated[str, typer.Option(help="Networks to train: a,b,all; a,b; or all, a run of its own.")] = "a,b,all",
     lams: Annotated[int, typer.Option(min=3, help="Points between the two models.")] = 25,
     corrected_lams: Annotated[
         int | None, typer.Option(min=2, help="Points with corrections; default: all for the mlp and on a GPU.")
     ] = None,
     corrections: Corrections = "all",
-    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 5000,
+    calibration: CalibrationImages = 5000,
     matching: Matching = "weight",
     augment: Annotated[str, typer.Option(help="shift, zoom or flip; for CIFAR.")] = "shift",
     compile_networks: Annotated[
@@ -59,9 +62,6 @@ def disjoint(
     from fedrebasin.simulations.disjoint import reproduce_disjoint
     from fedrebasin.simulations.disjoint_options import DisjointOptions, parse_corrections
     from fedrebasin.simulations.settings import parse_seeds
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     if redraw:
         say_where(draw_again(redraw[0], output or redraw[0].parent, say, redraw[1:]))

@@ -27,10 +27,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Corrections = Annotated[
     str,
     typer.Option(
-        help="all, none, or with commas between: repair, rescale, reshift, closed-form, least-squares, regmean, "
-        "distill; with BatchNorm also reset."
+        help="all, none, or with commas between: repair, rescale, reshift, closed-form, least-squares, "
+        "least-squares-probabilities, regmean, distill, least-squares+distill; with BatchNorm also reset."
     ),
 ]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default: the data set's.")]
+Held = Annotated[float, typer.Option(help="Share of a class that goes to the other half.")]
+CalibrationImages = Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")]
 Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
 
 
@@ -42,6 +45,11 @@ def command_line() -> str:
     words, folders = sys.argv[1:], ("--data", "--output", "--redraw")
     shown = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
     return shlex.join(["fedrebasin", *shown])
+
+
+def say(line: str) -> None:
+    """Tell how far a run is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def say_where(path: Path) -> None:

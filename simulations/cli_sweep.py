@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedrebasin.simulations.cli_options import (
+    CalibrationImages,
     Corrections,
     DataPath,
     Device,
+    Epochs,
+    Held,
     Matching,
     Model,
     Norm,
@@ -19,6 +21,7 @@ from fedrebasin.simulations.cli_options import (
     Seeds,
     Width,
     command_line,
+    say,
     say_where,
 )
 
@@ -30,12 +33,12 @@ def sweep(
     model: Model = "",
     width: Width = None,
     norm: Norm = "batch",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each training; default: the data set's.")] = None,
+    epochs: Epochs = None,
     seeds: Seeds = "0,1,2",
-    held: Annotated[float, typer.Option(help="Share of a class that goes to the other half.")] = 0.2,
+    held: Held = 0.2,
     lams: Annotated[int, typer.Option(min=3, help="Points of the path that the barrier is read from.")] = 11,
     corrections: Corrections = "repair,least-squares",
-    calibration: Annotated[int, typer.Option(min=1, help="Images for corrections and for matching by data.")] = 5000,
+    calibration: CalibrationImages = 5000,
     matching: Matching = "weight",
     redraw: Annotated[Path | None, typer.Option(help="Train nothing; draw this results.json again.")] = None,
     data_path: DataPath = None,
@@ -48,9 +51,6 @@ def sweep(
     from fedrebasin.simulations.sweep import redraw as draw_again
     from fedrebasin.simulations.sweep import reproduce_sweep
     from fedrebasin.simulations.sweep_options import SweepOptions, parse_over
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     if redraw:
         say_where(draw_again(redraw, output or redraw.parent, say))

@@ -20,6 +20,7 @@ from fedrebasin.simulations.disjoint_page import render
 from fedrebasin.simulations.disjoint_seed import ON_PATH, measure_alone, measure_seed
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.report import drawn
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.time_plan import (
     TimePlan,
@@ -94,13 +95,7 @@ def redraw(results: Path, folder: Path, progress: Progress = print, more: Sequen
         found = join_results([found, *map(load_results, more)])
         results = folder / "results.json"
         save_results(results, found)
-    try:
-        return render(found, folder)
-    except UsageError as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        progress(f"{error}; {results} is complete, and plots and page can be drawn from it later")
-        return results
+    return drawn(lambda: render(found, folder), results, progress)
 
 
 def make_folder(folder: Path) -> None:

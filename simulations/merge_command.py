@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.allocator import keep_nothing_freed
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.connectivity import loss_along_path, loss_barrier
 from fedrebasin.corrections.methods import Setting as CorrectionSetting
@@ -24,7 +25,7 @@ from fedrebasin.simulations.merge_average import averaged
 from fedrebasin.simulations.merge_data import read_calibration
 from fedrebasin.simulations.merge_files import check_values, open_inputs
 from fedrebasin.simulations.merge_matching import Found, Plan, match, needs_data, plan_matching
-from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, return_memory, streams
+from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, streams
 from fedrebasin.simulations.merge_network import Network, check_fit, from_model, from_spec, sizes
 from fedrebasin.simulations.merge_plot import draw, similarities
 from fedrebasin.simulations.merge_request import Request, check_output, correction_of, metadata_of, numbers
@@ -78,7 +79,7 @@ def merge_files(request: Request) -> Merged:
         needs = needs_of(network.spec, states, whole=whole, copies=copies)
         streamed = streams(limit, needs)
         if streamed:
-            return_memory()
+            keep_nothing_freed()
         request.on_phase("reading the files")
         digests = check_values(states, network.spec)
         held: list[Mapping[str, Tensor]] = list(states) if streamed else [dict(state) for state in states]

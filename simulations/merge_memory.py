@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 import sys
@@ -28,7 +27,6 @@ _FAMILY = 5
 _PROOF = 28
 #: buffers, and what the allocator does not give back
 _MARGIN = 48_000_000
-_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def parse_memory(text: str) -> int | None:
@@ -124,15 +122,6 @@ def streams(limit: int | None, needs: Needs) -> bool:
     raise UsageError(
         f"--memory: the largest tensors and permutations need about {size_text(needs.streamed)}; got {size_text(limit)}"
     )
-
-
-def return_memory() -> None:
-    """Let the allocator give back every tensor of a megabyte and more as soon as it is dropped.
-
-    glibc otherwise keeps what was freed below 32 MB, in pieces: with layers of 10 MB that was a gigabyte.
-    """
-    with suppress(OSError, AttributeError):  # another C library; its allocator is left alone
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def check_proof(limit: int | None, states: Sequence[StoredState]) -> None:

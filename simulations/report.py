@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -37,6 +37,23 @@ class Picture:
 
 
 Section = Table | Picture | str
+
+
+def drawn(render: Callable[[], Path], results: Path, progress: Callable[[str], None]) -> Path:
+    """The page that ``render`` makes; where matplotlib or jinja2 is missing, ``results``, with a line to ``progress``.
+
+    Examples
+    --------
+    >>> drawn(lambda: Path("report.html"), Path("results.json"), print).name
+    'report.html'
+    """
+    try:
+        return render()
+    except UsageError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        progress(f"{error}; {results} is complete, and plots and page can be drawn from it later")
+        return results
 
 
 def write_report(

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrebasin.errors import UsageError
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.disjoint import describe, make_folder
 from fedrebasin.simulations.disjoint_options import effort_of, end_configs
 from fedrebasin.simulations.ends import disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.report import drawn
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.sweep_options import SweepOptions, check_sweep
 from fedrebasin.simulations.sweep_page import render
@@ -74,13 +74,7 @@ def redraw(results: Path, folder: Path, progress: Progress = print) -> Path:
 
     Returns the page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
     """
-    try:
-        return render(load_results(results), folder)
-    except UsageError as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        progress(f"{error}; {results} is complete, and pictures and page can be drawn from it later")
-        return results
+    return drawn(lambda: render(load_results(results), folder), results, progress)
 
 
 def _config(options: SweepOptions, data: Dataset, value: float, device: torch.device) -> dict[str, Any]:

@@ -95,3 +95,7 @@ def save(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
 def load(path: str | Path) -> dict[str, Tensor]:
     """Copies: safetensors maps the file, and a file may be written over here."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def hidden_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.name.startswith(".") or "out" in file.name)

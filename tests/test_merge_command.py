@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from merge_cases import NET, USER_CODE, Net, load, output_of, plant, random_state, run, save
+from merge_cases import NET, USER_CODE, Net, hidden_files, load, output_of, plant, random_state, run, save
 from torch import Tensor
 
 from fedrebasin import PermutationSpec, check_spec, match_many, merge, permute, trace, weight_matching
@@ -35,10 +35,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def spec_of() -> PermutationSpec:
     inputs = (torch.randn(2, 3, 8, 8),)
     return check_spec(Net(), trace(Net(), inputs), inputs)
-
-
-def hidden_files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.name.startswith(".") or "out" in file.name)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from merge_cases import NET, USER_CODE, load, output_of, plant, run
+from merge_cases import NET, USER_CODE, hidden_files, load, output_of, plant, run
 
 from fedrebasin.simulations import cli, merge_command
 
@@ -25,10 +25,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.modules.pop("merged_nets", None)
-
-
-def hidden_files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.name.startswith(".") or "out" in file.name)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(

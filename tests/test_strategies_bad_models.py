@@ -6,7 +6,7 @@ import pytest
 import torch
 from flower_messages import play_round
 from flwr.serverapp.strategy import FedAvg
-from test_strategies_reference import accuracy, fresh, strategy_around, trained
+from trained_replies import accuracy, fresh, strategy_around, trained
 
 from fedrebasin.strategies.records import record_to_state
 

@@ -10,8 +10,8 @@ from flower_messages import MemoryGrid, State, answer, play_round, small_net, tr
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM
 from test_strategies_exact import same_bytes, spec_of
-from test_strategies_reference import accuracy, data, fresh, train, trained
 from torch import Tensor
+from trained_replies import accuracy, data, fresh, train, trained
 
 from fedrebasin import merge, permute, random_perms, repair, reset_batchnorm, trace, weight_matching
 from fedrebasin.strategies import FedRebasin, Rebasin

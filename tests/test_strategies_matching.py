@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flower_messages import State, play_round, small_net, trained_copy, warnings
+from flower_messages import play_round, small_net, trained_copy, warnings
 from flwr.serverapp.strategy import FedAdam, FedAvg, Krum
-from test_strategies_reference import WIDTH, accuracy, data, fresh, trained
 from torch import Tensor, nn
+from trained_replies import WIDTH, accuracy, data, fresh, nearest, trained
 
 from fedrebasin import merge, permute, random_perms
 from fedrebasin.matching.methods import METHODS, Setting, find_matching
@@ -44,10 +44,6 @@ def strategy_with(matching: str, inner: Any = FedAvg, **options: Any) -> Rebasin
 def setting_of(strategy: Rebasin, matching: str) -> Setting:
     loss = F.cross_entropy if METHODS[matching].targets else None
     return Setting(strategy.spec, small_net(WIDTH, norm=False), BATCHES, loss=loss)
-
-
-def nearest(a: State, b: State) -> float:
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 @pytest.mark.parametrize("matching", [name for name in METHODS if name != "weight"])

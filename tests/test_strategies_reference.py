@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from flower_messages import State, play_round, small_net, trained_copy
+from flower_messages import State, play_round, trained_copy
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, QFedAvg, Strategy
-from test_strategies_exact import same_bytes, spec_of
-from torch import Tensor, nn
+from test_strategies_exact import same_bytes
+from trained_replies import accuracy, data, fresh, nearest, strategy_around, trained
 
 from fedrebasin import PermutationSpec, match_many, merge, permute, random_perms, trace
 from fedrebasin.matching.methods import JOINT_REFERENCES
 from fedrebasin.strategies import Rebasin
-from fedrebasin.strategies.common_start import measure_nearness
 from fedrebasin.strategies.records import record_to_state, state_to_record
-
-WIDTH = 24
-
-
-@cache
-def data() -> tuple[Tensor, Tensor]:
-    """Five features, three classes by the nearest of three centres."""
-    generator = torch.Generator().manual_seed(0)
-    x, centres = torch.randn(600, 5, generator=generator), torch.randn(3, 5, generator=generator)
-    return x, torch.cdist(x, centres).argmin(1)
-
-
-def train(net: nn.Module, seed: int, epochs: int = 5) -> State:
-    x, y = data()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(net.train().parameters(), lr=3e-3)
-    for _ in range(epochs):
-        for index in torch.randperm(len(x), generator=generator).split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x[index]), y[index]).backward()
-            optimizer.step()
-    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-@cache
-def fresh() -> nn.Module:
-    return small_net(WIDTH, norm=False)
-
-
-@cache
-def trained(kind: str) -> list[State]:
-    if kind == "apart":
-        return [train(small_net(WIDTH, norm=False, seed=100 + node), node) for node in range(3)]
-    return [train(copy.deepcopy(fresh()), node) for node in range(3)]
-
-
-def strategy_around(inner: Strategy, **options: str) -> Rebasin:
-    return Rebasin(inner, model=lambda: small_net(WIDTH, norm=False), example_inputs=(torch.randn(4, 5),), **options)  # type: ignore[arg-type]
 
 
 def round_of(kind: str, inner: Strategy, **options: str) -> tuple[Rebasin, ArrayRecord, dict[str, float]]:
@@ -77,34 +36,6 @@ def alone(kind: str, inner: Strategy) -> State:
     arrays, _ = play_round(inner, fresh().state_dict(), trained(kind), examples=[10, 30, 20])
     assert arrays is not None
     return record_to_state(arrays)
-
-
-def accuracy(state: State) -> float:
-    x, y = data()
-    net = small_net(WIDTH, norm=False).eval()
-    net.load_state_dict(state)
-    with torch.no_grad():
-        return float((net(x).argmax(1) == y).double().mean())
-
-
-def nearest(a: State, b: State) -> float:
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_replies_trained_from_the_sent_model_are_near_and_others_are_not(seed: int) -> None:
-    spec = strategy_around(FedAvg()).spec
-    sent = fresh().state_dict()
-    for near, apart in zip(trained("common"), trained("apart"), strict=True):
-        assert measure_nearness(spec, sent, [near], seed=seed)[0].near
-        assert not measure_nearness(spec, sent, [apart], seed=seed)[0].near
-        shuffled = permute(spec, random_perms(spec, 50 + seed), near)
-        assert not measure_nearness(spec, sent, [shuffled], seed=seed)[0].near
-
-
-def test_a_sent_model_of_zeros_is_near_to_nothing() -> None:
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in small_net().state_dict().items()}
-    assert not measure_nearness(spec_of(), zeros, [small_net(seed=1).state_dict()])[0].near
 
 
 def test_in_a_common_start_auto_gives_the_inner_strategys_result() -> None:

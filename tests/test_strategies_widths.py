@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flower_messages import configure, play_round, warnings
-from test_widths import X, mlp, output, planted, widened
+from widths_cases import X, mlp, output, planted, widened
 
 from fedrebasin import RebasinError, permute, random_perms
 from fedrebasin.errors import UsageError

@@ -7,13 +7,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from widths_cases import IMAGE, PLANTED, mlp, output, planted, spec_of, widened
 
 from fedrebasin import (
-    InvalidSpecError,
-    PermutationSpec,
-    RebasinError,
-    SpecMismatchError,
-    check_widths,
     match_widths,
     merge_widths,
     resize,
@@ -23,64 +19,6 @@ from fedrebasin.simulations.models import build_model
 from fedrebasin.widths.maps import WidthMatching, common_units
 
 State = dict[str, Tensor]
-X = (torch.zeros(3, 5),)
-IMAGE = (torch.zeros(2, 3, 16, 16),)
-
-
-def mlp(first: int, second: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [nn.Linear(5, first), nn.Tanh(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 4)]
-    return nn.Sequential(*layers)
-
-
-def spec_of(net: nn.Module, inputs: tuple[Tensor, ...] = X) -> PermutationSpec:
-    return trace(net, inputs)
-
-
-def widened(state: State, sources: dict[str, list[int]], shares: dict[str, list[float]]) -> State:
-    """By hand: hidden unit i of layer k is a copy of ``sources[k][i]``, read by that share; -1 is a dead unit."""
-    wide = {name: tensor.double() for name, tensor in state.items()}
-    for layer, after in (("0", "2"), ("2", "4")):
-        rows, columns, biases = [], [], []
-        for source, share in zip(sources[layer], shares[layer], strict=True):
-            alive = source >= 0
-            rows.append(wide[f"{layer}.weight"][source] * alive)
-            biases.append(wide[f"{layer}.bias"][source] * alive)
-            columns.append(wide[f"{after}.weight"][:, source] * share * alive)
-        wide[f"{layer}.weight"], wide[f"{layer}.bias"] = torch.stack(rows), torch.stack(biases)
-        wide[f"{after}.weight"] = torch.stack(columns, 1)
-    return wide
-
-
-def output(state: State, x: Tensor) -> Tensor:
-    net = mlp(len(state["0.bias"]), len(state["2.bias"])).double()
-    net.load_state_dict(state)
-    return net(x)
-
-
-#: sources and shares of two hidden layers of 3 and 4 units
-PLANTED = {
-    "dead units": ({"0": [2, -1, 0, -1, 1], "2": [-1, 3, 1, 0, -1, 2, -1]}, {"0": [1] * 5, "2": [1] * 7}),
-    "doubled units": (
-        {"0": [1, 0, 1, 2], "2": [3, 2, 0, 1, 2, 0]},
-        {"0": [0.5, 1, 0.5, 1], "2": [1, 0.5, 0.5, 1, 0.5, 0.5]},
-    ),
-    "split units": (
-        {"0": [1, 1, 2, 0, 1], "2": [0, 2, 3, 1, 0]},
-        {"0": [0.2, 0.5, 1, 1, 0.3], "2": [0.7, 1, 1, 1, 0.3]},
-    ),
-    "all of it": (
-        {"0": [-1, 2, 1, 0, 2], "2": [3, 1, -1, 0, 2, 1]},
-        {"0": [1, 0.4, 1, 1, 0.6], "2": [1, 0.9, 1, 1, 1, 0.1]},
-    ),
-}
-
-
-def planted(kind: str) -> tuple[list[PermutationSpec], list[State]]:
-    narrow = mlp(3, 4)
-    wide = widened(narrow.state_dict(), *PLANTED[kind])
-    nets = [mlp(len(wide["0.bias"]), len(wide["2.bias"])), narrow]
-    return [spec_of(net) for net in nets], [wide, {k: v.double() for k, v in narrow.state_dict().items()}]
 
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["wide first", "narrow first"])
@@ -198,55 +136,3 @@ def test_networks_of_one_width_are_simply_aligned_and_dtypes_and_counters_stay()
         assert list(merged) == list(states[place])
         assert all(merged[name].dtype == tensor.dtype for name, tensor in states[place].items())
         assert int(merged["1.num_batches_tracked"]) == 7 * place
-
-
-def test_a_dead_unit_stays_dead_behind_a_norm_and_the_proof_sees_what_looks_at_all_units() -> None:
-    nets = [build_model("conv", (3, 16, 16), 3, width=width) for width in (9, 6)]
-    assert all(spec.checked for spec in check_widths(*nets, IMAGE))
-    specs = [trace(net, IMAGE) for net in nets]
-    placed = resize(match_widths(*specs, nets[0].state_dict(), nets[1].state_dict()), nets[1].state_dict())
-    dead = placed["1.weight"] == 0
-    assert dead.sum() == 3
-    assert placed["1.running_var"][dead].tolist() == [1, 1, 1]
-    assert not placed["1.bias"][dead].any() and not placed["1.running_mean"][dead].any()
-    with pytest.raises(InvalidSpecError, match="looks at all units at once"):
-        check_widths(*(build_model("conv", (3, 16, 16), 3, width=width, norm="layer") for width in (9, 6)), IMAGE)
-    with pytest.raises(SpecMismatchError, match="narrow: expected at most 6 units"):
-        check_widths(*nets[::-1], IMAGE)
-
-
-def test_what_cannot_be_matched_is_refused_with_the_way_out() -> None:
-    nets = [mlp(5, 6), mlp(3, 4)]
-    specs, states = [spec_of(net) for net in nets], [net.state_dict() for net in nets]
-    with pytest.raises(RebasinError, match="unmatched: expected one of 'pad', 'fold', 'transport'; got 'drop'"):
-        match_widths(*specs, *states, unmatched="drop")
-    with pytest.raises(SpecMismatchError, match=r"reference: expected '0.weight' as \(5, 5\); got \(3, 5\)"):
-        match_widths(*specs, *states[::-1])
-    with pytest.raises(SpecMismatchError, match=r"model: expected finite weights; '0.bias'"):
-        match_widths(*specs, states[0], {**states[1], "0.bias": torch.full((3,), torch.nan)})
-    other = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 7))
-    with pytest.raises(SpecMismatchError, match=r"axis 0 of '4.weight' .* got 4 and 7"):
-        match_widths(specs[0], spec_of(other), states[0], other.state_dict())
-    with pytest.raises(SpecMismatchError, match=r"networks of one kind; '4.bias' is in one only"):
-        match_widths(specs[0], spec_of(nn.Sequential(*list(other)[:4])), states[0], states[1])
-    with pytest.raises(RebasinError, match="specs: expected one for each model; got 1 for 2"):
-        merge_widths(specs[:1], states)
-    lstms = [nn.LSTM(4, n) for n in (6, 5)]
-    with pytest.raises(RebasinError, match=r"'fold' needs to know which axis of '.*' is read.* take unmatched='pad'"):
-        match_widths(*(trace(net, (torch.zeros(2, 3, 4),)) for net in [Wrapped(net) for net in lstms]),
-                     *(Wrapped(net).state_dict() for net in lstms), unmatched="fold")  # fmt: skip
-    big = [nn.Sequential(nn.Linear(5, n), nn.Linear(n, 2)) for n in (67, 71)]
-    with pytest.raises(RebasinError, match="67 and 71 units make 4757 copies, over 4096"):
-        match_widths(*(spec_of(net) for net in big), *(net.state_dict() for net in big), unmatched="transport")
-
-
-class Wrapped(nn.Module):
-    """An LSTM whose states do not leave."""
-
-    def __init__(self, lstm: nn.LSTM) -> None:
-        super().__init__()
-        self.lstm, self.out = lstm, nn.Linear(lstm.hidden_size, 2)
-        torch.nn.init.ones_(self.out.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.lstm(x)[0])

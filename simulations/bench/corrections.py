@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedrebasin import merge, repair, reset_batchnorm
 from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
 from fedrebasin.simulations.models import build_model
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
 BATCH = 250
@@ -109,7 +109,7 @@ def main() -> None:
     if options.output:
         command = "python -m fedrebasin.simulations.bench.corrections --output FILE"
         result = {"experiment": "corrections-cost", "runs": options.runs, "rows": rows}
-        options.output.write_text(json.dumps({**result, "provenance": provenance(command, [0], started)}, indent=1))
+        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fedrebasin.corrections.sites import find_sites
 from fedrebasin.simulations.baselines import score
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.partition import parse_partition, partition_rows
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.settings import Settings, resolve
 from fedrebasin.simulations.silo import initial_model, train_round
 from fedrebasin.simulations.training import predict
@@ -109,7 +109,7 @@ def main() -> None:
         command = f"python -m fedrebasin.simulations.bench.federated --data {options.data} --output FILE"
         result = {"experiment": "federated", "data": options.data, "model": settings.model, "width": settings.width}
         about = provenance(command, list(range(options.seeds)), started)
-        options.output.write_text(json.dumps({**result, "rows": list(rows.values()), "provenance": about}, indent=1))
+        save_results(options.output, {**result, "rows": list(rows.values()), "provenance": about})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the first only.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -29,7 +28,7 @@ from fedrebasin.matching.merge_many import ascend
 from fedrebasin.matching.star import star
 from fedrebasin.simulations.bench.matching import NETWORKS
 from fedrebasin.simulations.bench.plain_many import plain_merge_many
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
 METHODS = ("merge-many", "cycle-consistent", "straight-through-many", "star", "medoid")
@@ -152,7 +151,7 @@ def main() -> None:
             "growth": growth,
         }
         seeds = list(range(options.runs))
-        options.output.write_text(json.dumps({**result, "provenance": provenance(command, seeds, started)}, indent=1))
+        save_results(options.output, {**result, "provenance": provenance(command, seeds, started)})
 
 
 if __name__ == "__main__":

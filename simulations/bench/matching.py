@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedrebasin import PermutationSpec, permute, random_perms, trace, weight_matching
 from fedrebasin.simulations.bench.plain import plain_weight_matching
 from fedrebasin.simulations.models import build_model
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
 
@@ -143,7 +143,7 @@ def main() -> None:
     if options.output:
         command = "python -m fedrebasin.simulations.bench.matching --output FILE"
         result = {"experiment": "matching", "threads": torch.get_num_threads(), "rows": rows}
-        options.output.write_text(json.dumps({**result, "provenance": provenance(command, [0], started)}, indent=1))
+        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from fedrebasin import (
 )
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.models import build_model
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.training import RECIPES, train
 
 State = dict[str, Tensor]
@@ -113,7 +113,7 @@ def main() -> None:
         command = "python -m fedrebasin.simulations.bench.methods --output FILE"
         result = {"experiment": "methods", "threads": torch.get_num_threads(), "rows": rows}
         seeds = list(range(2 * options.pairs))
-        options.output.write_text(json.dumps({**result, "provenance": provenance(command, seeds, started)}, indent=1))
+        save_results(options.output, {**result, "provenance": provenance(command, seeds, started)})
 
 
 if __name__ == "__main__":

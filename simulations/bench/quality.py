@@ -24,7 +24,7 @@ from fedrebasin.simulations.bench.matching import pair
 from fedrebasin.simulations.bench.plain import plain_weight_matching
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
 _EPOCHS = {"mlp": 30, "conv": 12}
@@ -140,7 +140,7 @@ def main() -> None:
     if options.output:
         command = "python -m fedrebasin.simulations.bench.quality --output FILE"
         seeds = list(range(options.seeds))
-        options.output.write_text(json.dumps({**result, "provenance": provenance(command, seeds, started)}, indent=1))
+        save_results(options.output, {**result, "provenance": provenance(command, seeds, started)})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedrebasin import PermutationSpec, match_each, trace, weight_matching
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.simulations.bench.matching import NETWORKS, pair
-from fedrebasin.simulations.results import provenance
+from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
 
@@ -155,7 +155,7 @@ def main() -> None:
     if options.output:
         command = "python -m fedrebasin.simulations.bench.wide --output FILE"
         result = {"experiment": "matching-wide", "threads": torch.get_num_threads(), "wide": wide, "clients": clients}
-        options.output.write_text(json.dumps({**result, "provenance": provenance(command, [0], started)}, indent=1))
+        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
 
 
 if __name__ == "__main__":
