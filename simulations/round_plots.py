@@ -20,6 +20,7 @@ def save_rounds(
     hlines: Sequence[tuple[str, float]],
     *,
     percent: bool,
+    sent: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Draw means over rounds from 1, with bands of standard deviations, and baselines as horizontal lines.
 
@@ -27,17 +28,26 @@ def save_rounds(
     ----------
     stats : mapping of str to sequence of tuple
         Label of a strategy -> mean, standard deviation and n of every round.
+    sent : mapping of str to sequence of float, optional
+        Label of a strategy -> millions of bytes sent up to the end of every round: the x axis instead of the round.
     """
     rounds = list(range(1, 1 + max(map(len, stats.values()))))
     styles = styles_of(list(stats))
     lines = [
-        Series(label, rounds, [mean for mean, _, _ in found], [spread for _, spread, _ in found], styles[label])
+        Series(
+            label,
+            sent[label] if sent else rounds,
+            [mean for mean, _, _ in found],
+            [spread for _, spread, _ in found],
+            styles[label],
+        )
         for label, found in stats.items()
     ]
     shown = [mean for found in stats.values() for mean, _, _ in found] + [value for _, value in hlines]
     nines = percent and wants_nines(shown)
     ylabel += " (errors on a log axis)" if nines else ""
-    panel = Panel(title, "round", ylabel, lines, ticks=rounds, hlines=hlines, percent=percent, nines=nines)
+    xlabel, ticks = ("models sent, both ways, MB", None) if sent else ("round", rounds)
+    panel = Panel(title, xlabel, ylabel, lines, ticks=ticks, hlines=hlines, percent=percent, nines=nines)
     save_lines(path, [panel])
 
 

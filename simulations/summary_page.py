@@ -9,7 +9,7 @@ from fedrebasin.simulations.disjoint_numbers import DATASETS
 from fedrebasin.simulations.report import Picture, Section, write_report
 from fedrebasin.simulations.results import summarise
 from fedrebasin.simulations.round_plots import save_rounds
-from fedrebasin.simulations.summary import Results, baseline_rows, by_round, strategies
+from fedrebasin.simulations.summary import Results, baseline_rows, by_round, megabytes, strategies
 from fedrebasin.simulations.summary_tables import (
     alignment_table,
     baseline_table,
@@ -20,8 +20,10 @@ from fedrebasin.simulations.summary_tables import (
 )
 from fedrebasin.simulations.summary_words import answer_of, method_of, question_of
 
+Sent = dict[str, list[float]]  # label of a strategy -> millions of bytes up to each round
 
-def _plot(results: Results, folder: Path, key: str, title: str, ylabel: str) -> Path:
+
+def _plot(results: Results, path: Path, key: str, title: str, ylabel: str, *, sent: Sent | None = None) -> Path:
     numbers = range(1, results["settings"]["rounds"] + 1)
     stats = {
         label_of(name): [summarise(by_round(results, name, key, number)) for number in numbers]
@@ -31,17 +33,27 @@ def _plot(results: Results, folder: Path, key: str, title: str, ylabel: str) -> 
         (name, summarise(accuracies if key == "accuracy" else losses)[0])
         for name, accuracies, losses in baseline_rows(results)
     ]
-    path = folder / f"{key}.png"
     title = f"{DATASETS[results['data']['name']]}: {title}"
-    save_rounds(path, title, ylabel, stats, hlines, percent=key == "accuracy")
+    save_rounds(path, title, ylabel, stats, hlines, percent=key == "accuracy", sent=sent)
     return path
 
 
+def _sent(results: Results) -> Sent | None:
+    """Means over seeds of the millions of bytes that were sent up to each round; None where they were not counted."""
+    found: Sent = {}
+    for name in strategies(results):
+        sums = [megabytes(results, name, number) for number in range(1, results["settings"]["rounds"] + 1)]
+        if None in sums:
+            return None
+        found[label_of(name)] = [summarise(one or [])[0] for one in sums]
+    return found
+
+
 def write_page(results: Results, folder: Path) -> None:
-    """Write ``accuracy.png``, ``loss.png`` and ``report.html`` into ``folder``."""
-    settings = results["settings"]
-    accuracy = _plot(results, folder, "accuracy", "test accuracy by round", "test accuracy")
-    loss = _plot(results, folder, "loss", "test loss by round", "cross-entropy")
+    """Write ``report.html`` and its pictures into ``folder``; no accuracy by bytes where they were not counted."""
+    settings, sent = results["settings"], _sent(results)
+    accuracy = _plot(results, folder / "accuracy.png", "accuracy", "test accuracy by round", "test accuracy")
+    loss = _plot(results, folder / "loss.png", "loss", "test loss by round", "cross-entropy")
     sections: list[Section] = [
         round_table(results, "accuracy", "Test accuracy, %", as_percent=True),
         Picture("Accuracy on the test images after each round", accuracy),
@@ -50,6 +62,10 @@ def write_page(results: Results, folder: Path) -> None:
     ]
     if results["baselines"]:
         sections.insert(1, baseline_table(results))
+    if sent is not None:
+        path, title = folder / "accuracy-by-bytes.png", "test accuracy by bytes sent"
+        _plot(results, path, "accuracy", title, "test accuracy", sent=sent)
+        sections.insert(-1, Picture("Accuracy on the test images by what was sent until then", path))
     optional = (bytes_table(results), alignment_table(results), presence_table(results))
     sections += [table for table in optional if table is not None]
     sections += [node_table(results), method_of(results)]

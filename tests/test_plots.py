@@ -44,6 +44,15 @@ def test_accuracies_by_round_are_drawn_by_their_nines_where_some_are_far_below(d
     assert axis.get_ylim()[0] < worst and axis.get_ylim()[1] > 0.985
 
 
+def test_accuracies_are_drawn_over_what_was_sent_where_that_is_given(drawn, tmp_path):
+    stats = {"FedAvg": [(0.9, 0.0, 3), (0.97, 0.01, 3)], "FedAdam": [(0.8, 0.0, 3), (0.9, 0.0, 3)]}
+    sent = {"FedAvg": [1.5, 4.0], "FedAdam": [2.5, 7.0]}
+    save_rounds(tmp_path / "a.png", "test", "accuracy", stats, [], percent=True, sent=sent)
+    axis = drawn[0].axes[0]
+    assert [list(line.get_xdata()) for line in axis.get_lines()] == [[1.5, 4.0], [2.5, 7.0]]
+    assert "MB" in axis.get_xlabel()
+
+
 def test_plain_and_aligned_look_the_same_in_every_plot():
     styles = styles_of(["FedAdam", "FedRebasin + repair", "FedAvg"])
     assert (styles["FedAvg"], styles["FedRebasin + repair"]) == (1, 0)

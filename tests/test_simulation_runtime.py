@@ -42,7 +42,8 @@ def test_every_round_of_a_start_apart_has_all_replies_and_no_failure(
             assert (row["expected"], row["replies"], row["failures"]) == (2, 2, [])
             assert [node["node"] for node in row["nodes"]] == [0, 1]
             assert [node["examples"] for node in row["nodes"]] == [673, 674]
-    assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "loss.png", "report.html", "results.json"]
+    pictures = ["accuracy-by-bytes.png", "accuracy.png", "loss.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [*pictures, "report.html", "results.json"]
     assert list(folder.parent.glob("fedrebasin-*")) == []
     assert left == set()
 
