@@ -115,6 +115,21 @@ def _attendance(results: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
+def _ends(results: Sequence[Mapping[str, Any]]) -> str:
+    """The last round alone, one column for each partition and number of local epochs."""
+    columns, cells = ["test accuracy after the last round, %"], dict[str, list[str]]()
+    for one in results:
+        settings = one["settings"]
+        epochs = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
+        columns.append(f"{settings['data']}, {settings['partition']}, {epochs}")
+        for name in strategies(one):
+            label = f"**{label_of(name)}**" if "rebasin" in name else label_of(name)
+            cells.setdefault(label, []).append(percent(by_round(one, name, "accuracy", settings["rounds"])))
+        for label, accuracies, _ in baseline_rows(one):
+            cells.setdefault(label, []).append(percent(accuracies))
+    return _markdown(columns, [[label, *found] for label, found in cells.items()])
+
+
 def _federated(results: Sequence[Mapping[str, Any]]) -> str:
     columns, rows = ["test loss / top-1 % after round 1, kB of queries a client"], dict[str, dict[int, str]]()
     for place, one in enumerate(results):
@@ -151,7 +166,14 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-_KINDS = {"disjoint": _disjoint, "rounds": _rounds, "attendance": _attendance, "federated": _federated, "zoo": _zoo}
+_KINDS = {
+    "disjoint": _disjoint,
+    "rounds": _rounds,
+    "attendance": _attendance,
+    "ends": _ends,
+    "federated": _federated,
+    "zoo": _zoo,
+}
 
 
 def main() -> None:
