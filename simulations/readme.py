@@ -16,7 +16,7 @@ from fedrebasin.simulations.settings import join_round
 from fedrebasin.simulations.summary import baseline_rows, by_round, megabytes, percent, plain, strategies
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_MARKED = re.compile(r"(<!-- table: (?P<name>[a-z0-9 -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: (?P<name>[a-z0-9. -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _ROUNDS = (1, 2, 5)
 _ZOO = """
 squeezenet1_1 shufflenet_v2_x1_0 mobilenet_v2 efficientnet_b0 googlenet densenet121 resnet18 resnext50_32x4d
