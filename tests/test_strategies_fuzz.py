@@ -157,22 +157,37 @@ def check(inner: str, respond: list[Callable[[Message], Message | None]], repeat
         assert np.isfinite(values).all(), name
 
 
-rounds = given(
-    inner=st.sampled_from(list(INNER)), respond=st.lists(reply(), min_size=3, max_size=3), repeat=st.booleans()
-)
+def rounds(inner: list[str]) -> Any:
+    """Any three replies to any of these strategies."""
+    replies = st.lists(reply(), min_size=3, max_size=3)
+    return given(inner=st.sampled_from(inner), respond=replies, repeat=st.booleans())
+
+
+ANY = list(INNER)
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+many = settings(max_examples=1700, deadline=None, derandomize=True, suppress_health_check=quiet)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=quiet)
-@rounds
+@rounds(ANY)
 def test_no_reply_ends_a_round_or_reaches_the_model(inner: str, respond: list[Any], repeat: bool) -> None:
     check(inner, respond, repeat)
 
 
-@pytest.mark.slow
-@settings(max_examples=3400, deadline=None, derandomize=True, suppress_health_check=quiet)
-@rounds
-def test_no_reply_of_ten_thousand_ends_a_round_or_reaches_the_model(
-    inner: str, respond: list[Any], repeat: bool
-) -> None:
-    check(inner, respond, repeat)
+# Ten thousand replies in two classes, since a worker of the test run takes a class as a whole.
+
+
+class TestHalfOfTheStrategies:
+    @pytest.mark.slow
+    @many
+    @rounds(ANY[::2])
+    def test_no_reply_of_five_thousand_ends_a_round(self, inner: str, respond: list[Any], repeat: bool) -> None:
+        check(inner, respond, repeat)
+
+
+class TestTheOtherHalf:
+    @pytest.mark.slow
+    @many
+    @rounds(ANY[1::2])
+    def test_no_reply_of_five_thousand_ends_a_round(self, inner: str, respond: list[Any], repeat: bool) -> None:
+        check(inner, respond, repeat)
