@@ -15,7 +15,7 @@ from torch import Tensor
 from fedrebasin import PermutationSpec, merge, moved_fraction
 from fedrebasin.allocator import return_freed_memory
 from fedrebasin.permute import permute_tensor
-from fedrebasin.strategies.alignment import Perms, shares
+from fedrebasin.strategies.alignment import shares
 from fedrebasin.strategies.options import chain, read_attribute
 from fedrebasin.strategies.records import (
     array_to_tensor,
@@ -27,6 +27,7 @@ from fedrebasin.strategies.records import (
 )
 from fedrebasin.strategies.replaced import replace_array
 from fedrebasin.strategies.replies import Reply, Screened
+from fedrebasin.strategies.to_one import Perms
 
 State = dict[str, Tensor]
 

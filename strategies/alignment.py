@@ -8,13 +8,13 @@ moments keep their meaning.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import WARNING
+from typing import Any
 
 import torch
 from flwr.common.logger import log
-from torch import Tensor
 
 from fedrebasin import (
     PermutationSpec,
@@ -25,15 +25,14 @@ from fedrebasin import (
     permute,
     weight_matching,
 )
-from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.matching.methods import JOINT_METHOD, JOINT_REFERENCES
 from fedrebasin.strategies.common_start import Nearness, measure_nearness
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.replies import Reply
-from fedrebasin.strategies.trajectory import Permuted, better_start, gain_of, same_order
+from fedrebasin.strategies.to_one import NO_WORKERS, Matched, Perms, State, find_certain, match_to_one
+from fedrebasin.strategies.trajectory import gain_of, same_order
+from fedrebasin.strategies.workers import Workers
 
-Perms = dict[str, Tensor]
-State = Mapping[str, Tensor]
 #: log10 of the number of orders from which on a reply in the sent model's order is there for a reason
 CERTAIN = 6.0
 
@@ -56,6 +55,8 @@ class Alignment:
         For the log: which reference, and why.
     reused : int
         How many replies moved as their node's last one did (``trajectory.py``).
+    failed : tuple of int
+        Places of the replies that could not be matched, with the identity as permutations: they are to be left out.
     """
 
     perms: list[Perms]
@@ -64,6 +65,7 @@ class Alignment:
     moved_fraction: float
     how: str
     reused: int = 0
+    failed: tuple[int, ...] = ()
 
     @property
     def moves(self) -> bool:
@@ -81,6 +83,7 @@ def find_alignment(
     seed: int,
     device: torch.device | None,
     last: Sequence[Perms | None] | None = None,
+    workers: Workers = NO_WORKERS,
 ) -> Alignment:
     """Find the permutations of a round.
 
@@ -100,14 +103,19 @@ def find_alignment(
     last : sequence of perms or None, optional
         For each reply what its node's last one was permuted by, if it moved. Weight matching to the sent model starts
         there where it cannot be improved, or is better than what it finds without.
+    workers : Workers, optional
+        How many replies are matched at once; the permutations do not depend on it.
 
     Notes
     -----
-    A matching that fails (the sent model holds a NaN, a device is out of memory) is logged, and nothing moves.
+    Where every matching fails (the sent model holds a NaN, a device is out of memory), that is logged, and nothing
+    moves; where some do, their replies are named as ``failed``.
     """
     last = [None] * len(replies) if last is None or match.name != JOINT_METHOD else last
     try:
-        return _find(spec, sent, replies, match, reference=reference, seed=seed, device=device, last=last)
+        return _find(
+            *(spec, sent, replies, match), reference=reference, seed=seed, device=device, last=last, workers=workers
+        )
     except Exception as error:
         if not (match.runs_the_model or isinstance(error, ValueError | RuntimeError)):
             raise
@@ -125,26 +133,28 @@ def _find(
     seed: int,
     device: torch.device | None,
     last: Sequence[Perms | None],
+    workers: Workers,
 ) -> Alignment:
     certain: list[Perms | None] = [None] * len(replies)
-    if reference in ("auto", "global") and match.name == JOINT_METHOD:
-        certificate = IdentityCertificate(spec, sent, device=device)
-        certain = [_certain(spec, certificate, reply, perms) for reply, perms in zip(replies, last, strict=True)]
+    if reference in ("auto", "global"):
+        certain = find_certain(match, sent, replies, last, workers)
+    known: dict[str, Any] = {"certain": certain, "last": last, "workers": workers}
     if reference == "global":
-        return _align_to_sent(sent, replies, match, how="the sent model", certain=certain, last=last)
+        return _align_to_sent(sent, replies, match, how="the sent model", **known)
     # by chance a reply that was trained elsewhere has the sent model's order once in 10 ** log10_order cases
     sure = sum(reply.examples for reply, stays in zip(replies, certain, strict=True) if stays is not None)
     if sure > _half(replies) and spec.log10_order >= CERTAIN:
         count = sum(stays is not None for stays in certain)
         how = f"the sent model, since the order of {count} of {len(replies)} replies is certain"
-        return _align_to_sent(sent, replies, match, how=how, certain=certain, last=last)
+        return _align_to_sent(sent, replies, match, how=how, **known)
     nearness = measure_nearness(spec, sent, [reply.tensors() for reply in replies], seed=seed)
     apart, how = _judge(replies, nearness)
     if reference == "auto" and not apart:
-        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}", certain=certain, last=last)
+        return _align_to_sent(sent, replies, match, how=f"the sent model, since {how}", **known)
     largest = reference == "largest" or match.name != JOINT_METHOD
+    failed: tuple[int, ...] = ()
     if largest:
-        perms, gain = _align_to_largest(spec, replies, match)
+        perms, gain, failed = _align_to_largest(spec, replies, match, workers)
     else:
         method = reference if reference in JOINT_REFERENCES else JOINT_REFERENCES[0]
         many = match.many(method, [reply.tensors() for reply in replies], shares(replies))
@@ -152,7 +162,7 @@ def _find(
     if not apart:
         perms = _back_to_sent(spec, sent, replies, perms, seed=seed, device=device)
     towards = "the largest" if largest else f"each other ({method})"
-    return Alignment(perms, apart, gain, _moved_fraction(perms), f"{towards}; {how}")
+    return Alignment(perms, apart, gain, _moved_fraction(perms), f"{towards}; {how}", failed=failed)
 
 
 def _half(replies: Sequence[Reply]) -> float:
@@ -168,13 +178,6 @@ def _judge(replies: Sequence[Reply], nearness: Sequence[Nearness]) -> tuple[bool
     return apart, f"{share} are nearer to the sent model than their relabellings (z from {evidence[0]:.3g})"
 
 
-def _certain(spec: PermutationSpec, certificate: IdentityCertificate, reply: Reply, last: Perms | None) -> Perms | None:
-    """The order that no single permutation improves: the node's last one, or the reply's own; None if not certain."""
-    if last is not None and certificate.holds(Permuted(spec, last, reply.tensors())):
-        return last
-    return identity_perms(spec) if certificate.holds(reply.tensors()) else None
-
-
 def _align_to_sent(
     sent: State,
     replies: Sequence[Reply],
@@ -183,37 +186,34 @@ def _align_to_sent(
     how: str,
     certain: Sequence[Perms | None],
     last: Sequence[Perms | None],
+    workers: Workers,
 ) -> Alignment:
-    """Match those whose order is not certain."""
-    setting, gain = match.setting, 0.0
-    spec, perms = setting.spec, list(certain)
-    for place, start in enumerate(last):
-        if certain[place] is not None:
-            continue
-        state = replies[place].tensors()
-        matching = match(sent, state)
-        if start is not None:
-            matching = better_start(spec, sent, state, matching, start, seed=setting.seed, device=setting.device)
-        perms[place] = matching.perms
-        gain += matching.objective - matching.objective_before
-    reused = 0
-    for order, before, reply, known in zip(perms, last, replies, certain, strict=True):
-        if order is not None and before is not None and same_order(order, before):
+    found = match_to_one(match, sent, replies, certain=certain, last=last, workers=workers)
+    reused, gain = 0, sum(matched.gain for matched in found)
+    for matched, before, reply, known in zip(found, last, replies, certain, strict=True):
+        if before is not None and matched.error is None and same_order(matched.perms, before):
             reused += 1
-            gain += gain_of(spec, sent, reply.tensors(), order) if known is not None else 0.0
-    final = [order for order in perms if order is not None]
+            gain += gain_of(match.setting.spec, sent, reply.tensors(), before) if known is not None else 0.0
+    perms = [matched.perms for matched in found]
     how = f"{how}; {reused} as their node's last" if reused else how
-    return Alignment(final, False, gain / len(replies), _moved_fraction(final), how, reused)
+    return Alignment(perms, False, gain / len(replies), _moved_fraction(perms), how, reused, _failed(found))
 
 
-def _align_to_largest(spec: PermutationSpec, replies: Sequence[Reply], match: Matcher) -> tuple[list[Perms], float]:
+def _align_to_largest(
+    spec: PermutationSpec, replies: Sequence[Reply], match: Matcher, workers: Workers
+) -> tuple[list[Perms], float, tuple[int, ...]]:
     chosen = max(range(len(replies)), key=lambda place: replies[place].examples)
-    reference = replies[chosen].tensors()
-    found = match.each(reference, [reply.tensors() for place, reply in enumerate(replies) if place != chosen])
-    perms = [matching.perms for matching in found]
-    perms.insert(chosen, identity_perms(spec))
-    gains = [matching.objective - matching.objective_before for matching in found]
-    return perms, sum(gains) / max(1, len(gains))
+    reference, last = replies[chosen].tensors(), [None] * (len(replies) - 1)
+    others = [reply for place, reply in enumerate(replies) if place != chosen]
+    certain = find_certain(match, reference, others, last, workers)
+    found = match_to_one(match, reference, others, certain=certain, last=last, workers=workers)
+    gain = sum(matched.gain for matched in found) / max(1, len(found))
+    found.insert(chosen, Matched(identity_perms(spec)))
+    return [matched.perms for matched in found], gain, _failed(found)
+
+
+def _failed(found: Sequence[Matched]) -> tuple[int, ...]:
+    return tuple(place for place, matched in enumerate(found) if matched.error is not None)
 
 
 def _back_to_sent(

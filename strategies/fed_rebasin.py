@@ -68,6 +68,7 @@ class FedRebasin(Rebasin):
         until: str | None = None,
         node_models: Sequence[Model] = (),
         checkpoint_dir: str | Path | None = None,
+        replies_at_once: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
         fraction_train: float = 1.0,
@@ -111,6 +112,7 @@ class FedRebasin(Rebasin):
             until=until,
             node_models=node_models,
             checkpoint_dir=checkpoint_dir,
+            replies_at_once=replies_at_once,
             seed=seed,
             device=device,
         )

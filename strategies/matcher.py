@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin import ManyMatching, Matching, PermutationSpec, match_each, match_many
+from fedrebasin import ManyMatching, Matching, PermutationSpec, match_many
 from fedrebasin.allocator import return_freed_memory
 from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
@@ -32,12 +32,6 @@ class Matcher:
         found = find_matching(self.name, self.setting, reference, model)
         return_freed_memory(sum(tensor.nbytes for tensor in model.values()))
         return found
-
-    def each(self, reference: State, models: Sequence[State]) -> list[Matching]:
-        """Match several models to one reference."""
-        if self.name == "weight":
-            return match_each(self.setting.spec, reference, models, seed=self.setting.seed, device=self.setting.device)
-        return [self(reference, model) for model in models]
 
     def many(self, method: str, models: Sequence[State], coefficients: Sequence[float]) -> ManyMatching:
         """Match several models to each other, on data if the method and this matcher have a loss."""

@@ -30,6 +30,7 @@ from fedrebasin.strategies.part import Trunk, check_home
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.rounds import Rounds
 from fedrebasin.strategies.widths import Widths
+from fedrebasin.strategies.workers import Workers
 
 
 class Rebasin(Rounds):
@@ -86,6 +87,10 @@ class Rebasin(Rounds):
     checkpoint_dir : path, optional
         After every round the global model, the strategies' state, metrics and random states are written there; a run
         that is started on the same folder goes on at the next round (``checkpointed.py``).
+    replies_at_once : int, optional
+        At most so many replies are read and matched at once, each on its part of torch's threads, and never more than
+        these; by default 4, and 1 on an accelerator. While it is matched, each holds about four copies of its largest
+        tensor, and as much as its similarity matrices take. The model does not depend on it (``workers.py``).
     seed : int
     device : torch.device or str, optional
         Where alignment and correction run.
@@ -142,6 +147,7 @@ class Rebasin(Rounds):
         until: str | None = None,
         node_models: Sequence[Model] = (),
         checkpoint_dir: str | Path | None = None,
+        replies_at_once: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -150,6 +156,7 @@ class Rebasin(Rounds):
             raise UsageError("strategy: it aligns already; give Rebasin the strategy inside")
         self.guard = guarded_by(strategy)
         self.device = find_device(device)
+        self._workers = Workers(replies_at_once, self.device)
         check_options(reference, matching, correction, select=select)
         check_guarded(self.guard, reference, correction, select)
         if self.guard and reference == "auto":

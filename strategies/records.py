@@ -17,6 +17,10 @@ from torch import Tensor
 
 from fedrebasin.errors import SpecMismatchError
 
+with warnings.catch_warnings():  # torch warns once of memory that cannot be written; here nothing writes it
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
+
 # what Array.numpy() raises on a serialisation that is not a NumPy array, cut off, or larger than memory
 DECODE_ERRORS = (TypeError, ValueError, EOFError, OSError, KeyError, MemoryError, SyntaxError, zipfile.BadZipFile)
 
@@ -92,9 +96,7 @@ def tensor_view(array: Array) -> Tensor:
     values = array_view(array)
     if not (values.flags.c_contiguous and values.flags.aligned):
         values = np.array(values, order="C")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of memory that cannot be written
-        return torch.from_numpy(values)
+    return torch.from_numpy(values)
 
 
 class RecordView(Mapping[str, Tensor]):
@@ -219,7 +221,7 @@ def _is_finite(values: np.ndarray[Any, Any]) -> bool:
 
 
 def sum_of_squares(values: np.ndarray[Any, Any]) -> float:
-    """In one pass; not finite if an entry is not, or if the sum overflows the array's own type.
+    """In one pass, on torch's threads; not finite if an entry is not, or if the sum overflows the array's own type.
 
     Examples
     --------
@@ -231,5 +233,8 @@ def sum_of_squares(values: np.ndarray[Any, Any]) -> float:
     elif values.dtype.itemsize < 4:
         values = values.astype(np.float32)
     flat = values.reshape(-1, order="A")
+    if flat.dtype in (np.float32, np.float64) and flat.flags.aligned:
+        tensor = torch.from_numpy(flat)
+        return float(torch.dot(tensor, tensor))
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.vdot(flat, flat).real)

@@ -20,6 +20,7 @@ from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
 from fedrebasin.strategies.options import read_attribute
 from fedrebasin.strategies.records import RecordView, record_to_state, select_arrays
+from fedrebasin.strategies.workers import Workers
 
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
 
@@ -76,7 +77,12 @@ class ReplyScreen:
         self._explained = False
 
     def screen(
-        self, server_round: int, messages: Sequence[Message], sent: ArrayRecord, nodes: Mapping[str, int]
+        self,
+        server_round: int,
+        messages: Sequence[Message],
+        sent: ArrayRecord,
+        nodes: Mapping[str, int],
+        workers: Workers,
     ) -> Screened:
         """Part the messages of a round.
 
@@ -89,6 +95,8 @@ class ReplyScreen:
         nodes : mapping of str to int
             The node to which each message id of this round went: an error that Flower makes for a lost
             node names node 1.
+        workers : Workers
+            How many replies are read at once.
 
         Notes
         -----
@@ -123,8 +131,8 @@ class ReplyScreen:
                 found.append((place, reply))
         found = self._with_the_sent_keys(found, sent, bad)
         measured: dict[int, dict[str, Measured]] = {}
-        for place, reply in found:
-            wrong = measure_arrays(reply.arrays, sent)
+        sizes = workers.map(lambda one: measure_arrays(one[1].arrays, sent), found)
+        for (place, reply), wrong in zip(found, sizes, strict=True):
             if isinstance(wrong, str):
                 bad[place] = f"node {reply.node} sent {wrong}"
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from fedrebasin.corrections.methods import Setting
 from fedrebasin.errors import RebasinError
 from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, rewrite_replies
-from fedrebasin.strategies.alignment import find_alignment, shares
+from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import merge_buffers
 from fedrebasin.strategies.finish import Finish
@@ -24,9 +25,10 @@ from fedrebasin.strategies.messages import names_of_weights, node_of_message, re
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
-from fedrebasin.strategies.replies import ReplyScreen
+from fedrebasin.strategies.replies import ReplyScreen, Screened
 from fedrebasin.strategies.selection import Round, plain_replies
 from fedrebasin.strategies.widths import Widths
+from fedrebasin.strategies.workers import Workers
 
 
 class Rounds(Around):
@@ -45,6 +47,7 @@ class Rounds(Around):
     _screen: ReplyScreen
     _trunk: Trunk
     _widths: Widths
+    _workers: Workers
     _sent: ArrayRecord | None
     _messages: list[Message]
 
@@ -94,14 +97,16 @@ class Rounds(Around):
         replies = self._beside.take(replies)
         self._trunk.strip(replies, self.arrayrecord_key)
         self._widths.take(replies, self.arrayrecord_key, sent, nodes)
-        screened = self._screen.screen(server_round, replies, sent, nodes)
+        screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
         if not screened.replies:
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
         state, reference = RecordView(sent), "global" if self.guard else self.reference
         last = self._beside.trajectories.last(self.spec, screened.replies)
         options: dict[str, Any] = {"reference": reference, "seed": self.seed, "device": self.device, "last": last}
+        options["workers"] = self._workers
         alignment = find_alignment(self.spec, state, screened.replies, self._matcher, **options)
+        screened, alignment = _without_failed(screened, alignment)
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
@@ -138,3 +143,13 @@ class Rounds(Around):
         metrics["rebasin-reused"] = alignment.reused
         metrics.update(figures)
         return model, metrics
+
+
+def _without_failed(screened: Screened, alignment: Alignment) -> tuple[Screened, Alignment]:
+    """Leave out the replies that could not be matched to what the others were."""
+    if not alignment.failed:
+        return screened, alignment
+    kept = [place for place in range(len(screened.replies)) if place not in alignment.failed]
+    replies, left_out = [screened.replies[place] for place in kept], screened.left_out + len(alignment.failed)
+    perms = [alignment.perms[place] for place in kept]
+    return replace(screened, replies=replies, left_out=left_out), replace(alignment, perms=perms, failed=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ def trained(kind: str) -> list[State]:
     return [train(copy.deepcopy(fresh()), node) for node in range(3)]
 
 
-def strategy_around(inner: Strategy, **options: str) -> Rebasin:
-    return Rebasin(inner, model=lambda: small_net(WIDTH, norm=False), example_inputs=(torch.randn(4, 5),), **options)  # type: ignore[arg-type]
+def strategy_around(inner: Strategy, **options: Any) -> Rebasin:
+    return Rebasin(inner, model=lambda: small_net(WIDTH, norm=False), example_inputs=(torch.randn(4, 5),), **options)
 
 
 def accuracy(state: State) -> float:

@@ -13,7 +13,8 @@ most cases; all of them are multiplied only where these do not decide, and where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -51,57 +52,68 @@ class IdentityCertificate:
                 self._users.setdefault(term.name, []).append((block, term))
         self._margins: dict[tuple[Block, bool], Tensor] = {}
         self._bounds: dict[Block, Tensor] = {}
+        self._lock = Lock()  # several models may be looked at together: what a reference says is made once
 
     def holds(self, model: Mapping[str, Tensor]) -> bool:
         """True if the identity is certainly the best order of every permutation's units, the others as they are."""
+        return self.holds_each([model])[0]
+
+    def holds_each(self, models: Sequence[Mapping[str, Tensor]]) -> list[bool]:
+        """The same for several models in less time: each piece of the reference is read once for all of them."""
         if not self.possible:
-            return False
-        changes = self.changes(model)
+            return [False] * len(models)
+        return [self._verdict(changes) for changes in self.changes(models)]
+
+    def _verdict(self, changes: dict[Block, Tensor]) -> bool:
         # a NaN fails every comparison
         open_blocks = [block for block, moved in changes.items() if not _all_within(moved, self._margin(block, True))]
         if any(not _all_within(changes[block], self._bound(block)) for block in open_blocks):
             return False
         return all(_all_within(changes[block], self._margin(block, False)) for block in open_blocks)
 
-    def changes(self, model: Mapping[str, Tensor]) -> dict[Block, Tensor]:
-        """How far each unit moved, ``|a_i - b_i|^2``, shape (units,) for each block; every tensor is read once."""
-        result: dict[Block, Tensor] = {}
+    def changes(self, models: Sequence[Mapping[str, Tensor]]) -> list[dict[Block, Tensor]]:
+        """How far each unit of each model moved, ``|a_i - b_i|^2``, shape (units,) for each block."""
+        results: list[dict[Block, Tensor]] = [{} for _ in models]
         for name, users in self._users.items():
-            reference = self._wide(self._reference[name])
-            model_tensor = self._wide(model[name]).to(reference)
-            sums = _sums_of_squares(model_tensor, reference, sorted({term.dim for _, term in users if term.whole}))
-            squares = None
-            for block, term in users:
-                if term.whole:
-                    moved = sums[term.dim].reshape(-1, term.copies).sum(1)
-                else:
-                    squares = (model_tensor - reference).square_() if squares is None else squares
-                    moved = term.rows(squares).sum(1)
-                result[block] = result[block] + moved if block in result else moved
-        return result
+            reference, tensors = self._wide(self._reference[name]), [model[name].detach() for model in models]
+            dims = sorted({term.dim for _, term in users if term.whole})
+            parts = [(block, term) for block, term in users if not term.whole]
+            every = _sums_of_squares(tensors, reference, dims) if dims else [{} for _ in models]
+            for tensor, sums, result in zip(tensors, every, results, strict=True):
+                squares = (tensor.to(reference) - reference).square_() if parts else reference
+                for block, term in users:
+                    moved = sums[term.dim].reshape(-1, term.copies) if term.whole else term.rows(squares)
+                    moved = moved[:, 0] if moved.shape[1] == 1 else moved.sum(1)
+                    result[block] = result[block] + moved if block in result else moved
+        return results
 
     def _margin(self, block: Block, some: bool) -> Tensor:
         """A fourth of each unit's squared distance, over some or all columns, to the nearest other; less rounding."""
-        if (block, some) not in self._margins:
-            terms, columns = self._plan.terms[block], None
-            if some:
-                terms, columns = [self._telling(terms)], _FEW
-            rows = [term.rows(self._wide(self._reference[term.name]))[:, :columns] for term in terms]
-            gram = sum(one @ one.T for one in rows)
-            assert isinstance(gram, Tensor)
-            norms = gram.diagonal()
-            sums = norms.unsqueeze(0) + norms.unsqueeze(1)
-            distances = sums - 2 * gram - _ROUNDING * sums
-            distances.fill_diagonal_(float("inf"))
-            self._margins[block, some] = distances.amin(1) / 4
+        with self._lock:
+            if (block, some) not in self._margins:
+                self._margins[block, some] = self._find_margin(block, some)
         return self._margins[block, some]
+
+    def _find_margin(self, block: Block, some: bool) -> Tensor:
+        terms, columns = self._plan.terms[block], None
+        if some:
+            terms, columns = [self._telling(terms)], _FEW
+        rows = [term.rows(self._wide(self._reference[term.name]))[:, :columns] for term in terms]
+        gram = sum(one @ one.T for one in rows)
+        assert isinstance(gram, Tensor)
+        norms = gram.diagonal()
+        sums = norms.unsqueeze(0) + norms.unsqueeze(1)
+        distances = sums - 2 * gram - _ROUNDING * sums
+        distances.fill_diagonal_(float("inf"))
+        return distances.amin(1) / 4
 
     def _bound(self, block: Block) -> Tensor:
         """What no margin can exceed: ``|a_i - a_j| <= |a_i| + max |a|``."""
-        if block not in self._bounds:
-            squares = [t.rows(self._wide(self._reference[t.name])).square().sum(1) for t in self._plan.terms[block]]
-            norms = torch.stack(squares).sum(0).sqrt()
-            self._bounds[block] = (norms + norms.max()).square() / 4
+        with self._lock:
+            if block not in self._bounds:
+                squares = [t.rows(self._wide(self._reference[t.name])).square().sum(1) for t in self._plan.terms[block]]
+                norms = torch.stack(squares).sum(0).sqrt()
+                self._bounds[block] = (norms + norms.max()).square() / 4
         return self._bounds[block]
 
     def _telling(self, terms: list[Term]) -> Term:
@@ -121,26 +133,38 @@ def _all_within(moved: Tensor, margin: Tensor) -> bool:
     return bool((moved * (1 + _ROUNDING) <= margin).all())
 
 
-def _sums_of_squares(model: Tensor, reference: Tensor, dims: list[int]) -> dict[int, Tensor]:
-    """``(model - reference) ** 2`` summed over all axes but one, for each of ``dims``; in pieces that fit a cache."""
-    if not dims:
-        return {}
-    length = model.shape[0]
-    rows = max(1, _PIECE // max(1, model[0].numel()))
-    piece = torch.empty((min(rows, length), *model.shape[1:]), dtype=model.dtype, device=model.device)
-    found = {dim: model.new_zeros(model.shape[dim]) for dim in dims}
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        squares = torch.sub(model[start:stop], reference[start:stop], out=piece[: stop - start]).square_()
-        if 0 in found:
-            found[0][start:stop] = squares.flatten(1).sum(1) if squares.ndim > 1 else squares
-        if dims[-1] > 0:
-            over_rows = squares.sum(0)
-            for dim in dims:
-                if dim > 0:
-                    found[dim] += _all_but(over_rows, dim - 1)
-    return found
+def _sums_of_squares(models: Sequence[Tensor], reference: Tensor, dims: list[int]) -> list[dict[int, Tensor]]:
+    """For each model ``(model - reference) ** 2``, summed over all axes but one, for each of ``dims``.
+
+    In pieces that fit a cache, one piece of all models after the other.
+    """
+    if reference.numel() <= _PIECE:
+        every = [(model.to(reference) - reference).square_() for model in models]
+        return [{dim: _all_but(squares, dim) for dim in dims} for squares in every]
+    shape, rows = reference.shape, max(1, _PIECE // reference[0].numel())
+    reference = reference.reshape(shape[0], -1)
+    models = [model.reshape(shape[0], -1) for model in models]
+    over_columns = [reference.new_empty(shape[0]) for _ in models]
+    over_rows = [reference.new_zeros(reference.shape[1]) for _ in models]
+    piece, sums = torch.empty_like(reference[:rows]), torch.empty_like(reference[0])
+    for start in range(0, shape[0], rows):
+        here = reference[start : start + rows]
+        squares = piece[: len(here)]
+        for model, columns, total in zip(models, over_columns, over_rows, strict=True):
+            torch.sub(model[start : start + rows].to(here), here, out=squares)
+            torch.mul(squares, squares, out=squares)
+            if 0 in dims:
+                torch.sum(squares, 1, out=columns[start : start + rows])
+            if dims[-1] > 0:
+                total += torch.sum(squares, 0, out=sums)
+    return [
+        {dim: columns if dim == 0 else _all_but(total.reshape(shape[1:]), dim - 1) for dim in dims}
+        for columns, total in zip(over_columns, over_rows, strict=True)
+    ]
 
 
 def _all_but(values: Tensor, dim: int) -> Tensor:
-    return values.sum([other for other in range(values.ndim) if other != dim]) if values.ndim > 1 else values
+    """The sum over all axes but one; the outer ones first, whole rows at a time."""
+    for _ in range(dim):
+        values = values.sum(0)
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
