@@ -52,11 +52,12 @@ from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
 from fedrebasin.trunk import match_trunks, merge_trunk_modules, merge_trunks, trunk_tensors
-from fedrebasin.widths import WidthMatching, check_widths, match_widths, merge_widths, resize
+from fedrebasin.widths import Grown, WidthMatching, check_widths, match_widths, matched_averaging, merge_widths, resize
 
 __all__ = [
     "Axis",
     "CalibrationError",
+    "Grown",
     "InvalidSpecError",
     "LossPath",
     "ManyMatching",
@@ -93,6 +94,7 @@ __all__ = [
     "match_many",
     "match_trunks",
     "match_widths",
+    "matched_averaging",
     "merge",
     "merge_modules",
     "merge_trunk_modules",
