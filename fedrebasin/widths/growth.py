@@ -123,7 +123,8 @@ def matched_averaging(
         if weights[place] > 0:
             pairs = {perm: _with_the_unmatched(matrix) for perm, matrix in pairs.items()}
         wider = {perm: _places(len(matrix), grown.perm_shapes[perm][0]) for perm, matrix in pairs.items()}
-        maps = {done: {**own, **{perm: wider[perm] @ own[perm] for perm in pairs}} for done, own in maps.items()}
+        for own in maps.values():
+            own.update({perm: _padded(own[perm], len(matrix)) for perm, matrix in pairs.items()})
         before, grown = grown, _with_units(grown, {perm: len(matrix) for perm, matrix in pairs.items()})
         state = resize(WidthMatching(grown, before, wider, wider), state)
         shares = [(WidthMatching(grown, specs[done], own, own), weights[done]) for done, own in maps.items()]
@@ -165,6 +166,10 @@ def _with_units(spec: PermutationSpec, sizes: Mapping[str, int]) -> PermutationS
 def _places(units: int, kept: int) -> Tensor:
     """The first units of a layer are those of a narrower one."""
     return torch.eye(units, kept, dtype=torch.float64)
+
+
+def _padded(pairs: Tensor, units: int) -> Tensor:
+    return torch.cat([pairs, pairs.new_zeros(units - len(pairs), pairs.shape[1])])
 
 
 def _with_the_unmatched(pairs: Tensor) -> Tensor:
