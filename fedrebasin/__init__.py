@@ -52,12 +52,21 @@ from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
 from fedrebasin.trunk import match_trunks, merge_trunk_modules, merge_trunks, trunk_tensors
-from fedrebasin.widths import Grown, WidthMatching, check_widths, match_widths, matched_averaging, merge_widths, resize
+from fedrebasin.widths import (
+    Resized,
+    WidthMatching,
+    check_widths,
+    match_widths,
+    matched_averaging,
+    merge_units,
+    merge_widths,
+    resize,
+)
+from fedrebasin.zipping import zip_trunks
 
 __all__ = [
     "Axis",
     "CalibrationError",
-    "Grown",
     "InvalidSpecError",
     "LossPath",
     "ManyMatching",
@@ -65,6 +74,7 @@ __all__ = [
     "PermutationAligner",
     "PermutationSpec",
     "RebasinError",
+    "Resized",
     "Selection",
     "SpecMismatchError",
     "TraceError",
@@ -99,6 +109,7 @@ __all__ = [
     "merge_modules",
     "merge_trunk_modules",
     "merge_trunks",
+    "merge_units",
     "merge_widths",
     "moved_fraction",
     "permute",
@@ -120,4 +131,5 @@ __all__ = [
     "trunk_tensors",
     "unit_correlation",
     "weight_matching",
+    "zip_trunks",
 ]

@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import RebasinError
-from fedrebasin.layout import Fixed, Free
-from fedrebasin.layout_edit import map_leaves
 from fedrebasin.permute import like_state
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.widths.maps import WidthMatching, axis_mask, is_known, read_axis, resize
+from fedrebasin.widths.maps import WidthMatching, axis_mask, read_axis, resize
+from fedrebasin.widths.resized import Resized, check_can_resize, with_units
 from fedrebasin.widths.some import match_some
-
-#: Layers that look at all units at once: their output changes with every unit that is added, a dead one too.
-_WHOLE = ("layer_norm", "group_norm", "rms_norm")
-
-
-@dataclass(frozen=True)
-class Grown:
-    """A global model that has grown, and which of its units each model has.
-
-    Attributes
-    ----------
-    spec : PermutationSpec
-        The models' spec with more units; not checked, since no module was at hand.
-    state : dict of str to Tensor
-        Fits the spec. A module of the models' architecture runs with it in ``torch.func.functional_call``, as long as
-        its forward pass has no width written into it.
-    matchings : list of WidthMatching
-        One for each model, with the grown model as the reference: ``resize(matching, model)`` is the model among dead
-        units, ``resize(matching.inverse(), state)`` the global model in the model's own width.
-    """
-
-    spec: PermutationSpec
-    state: dict[str, Tensor] = field(repr=False)
-    matchings: list[WidthMatching] = field(repr=False)
-
-    @property
-    def units(self) -> dict[str, int]:
-        """For every permutation, how many units the global model has."""
-        return {perm: shape[0] for perm, shape in self.spec.perm_shapes.items()}
 
 
 def matched_averaging(
@@ -53,7 +23,7 @@ def matched_averaging(
     *,
     coefficients: Sequence[float] | None = None,
     threshold: float = 0.5,
-) -> Grown:
+) -> Resized:
     """Average networks unit by unit, and let the average have units that only some of them have.
 
     The heaviest model is the first global model. Each other one, the heavier first, is matched to it by rectangular
@@ -81,7 +51,7 @@ def matched_averaging(
 
     Returns
     -------
-    Grown
+    Resized
 
     Raises
     ------
@@ -112,7 +82,7 @@ def matched_averaging(
     if not 0 <= threshold <= 2:
         raise RebasinError(f"threshold: expected a number from 0 (share nothing) to 2 (grow nothing); got {threshold}")
     for spec in specs:
-        _check_can_grow(spec)
+        check_can_resize(spec)
     first, *others = sorted(range(len(models)), key=lambda place: -weights[place])
     doubles = [{k: v.double() if v.is_floating_point() else v for k, v in model.items()} for model in models]
     specs[first].check_state(doubles[first], f"models[{first}]")
@@ -125,42 +95,14 @@ def matched_averaging(
         wider = {perm: _places(len(matrix), grown.perm_shapes[perm][0]) for perm, matrix in pairs.items()}
         for own in maps.values():
             own.update({perm: _padded(own[perm], len(matrix)) for perm, matrix in pairs.items()})
-        before, grown = grown, _with_units(grown, {perm: len(matrix) for perm, matrix in pairs.items()})
+        before, grown = grown, with_units(grown, {perm: len(matrix) for perm, matrix in pairs.items()})
         state = resize(WidthMatching(grown, before, wider, wider), state)
         shares = [(WidthMatching(grown, specs[done], own, own), weights[done]) for done, own in maps.items()]
         state = _join(state, shares, WidthMatching(grown, specs[place], pairs, pairs), doubles[place], weights[place])
         maps[place] = pairs
     state = {name: state[name].to(tensor) for name, tensor in models[first].items()}
     found = [WidthMatching(grown, specs[place], maps[place], maps[place]) for place in range(len(models))]
-    return Grown(grown, like_state(models[first], state), found)
-
-
-def _check_can_grow(spec: PermutationSpec) -> None:
-    if spec.over:
-        raise RebasinError(
-            f"specs: expected no units inside heads or groups, which cannot grow; got {next(iter(spec.over))!r}; "
-            "average without growth, with match_many or merge_widths"
-        )
-    for name in dict.fromkeys(axis.name for axes in spec.tied.values() for axis in axes):
-        use = spec.uses.get(name, "no op")
-        if use.startswith(_WHOLE):
-            raise RebasinError(
-                f"specs: {name!r} is used by {use}, which looks at all units at once, where no model can grow; "
-                "average without growth, with match_many"
-            )
-        if name in spec.parameters and not is_known(spec, name):
-            raise RebasinError(
-                f"specs: expected ops whose weights are known to be read along one axis; {name!r} is used by {use}; "
-                "average without growth, with match_many or merge_widths"
-            )
-
-
-def _with_units(spec: PermutationSpec, sizes: Mapping[str, int]) -> PermutationSpec:
-    def change(leaf: Free | Fixed) -> Free | Fixed:
-        return replace(leaf, size=sizes[leaf.perm]) if isinstance(leaf, Free) and leaf.perm in sizes else leaf
-
-    axes = {name: tuple(map_leaves(layout, change) for layout in layouts) for name, layouts in spec.axes.items()}
-    return replace(spec, axes=axes)
+    return Resized(grown, like_state(models[first], state), found)
 
 
 def _places(units: int, kept: int) -> Tensor:
