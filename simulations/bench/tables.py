@@ -203,7 +203,21 @@ def merging(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
+def heads(result: Result) -> tuple[Sequence[str], Rows]:
+    """``heads.py``: loss and accuracy, means of both tasks, by the layer up to which the trunk is shared."""
+    layers = list(dict.fromkeys(row["until"] for row in result["rows"] if row["until"] != "-"))
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        cell = f"{spread_text(row['loss'])} / {percent(row['accuracy'])}"
+        cells.setdefault(row["merge"], {}).update(
+            dict.fromkeys(layers if row["until"] == "-" else [row["until"]], cell)
+        )
+    rows = [[f"**{how}**" if how == "zipped" else how, *(own[layer] for layer in layers)] for how, own in cells.items()]
+    return ["test loss / top-1 %", *(f"shared up to hidden layer {n}" for n in range(1, len(layers) + 1))], rows
+
+
 TABLES = {
+    "heads": heads,
     "merging": merging,
     "calibration": calibration,
     "own-data": own_data,
