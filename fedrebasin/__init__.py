@@ -52,7 +52,17 @@ from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
 from fedrebasin.trunk import match_trunks, merge_trunk_modules, merge_trunks, trunk_tensors
-from fedrebasin.widths import WidthMatching, check_widths, match_widths, merge_widths, resize
+from fedrebasin.widths import (
+    Resized,
+    WidthMatching,
+    check_widths,
+    match_widths,
+    matched_averaging,
+    merge_units,
+    merge_widths,
+    resize,
+)
+from fedrebasin.zipping import zip_trunks
 
 __all__ = [
     "Axis",
@@ -64,6 +74,7 @@ __all__ = [
     "PermutationAligner",
     "PermutationSpec",
     "RebasinError",
+    "Resized",
     "Selection",
     "SpecMismatchError",
     "TraceError",
@@ -93,10 +104,12 @@ __all__ = [
     "match_many",
     "match_trunks",
     "match_widths",
+    "matched_averaging",
     "merge",
     "merge_modules",
     "merge_trunk_modules",
     "merge_trunks",
+    "merge_units",
     "merge_widths",
     "moved_fraction",
     "permute",
@@ -118,4 +131,5 @@ __all__ = [
     "trunk_tensors",
     "unit_correlation",
     "weight_matching",
+    "zip_trunks",
 ]

@@ -115,7 +115,7 @@ def match_trunks(
     >>> [perms["0"].shape for perms in found.perms]
     [torch.Size([8]), torch.Size([8])]
     """
-    names = _shared(specs, models, until)
+    names = check_trunks(specs, models, until)
     first = specs[0]
     common = [common_perms(first, spec, names) for spec in specs]
     kept = {perm for perm in first.perm_shapes if all(perm in pairs for pairs in common)}
@@ -130,8 +130,8 @@ def match_trunks(
     return replace(found, perms=perms)
 
 
-def _shared(specs: Sequence[PermutationSpec], models: Sequence[State], until: str) -> tuple[str, ...]:
-    """The tensors of the trunk, the same in every model."""
+def check_trunks(specs: Sequence[PermutationSpec], models: Sequence[State], until: str) -> tuple[str, ...]:
+    """The tensors of the trunk, the same in every model; raises as :func:`match_trunks`."""
     if not models or len(specs) != len(models):
         raise RebasinError(f"specs: expected one for each model; got {len(specs)} for {len(models)} models")
     names = trunk_tensors(specs[0], until)

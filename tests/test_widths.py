@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
-from widths_cases import IMAGE, PLANTED, mlp, output, planted, spec_of, widened
+from widths_cases import IMAGE, PLANTED, alive, mlp, output, planted, spec_of, widened
 
 from fedrebasin import (
     match_widths,
@@ -62,7 +62,7 @@ def test_convolutional_networks_with_dead_units_in_random_places_merge_back(name
     sizes = {"conv": (12, 7), "vgg": (6, 4), "resnet20": (2, 1)}[name]
     nets = [build_model(name, (3, 16, 16), 3, width=width).eval() for width in sizes]
     specs = [trace(net, IMAGE) for net in nets]
-    state = _alive(nets[1])
+    state = alive(nets[1])
     generator, maps = torch.Generator().manual_seed(0), {}
     for perm, other in common_units(*specs).items():
         units, fewer = specs[0].perm_shapes[perm][0], specs[1].perm_shapes[other][0]
@@ -78,17 +78,6 @@ def test_convolutional_networks_with_dead_units_in_random_places_merge_back(name
     for net, merged in zip(nets, merge_widths(specs, [wide, state], coefficients=[2, 1]), strict=True):
         net.load_state_dict(merged)
         torch.testing.assert_close(net(x), expected, rtol=1e-8, atol=1e-8)
-
-
-def _alive(net: nn.Module) -> State:
-    """Random weights, norms and statistics, so that units differ."""
-    generator, state = torch.Generator().manual_seed(1), {}
-    for name, tensor in net.state_dict().items():
-        state[name] = tensor
-        if tensor.is_floating_point():
-            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            state[name] = tensor.double() + 0.1 * drawn if tensor.ndim > 1 else 1 + 0.3 * drawn.tanh()
-    return state
 
 
 def test_one_layers_matching_is_the_best_of_all_placements() -> None:

@@ -69,3 +69,14 @@ def planted(kind: str) -> tuple[list[PermutationSpec], list[State]]:
     wide = widened(narrow.state_dict(), *PLANTED[kind])
     nets = [mlp(len(wide["0.bias"]), len(wide["2.bias"])), narrow]
     return [spec_of(net) for net in nets], [wide, {k: v.double() for k, v in narrow.state_dict().items()}]
+
+
+def alive(net: nn.Module, seed: int = 1) -> State:
+    """Random weights, norms and statistics, so that units differ."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, tensor in net.state_dict().items():
+        state[name] = tensor
+        if tensor.is_floating_point():
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            state[name] = tensor.double() + 0.1 * drawn if tensor.ndim > 1 else 1 + 0.3 * drawn.tanh()
+    return state

@@ -154,6 +154,10 @@ def map_axis(tensor: Tensor, dim: int, one: Layout, other: Layout, maps: Maps) -
     match one, other:
         case Free(perm=perm), Free() if perm in maps:
             matrix = maps[perm].to(tensor)
+            filled = matrix != 0
+            if int(filled.sum(1).max()) <= 1:  # one unit to one: a copy, not a product
+                values, sources = torch.where(filled, matrix, 0).sum(1), filled.int().argmax(1)
+                return tensor.index_select(dim, sources) * values.view([-1] + [1] * (tensor.ndim - dim - 1))
             mapped: Tensor = torch.tensordot(matrix, tensor, ([1], [dim]))
             return mapped.movedim(0, dim)
         case Sum(parts=ones), Sum(parts=others) if len(ones) == len(others):

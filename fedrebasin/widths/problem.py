@@ -61,10 +61,15 @@ class WidthProblem:
                 found[int(reads)].addmm_(one, other.T)
         return found[0], found[1]
 
-    def settled(self, perm: str) -> float:
-        """The share of the reference's entries, among those tied to the permutation, that can be compared by now."""
-        seen = sum(one.numel() for reads in (False, True) for one, _ in self.rows(perm, reads=reads))
-        return seen / max(1, sum(self.reference[axis.name].numel() for axis in self.axes[perm]))
+    def settled(self, perm: str, *, reads: bool = True) -> float:
+        """The share of the reference's entries tied to the permutation that can be compared by now.
+
+        Without ``reads``, of those that write its units.
+        """
+        kinds = (False, True) if reads else (False,)
+        seen = sum(one.numel() for kind in kinds for one, _ in self.rows(perm, reads=kind))
+        counted = [axis for axis in self.axes[perm] if reads or axis.dim != self.read[axis.name]]
+        return seen / max(1, sum(self.reference[axis.name].numel() for axis in counted))
 
     def rows(self, perm: str, *, reads: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """What writes, or reads, the units of both networks: pairs of ``(units, entries)``, those that are settled."""

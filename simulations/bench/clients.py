@@ -1,4 +1,4 @@
-"""Trained clients for benchmarks: two hold halves, more hold Dirichlet parts; ends are trained once and shared."""
+"""Trained clients for benchmarks, on halves, Dirichlet or biased parts; ends are trained once and shared."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ class Options:
     other_path: str | None = None
     other_images: int = 0
     skip: Sequence[str] = ()
+    split: str | None = None
+
+    def split_of(self, nodes: int) -> str:
+        """How so many clients hold the data: halves for two and Dirichlet parts for more, unless it was given."""
+        return self.split or default_split(nodes)
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,20 @@ class Clients:
         return [len(labels) / sum(map(len, self.labels)) for labels in self.labels]
 
 
+def default_split(nodes: int) -> str:
+    """What is measured where no split is given."""
+    return HALVES if nodes == 2 else PARTS
+
+
 def train_clients(data: Dataset, options: Options, nodes: int, seed: int) -> Clients:
     """Train what is not trained yet."""
-    kind = HALVES if nodes == 2 else PARTS
+    kind = options.split_of(nodes)
     parts = partition_rows(data.train_labels, data.classes, nodes, parse_partition(kind), seed=seed)
     model = DEFAULTS[options.dataset][0]
     fixed: Row = {"held": 0.2, "model": model, "width": options.width, "norm": "batch", "epochs": options.epochs}
     config = EndConfig(dataset=options.dataset, source=data.source, seed=seed, end="a", **fixed)
-    names = "ab" if nodes == 2 else [f"{kind.replace(':', '')}-{nodes}-{node}" for node in range(nodes)]
+    halves = (nodes, kind) == (2, HALVES)  # the ends of the disjoint experiment
+    names = "ab" if halves else [f"{kind.replace(':', '')}-{nodes}-{node}" for node in range(nodes)]
     cpu = torch.device("cpu")
     states = [
         trained_end(replace(config, end=name), data, rows, options.ends, device=cpu, progress=lambda line: None)[0]
@@ -123,9 +134,19 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--nodes", default="2,5,10")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--split", type=_split, help="dirichlet:ALPHA or biased:SHARE; by default halves (biased:0.2) or dirichlet:0.5"
+    )
     parser.add_argument("--ends", type=Path, default=Path("ends"), help="folder of trained clients")
     parser.add_argument("--output", type=Path, required=True)
     return parser
+
+
+def _split(text: str) -> str:
+    try:
+        return str(parse_partition(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--partition: ")) from error
 
 
 def options_of(given: argparse.Namespace, images: Sequence[int], **more: Any) -> Options:
@@ -139,6 +160,7 @@ def options_of(given: argparse.Namespace, images: Sequence[int], **more: Any) ->
         seeds=[int(word) for word in given.seeds.split(",")],
         images=images,
         ends=given.ends,
+        split=given.split,
         **more,
     )
 
@@ -166,7 +188,7 @@ def measure_all(
     result: dict[str, Any] = {"experiment": experiment, "rows": [], "references": [], "config": config}
     for nodes in options.nodes:
         for seed in options.seeds:
-            case = {"clients": nodes, "seed": seed}
+            case = {"clients": nodes, "split": options.split_of(nodes), "seed": seed}
             clients = train_clients(data, options, nodes, seed)
             sizes = [len(labels) for labels in clients.labels]
             result["references"].append({**case, "examples": sizes, "rows": references(clients)})

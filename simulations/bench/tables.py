@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedrebasin.simulations.bench import selection_tables
+from fedrebasin.simulations.bench.clients import default_split
 from fedrebasin.simulations.bench.tables_client import secure, server_cost
 from fedrebasin.simulations.disjoint_numbers import spread_text
 from fedrebasin.simulations.summary import percent, plain
@@ -153,23 +154,33 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
 
 
 def joint(result: Result) -> tuple[Sequence[str], Rows]:
-    """``joint.py``: one column a number of clients; loss and accuracy, as averaged and corrected, CPU seconds."""
-    counts = list(dict.fromkeys(row["clients"] for row in result["rows"]))
+    """``joint.py``: one column a split; loss and accuracy, as averaged and corrected, CPU seconds, width if grown."""
+    columns = list(dict.fromkeys(map(_split, result["rows"])))
     rows = []
     for method in dict.fromkeys(row["method"] for row in result["rows"]):
         line = [f"**{method}**" if method else "plain average"]
-        for count in counts:
-            own = [row for row in result["rows"] if (row["clients"], row["method"]) == (count, method)]
-            parts = [
-                _scores([row for row in own if row["correction"] == name]) for name in {r["correction"]: 0 for r in own}
-            ]
-            seconds = sum(row["cpu-seconds"] for row in own) / len(own)
-            line.append("; ".join(parts) + (f"; {seconds:.2g} s" if method else ""))
+        for column in columns:
+            own = [row for row in result["rows"] if (_split(row), row["method"]) == (column, method)]
+            if not own:
+                line.append("-")
+                continue
+            corrections = dict.fromkeys(row["correction"] for row in own)
+            parts = [_scores([row for row in own if row["correction"] == name]) for name in corrections]
+            if method:
+                parts.append(f"{statistics.mean(row['cpu-seconds'] for row in own):.2g} s")
+            if "width" in own[0]:
+                parts.append(f"width {statistics.mean(row['width'] for row in own if not row['correction']):,.0f}")
+            line.append("; ".join(parts))
         rows.append(line)
     for name in ("best client", "ensemble of logits", "ensemble of probabilities"):
-        found = [[one["rows"][name] for one in result["references"] if one["clients"] == count] for count in counts]
+        found = [[one["rows"][name] for one in result["references"] if _split(one) == column] for column in columns]
         rows.append([name, *map(_scores, found)])
-    return ["average; corrected; CPU seconds", *(f"{count} clients" for count in counts)], rows
+    return ["average; corrected; CPU seconds", *(f"{clients} clients, {split}" for clients, split in columns)], rows
+
+
+def _split(row: Result) -> tuple[int, str]:
+    """Clients, and how they hold the data."""
+    return row["clients"], row.get("split", default_split(row["clients"]))
 
 
 def _scores(found: Sequence[Result] | None) -> str:
@@ -192,7 +203,21 @@ def merging(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
+def heads(result: Result) -> tuple[Sequence[str], Rows]:
+    """``heads.py``: loss and accuracy, means of both tasks, by the layer up to which the trunk is shared."""
+    layers = list(dict.fromkeys(row["until"] for row in result["rows"] if row["until"] != "-"))
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        cell = f"{spread_text(row['loss'])} / {percent(row['accuracy'])}"
+        cells.setdefault(row["merge"], {}).update(
+            dict.fromkeys(layers if row["until"] == "-" else [row["until"]], cell)
+        )
+    rows = [[f"**{how}**" if how == "zipped" else how, *(own[layer] for layer in layers)] for how, own in cells.items()]
+    return ["test loss / top-1 %", *(f"shared up to hidden layer {n}" for n in range(1, len(layers) + 1))], rows
+
+
 TABLES = {
+    "heads": heads,
     "merging": merging,
     "calibration": calibration,
     "own-data": own_data,
