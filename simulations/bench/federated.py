@@ -22,6 +22,7 @@ from fedrebasin.corrections.federated import Case, FederatedOptions, correct_fed
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.sites import find_sites
 from fedrebasin.simulations.baselines import score
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import provenance, save_results
@@ -106,9 +107,8 @@ def main() -> None:
                 row |= {"epsilon": one["epsilon"]} if "epsilon" in one else {}
                 print(json.dumps({"seed": seed, **row}), flush=True)
     if options.output:
-        command = f"python -m fedrebasin.simulations.bench.federated --data {options.data} --output FILE"
         result = {"experiment": "federated", "data": options.data, "model": settings.model, "width": settings.width}
-        about = provenance(command, list(range(options.seeds)), started)
+        about = provenance(bench_command("federated", {"--path": "FOLDER"}), list(range(options.seeds)), started)
         save_results(options.output, {**result, "rows": list(rows.values()), "provenance": about})
 
 
