@@ -8,6 +8,7 @@ from typing import Any
 from fedrebasin.corrections import federated_least_squares as _least_squares
 from fedrebasin.corrections import federated_regmean as _regmean
 from fedrebasin.corrections import federated_repair as _repair
+from fedrebasin.corrections import votes as _votes
 from fedrebasin.corrections.privacy import Privacy, check_apart
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, FederatedOptions, Node, Query, State, drive
 from fedrebasin.errors import RebasinError
@@ -23,6 +24,7 @@ _MEASURES: dict[str, Callable[[About, Node], Answer]] = {
     _repair.KIND: _repair.measure,
     _least_squares.KIND: _least_squares.measure,
     _regmean.KIND: _regmean.measure,
+    _votes.KIND: _votes.measure,
 }
 _RELEASES: dict[str, Callable[[About], int]] = {
     _repair.KIND: _repair.count_releases,
