@@ -22,6 +22,7 @@ from fedrebasin.yardsticks import ByAgreement, ByLoss, Loss
 
 LOGGER = logging.getLogger("fedrebasin")
 State = Mapping[str, Tensor]
+Asked = str | Sequence[str] | None
 #: A state dict, or a function that makes it when its turn has come.
 Candidate = State | Callable[[], State]
 #: With this confidence a model alone must be better than the best merge.
@@ -151,7 +152,7 @@ def corrected(
     return {name: merged, **made}
 
 
-def names_of(correction: str | Sequence[str] | None, *, several: bool) -> tuple[str, ...]:
+def names_of(correction: Asked, *, several: bool, known: Sequence[str] = tuple(CORRECTIONS)) -> tuple[str, ...]:
     """The corrections that are asked for, each known and, without ``several``, one at most.
 
     Examples
@@ -161,8 +162,8 @@ def names_of(correction: str | Sequence[str] | None, *, several: bool) -> tuple[
     """
     names = () if correction is None else (correction,) if isinstance(correction, str) else tuple(correction)
     for name in names:
-        if name not in CORRECTIONS:
-            raise RebasinError(f"correction: expected None or one of {', '.join(CORRECTIONS)}; got {name!r}")
+        if name not in known:
+            raise RebasinError(f"correction: expected None or one of {', '.join(known)}; got {name!r}")
     if not isinstance(correction, str | None) and not several:
         raise RebasinError(
             f"correction: several need something that chooses among them; got {correction!r}; give "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedrebasin.simulations.commands import running_command
 
 DataPath = Annotated[
     str | None, typer.Option("--data", help="Folder with train-*.parquet and test-*.parquet; default: download.")
@@ -42,9 +43,7 @@ def command_line() -> str:
 
     Where data and results lay decides no number, and names of folders say more of a machine than results should.
     """
-    words, folders = sys.argv[1:], ("--data", "--output", "--redraw")
-    shown = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
-    return shlex.join(["fedrebasin", *shown])
+    return running_command("fedrebasin", dict.fromkeys(("--data", "--output", "--redraw"), "FOLDER"))
 
 
 def say(line: str) -> None:

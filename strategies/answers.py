@@ -12,13 +12,14 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.common.logger import log
 from torch import nn
 
-from fedrebasin.corrections.federated import Node, answer
-from fedrebasin.corrections.federated_repair import count_releases
+from fedrebasin.corrections.federated import Node, answer, count_releases
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.queries import About
+from fedrebasin.corrections.votes import KIND as LOSSES
 from fedrebasin.errors import RebasinError, UsageError, first_line
 from fedrebasin.strategies.network import Model, find_device
 from fedrebasin.strategies.queries import read_query, write_answer, write_refusal
+from fedrebasin.yardsticks import Loss
 
 Handler = Callable[[Message, Context], Message]
 #: where a client keeps how many noised vectors it has given away
@@ -29,10 +30,12 @@ def answer_queries(
     *,
     model: Model,
     batches: Callable[[Message, Context], Iterable[Any]],
+    held_out: Callable[[Message, Context], Iterable[Any]] | None = None,
+    loss: Loss | None = None,
     privacy: Privacy | None = None,
     device: torch.device | str | None = None,
 ) -> Handler:
-    """Make the function that answers the queries of ``correction="federated-..."``.
+    """Make the function that answers the queries of ``correction="federated-..."`` and of ``select="clients"``.
 
     Register it beside the training function, under the name ``"rebasin"``::
 
@@ -46,10 +49,10 @@ def answer_queries(
 
     What goes back are sums over this client's examples, never an example or a label: counts, means and sums of squares
     per channel (repair), or Gram matrices of layers' inputs and their products with pre-activations (the other two),
-    which say much about few examples. With ``privacy`` moments are clipped and noised here, before they leave, other
-    queries are refused, and so is one that would take the epsilon of the run over its budget; what is spent is kept in
+    which say much about few examples. With ``privacy`` all of them are clipped and noised here, before they leave, and
+    a query that would take the epsilon of the run over its budget is refused; what is spent is kept in
     ``context.state``. Under a strategy that wraps differential privacy, whose unit is a whole client, the server does
-    not ask at all.
+    not ask at all. For ``select="clients"`` a loss for each candidate goes back, from ``held_out``.
 
     Parameters
     ----------
@@ -58,8 +61,13 @@ def answer_queries(
     batches : function of message and context
         Gives this client's input batches, with targets if ``label_prior`` is asked for: a list or DataLoader. The
         message holds the ConfigRecords of this round's training message too.
+    held_out : function of message and context, optional
+        For ``select="clients"``: like ``batches``, with targets, examples that the client neither trains on nor gives
+        there. With ``privacy`` it is not used: losses are not noised, and so refused.
+    loss : callable, optional
+        ``loss(output, target)``, a mean over the batch, for ``held_out``.
     privacy : Privacy, optional
-        For ``"federated-repair"``: how much one example can change of what is sent.
+        How much one example can change of what is sent.
     device : torch.device or str, optional
         Where the network runs.
 
@@ -86,6 +94,11 @@ def answer_queries(
             "batches: expected a function of message and context that gives input batches; "
             f"got {type(batches).__name__}"
         )
+    if (held_out is None) != (loss is None) or not callable(held_out or batches):
+        raise UsageError(
+            "held_out, loss: expected a function of message and context that gives batches with targets, and a "
+            "function of output and target, or neither"
+        )
     if not callable(model):
         raise UsageError(
             f"model: expected an nn.Module or a function of no arguments that makes one; got {type(model).__name__}"
@@ -98,8 +111,9 @@ def answer_queries(
             net: object = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
             if not isinstance(net, nn.Module):
                 raise UsageError(f"model: expected a function that makes an nn.Module; it made a {type(net).__name__}")
-            spent = None if privacy is None else spend(privacy, asked.about, context)
-            node = Node(net, asked.merged, asked.end, batches(message, context), where, privacy)
+            spent = None if privacy is None else spend(privacy, asked.kind, asked.about, context)
+            source = held_out if asked.kind == LOSSES and held_out is not None else batches
+            node = Node(net, asked.merged, asked.end, source(message, context), where, privacy, loss)
             found = {name: tensor.cpu() for name, tensor in answer(asked.kind, asked.about, node).items()}
             return Message(write_answer(found, spent), reply_to=message)
         except RebasinError as error:
@@ -109,7 +123,7 @@ def answer_queries(
     return handle
 
 
-def spend(privacy: Privacy, about: About, context: Context) -> ConfigRecord:
+def spend(privacy: Privacy, kind: str, about: About, context: Context) -> ConfigRecord:
     """Count the releases of one answer in the context's state, before anything is measured.
 
     Raises
@@ -121,13 +135,13 @@ def spend(privacy: Privacy, about: About, context: Context) -> ConfigRecord:
     --------
     >>> from flwr.app import RecordDict
     >>> context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    >>> spent = spend(Privacy(clip=3.0, noise=10.0), {"merged-sites": ["1"], "end-sites": ["1", "3"]}, context)
+    >>> spent = spend(Privacy(clip=3.0, noise=10.0), "grams", {"layers": ["1.weight", "3.weight", "5.weight"]}, context)
     >>> spent["releases"], round(spent["epsilon"], 2)
     (3, 0.62)
     """
     records = context.state.config_records
     before = int(str(records[_STATE]["releases"])) if _STATE in records else 0
-    releases = before + count_releases(about)
+    releases = before + count_releases(kind, about)
     epsilon = privacy.epsilon(releases)
     if epsilon > privacy.budget:
         raise RebasinError(

@@ -129,7 +129,7 @@ def correct_record(
     if queries is None:
         corrected = correct(correction, setting, merged, ends)
     else:
-        corrected = queries.correct(merged, ends, setting.coefficients or [], nodes)
+        corrected = queries.correct(correction, merged, ends, setting.coefficients or [], nodes)
     return None if corrected is None else cast_arrays(state_to_record(corrected), model)
 
 

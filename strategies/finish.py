@@ -10,9 +10,10 @@ import torch
 from flwr.app import ArrayRecord
 from torch import nn
 
-from fedrebasin.corrections.federated import FederatedOptions
-from fedrebasin.corrections.methods import Setting
+from fedrebasin.corrections.federated import FEDERATED, FederatedOptions
+from fedrebasin.corrections.methods import CORRECTIONS, Setting
 from fedrebasin.selection import names_of
+from fedrebasin.strategies.client_selection import ClientSelector
 from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
 from fedrebasin.strategies.federated import Queries, build_queries
 from fedrebasin.strategies.options import Correction
@@ -31,12 +32,12 @@ class Finish:
         What corrections and matching may see of the server's data: all, or the part that selection leaves them.
     selector : Selector, optional
     queries : Queries, optional
-        Of a federated correction.
+        Where nodes are asked: for a federated correction, or to choose.
     """
 
     correction: Correction
     calibration: Any = None
-    selector: Selector | None = None
+    selector: Selector | ClientSelector | None = None
     queries: Queries | None = None
 
     @property
@@ -48,7 +49,7 @@ class Finish:
     def runs_the_model(self) -> str | None:
         """The option that runs the whole model, as it was given, or ``None``."""
         if self.selector is not None:
-            return "select='calibration'"
+            return f"select={'calibration' if isinstance(self.selector, Selector) else 'clients'!r}"
         return None if self.single is None else f"correction={self.single!r}"
 
     @property
@@ -93,7 +94,10 @@ def build_finish(
         correction = default_correction(model, calibration, guarded=guarded)
     finish = Finish(correction, calibration)
     names: tuple[str | None, ...] = (finish.single,)
-    if select is not None:
+    if select == "clients":
+        asked = names_of(correction, several=True, known=[*CORRECTIONS, *FEDERATED])
+        names = asked or (None,)
+    elif select is not None:
         asked = names_of(correction, several=True)
         selector = build_selector(
             *(select, asked, model, calibration), loss=loss, example_inputs=example_inputs, seed=seed, device=device
@@ -102,4 +106,9 @@ def build_finish(
             finish, names = Finish(correction, selector.fit, selector), asked or (None,)
     for name in names:
         check_calibration(name, model, finish.calibration, inputs=inputs, example_inputs=example_inputs, device=device)
-    return replace(finish, queries=build_queries(finish.single, model, example_inputs, federated, device))
+    corrections = asked if select == "clients" else (finish.single,)
+    queries = build_queries(corrections, model, example_inputs, federated, device, votes=select == "clients")
+    if select == "clients" and model is not None and queries is not None:
+        chooser = ClientSelector(model, asked, queries, calibration, example_inputs, seed, device)
+        return replace(finish, selector=chooser, queries=queries)
+    return replace(finish, queries=queries)

@@ -30,7 +30,7 @@ BUILT: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
     "correction": (None, *CORRECTIONS, *FEDERATED),
-    "select": (None, "calibration"),
+    "select": (None, "calibration", "clients"),
 }
 LATER: dict[str, tuple[str, ...]] = {
     "reference": (),
@@ -87,13 +87,13 @@ def check_options(reference: str, matching: str, correction: Correction, *, sele
     if correction != "default":
         for name in [correction] if isinstance(correction, str | None) else correction:
             check_option("correction", name)
-            if select is not None and name in FEDERATED:
+            if select == "calibration" and name in FEDERATED:
                 raise UsageError(
-                    f"select={select!r} measures on the server's data, and correction={name!r} asks the clients; use "
-                    "one of them without the other"
+                    f"select={select!r} measures on the server's data, and correction={name!r} asks the clients; give "
+                    "select='clients'"
                 )
         if not isinstance(correction, str | None):
-            names_of(correction, several=select is not None)
+            names_of(correction, several=select is not None, known=[*CORRECTIONS, *FEDERATED])
     check_joint(matching, reference)
 
 

@@ -63,9 +63,10 @@ class Rebasin(Rounds):
         Several names with ``select``.
     federated : FederatedOptions, optional
         How a federated correction works.
-    select : {None, "calibration"}
+    select : {None, "calibration", "clients"}
         Hand back the best of a round's models, plain, aligned and corrected (``selection.py``), measured on a quarter
-        of ``calibration`` that nothing else sees; the data is then read once, at construction, and held in memory.
+        of ``calibration`` that nothing else sees; the data is then read once, at construction, and held in memory. Or
+        measured by the clients (``client_selection.py``), whose ``answer_queries`` has ``held_out`` and ``loss``.
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch, for ``matching="straight-through"`` or ``"sinkhorn"``, for
         ``reference="straight-through-many"``, which then needs ``model`` and ``calibration``, and for ``select``, which
@@ -111,7 +112,7 @@ class Rebasin(Rounds):
     ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies),
     ``rebasin-reused`` (replies that moved as their node's last one, ``trajectory.py``); of a federated correction also
     ``rebasin-query-rounds``, ``rebasin-query-bytes`` (both ways, all nodes) and ``rebasin-query-left-out`` (nodes);
-    with ``select`` those of ``selection.py``.
+    with ``select`` those of ``selection.py`` or ``client_selection.py``.
 
     References
     ----------

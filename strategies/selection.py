@@ -87,10 +87,7 @@ class Selector:
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        paths = [
-            f"{path}{end}" for path in ("plain", "aligned") for end in ("", *(f"+{one}" for one in self.corrections))
-        ]
-        object.__setattr__(self, "names", (*paths, CLIENT))
+        object.__setattr__(self, "names", (*names_of_candidates(self.corrections), CLIENT))
 
     def choose(self, found: Round) -> tuple[ArrayRecord | None, dict[str, float]]:
         """The model to keep, ``None`` if it is the one that is there, and the figures as metrics.
@@ -114,7 +111,7 @@ class Selector:
         candidates: dict[str, Candidate] = {}
         if found.plain:
             states = [record_to_state(record) for record in found.plain]
-            candidates |= corrected("plain", _average(states, coefficients), states, setting, self.corrections)
+            candidates |= corrected("plain", average(states, coefficients), states, setting, self.corrections)
         aligned = record_to_state(found.model)
         candidates |= corrected("aligned", aligned, found.ends, setting, self.corrections)
         clients: dict[str, Candidate] = {
@@ -172,7 +169,17 @@ def plain_replies(replies: Sequence[Reply], strategy: Strategy, *, moves: bool, 
     return [select_arrays(reply.arrays, list(reply.arrays)) for reply in replies]
 
 
-def _average(states: Sequence[State], coefficients: Sequence[float]) -> State:
+def names_of_candidates(corrections: Sequence[str]) -> tuple[str, ...]:
+    """Plain and aligned, each as it is and with every correction.
+
+    >>> names_of_candidates(["repair"])
+    ('plain', 'plain+repair', 'aligned', 'aligned+repair')
+    """
+    ends = ("", *(f"+{one}" for one in corrections))
+    return tuple(f"{path}{end}" for path in ("plain", "aligned") for end in ends)
+
+
+def average(states: Sequence[State], coefficients: Sequence[float]) -> State:
     """The weighted average; a counter is the largest of the replies', as in ``buffers.py``."""
     merged = merge(states, coefficients=coefficients)
     whole = [{name: x for name, x in state.items() if not x.is_floating_point()} for state in states]

@@ -17,6 +17,7 @@ from fedrebasin.corrections.federated import Case, FederatedOptions, correct_fed
 from fedrebasin.strategies import FedRebasin, Privacy, Rebasin, answer_queries
 from fedrebasin.strategies.queries import bytes_of
 from fedrebasin.strategies.records import record_to_state, state_to_record
+from fedrebasin.yardsticks import Loss
 
 INPUTS = (torch.randn(4, 5, dtype=torch.float64),)
 EXAMPLES = [30.0, 10.0, 20.0]
@@ -47,6 +48,8 @@ def client(
     *,
     privacy: Privacy | None = None,
     scale: float = 1.0,
+    held_out: list[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Node:
     """A ClientApp that trains (returns its end) and answers queries; ``change`` spoils what it answers."""
     app = ClientApp()
@@ -56,7 +59,10 @@ def client(
         return answer(message, end(seed), EXAMPLES[seed])
 
     batches = [(scale * x, y) for x, y in data(seed)]
-    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: batches, privacy=privacy))
+    given: dict[str, Any] = {"privacy": privacy, "loss": loss}
+    if held_out is not None:
+        given["held_out"] = lambda message, context: held_out
+    app.query("rebasin")(answer_queries(model=net, batches=lambda message, context: batches, **given))
     context = Context(run_id=1, node_id=seed + 1, node_config={}, state=RecordDict(), run_config={})
 
     def node(message: Message) -> Message:
@@ -88,7 +94,7 @@ class Spy(MemoryGrid):
 
 
 def play(
-    correction: str | None,
+    correction: Any,
     nodes: dict[int, Node] | None = None,
     *,
     strategy: Rebasin | None = None,

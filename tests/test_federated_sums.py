@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedrebasin import CalibrationError, RebasinError, input_grams, merge, regmean
 from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions, Node, answer, correct_federated
-from fedrebasin.corrections.federated_least_squares import log_prior
 from fedrebasin.corrections.gram_sketch import check_gram, expand, rank_within, sketch
+from fedrebasin.corrections.label_prior import log_prior
 from fedrebasin.corrections.normal_equations import NormalEquations, pack, unpack
 from fedrebasin.corrections.queries import LARGEST, Query, check_tensors
 from fedrebasin.simulations.models import build_model

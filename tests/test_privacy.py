@@ -127,14 +127,6 @@ def test_what_is_spent_adds_up_over_rounds_in_the_clients_state() -> None:
     assert stated == [privacy.epsilon(4), privacy.epsilon(8)]
 
 
-@pytest.mark.parametrize("correction", ["federated-least-squares", "federated-regmean"])
-def test_private_clients_refuse_gram_matrices(correction: str, warnings: list[str]) -> None:
-    found, metrics, _ = play(correction, clients(LOOSE, LOOSE, LOOSE))
-    same(found, plain()[0], 0.0)
-    assert metrics["rebasin-query-left-out"] == 3
-    assert any("privacy: moments alone can be clipped and noised so far" in line for line in warnings)
-
-
 def test_moments_that_depend_on_the_others_of_a_batch_are_refused() -> None:
     batches = [draw(20, 5)]
     with pytest.raises(RebasinError, match="privacy: all sites at once go by the statistics of a batch"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations import results as results_module
+from fedrebasin.simulations.commands import running_command
 from fedrebasin.simulations.results import load_results, provenance, save_results, summarise
 
 
@@ -97,3 +99,18 @@ def test_a_summary_leaves_out_what_is_not_finite_and_says_how_many_are_left():
     assert summarise([4.0]) == (4.0, 0.0, 1)
     mean, deviation, n = summarise([None])
     assert math.isnan(mean) and math.isnan(deviation) and n == 0
+
+
+def test_every_benchmark_names_the_command_that_really_ran():
+    folder = Path(results_module.__file__).parent / "bench"
+    writers = {path.stem: text for path in folder.glob("*.py") if "provenance(" in (text := path.read_text())}
+    assert len(writers) > 10
+    for name, text in writers.items():
+        whose = "module" if name == "clients" else f'"{name}"'
+        assert f"bench_command({whose}" in text, name
+
+
+def test_a_command_shows_options_as_given_and_no_local_name():
+    words = ["--data", "/home/me/c10", "--runs=3", "--output=/tmp/x.json", "--only", "a b"]
+    found = running_command("bench", {"--data": "FOLDER", "--output": "FILE"}, words)
+    assert found == "bench --data FOLDER --runs=3 --output=FILE --only 'a b'"

@@ -83,7 +83,7 @@ BATCHES = [torch.randn(200, 5)]
             "federated: options for federated-repair, federated-least-squares, federated-regmean alone; got",
         ),
         ({"correction": "least-squares"}, "correction='least-squares' needs calibration"),
-        ({"select": "labels"}, "select: expected one of None, 'calibration'; got 'labels'$"),
+        ({"select": "labels"}, "select: expected one of None, 'calibration', 'clients'; got 'labels'$"),
         (
             {"select": "calibration", "calibration": BATCHES, "correction": "federated-repair"},
             "select='calibration' measures on the server's data, and correction='federated-repair' asks the clients",

@@ -194,5 +194,5 @@ def test_what_it_lacks_is_named_at_construction() -> None:
         selecting(calibration=[torch.zeros(1, 5)])
     with pytest.raises(ValueError, match="correction: several need something that chooses among them"):
         selecting(select=None, correction=["repair", "rescale"])
-    with pytest.raises(UsageError, match="correction='federated-repair' asks the clients; use one of them"):
+    with pytest.raises(UsageError, match="correction='federated-repair' asks the clients; give select='clients'"):
         selecting(correction=["repair", "federated-repair"])

@@ -8,7 +8,8 @@ from typing import Any
 from fedrebasin.corrections import federated_least_squares as _least_squares
 from fedrebasin.corrections import federated_regmean as _regmean
 from fedrebasin.corrections import federated_repair as _repair
-from fedrebasin.corrections.privacy import Privacy
+from fedrebasin.corrections import votes as _votes
+from fedrebasin.corrections.privacy import Privacy, check_apart
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, FederatedOptions, Node, Query, State, drive
 from fedrebasin.errors import RebasinError
 
@@ -23,6 +24,12 @@ _MEASURES: dict[str, Callable[[About, Node], Answer]] = {
     _repair.KIND: _repair.measure,
     _least_squares.KIND: _least_squares.measure,
     _regmean.KIND: _regmean.measure,
+    _votes.KIND: _votes.measure,
+}
+_RELEASES: dict[str, Callable[[About], int]] = {
+    _repair.KIND: _repair.count_releases,
+    _least_squares.KIND: _least_squares.count_releases,
+    _regmean.KIND: _regmean.count_releases,
 }
 
 
@@ -55,12 +62,28 @@ def answer(kind: str, about: About, node: Node) -> Answer:
     """
     if kind not in _MEASURES:
         raise RebasinError(f"query: expected one of {', '.join(_MEASURES)}; got {kind!r}; update fedrebasin here")
-    if node.privacy is not None and kind != _repair.KIND:
-        raise RebasinError(
-            f"privacy: moments alone can be clipped and noised so far, and the server asks for {kind}; have it use "
-            "correction='federated-repair'"
-        )
+    if node.privacy is not None:
+        count_releases(kind, about)  # refuses what has no account
+        check_apart(node.net)
     return _MEASURES[kind](about, node)
+
+
+def count_releases(kind: str, about: About) -> int:
+    """How many noised vectors a private node's answer to a query holds.
+
+    Raises
+    ------
+    RebasinError
+        If it cannot be told, or the answer has no noise.
+
+    Examples
+    --------
+    >>> count_releases("moments", {"merged-sites": ["1"], "end-sites": ["1", "3"]})
+    3
+    """
+    if kind not in _RELEASES:
+        raise RebasinError(f"privacy: answers to {kind!r} are not noised, so that nothing accounts for them")
+    return _RELEASES[kind](about)
 
 
 def correct_federated(name: str, case: Case, data: Sequence[Iterable[Any]], *, privacy: Privacy | None = None) -> State:

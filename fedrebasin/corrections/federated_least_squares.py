@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.corrections.first_uses import read_until
+from fedrebasin.corrections.label_prior import log_prior
 from fedrebasin.corrections.layers import Layer, Norm, Step
 from fedrebasin.corrections.least_squares import choose_ridge, layer_equations, refresh_norm, step_moments, steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
 from fedrebasin.corrections.moments import Moments
+from fedrebasin.corrections.noised_sums import read_noise, solve_noised
 from fedrebasin.corrections.normal_equations import NormalEquations, pack, unpack
 from fedrebasin.corrections.passes import Memory, Runner
+from fedrebasin.corrections.privacy import ClippedMoments
+from fedrebasin.corrections.private_sums import ClippedEquations
 from fedrebasin.corrections.queries import FLOOR, About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
 from fedrebasin.corrections.working import extract
-from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.errors import RebasinError
 
 KIND = "equations"
 Equations = tuple[NormalEquations, NormalEquations]
@@ -104,8 +108,11 @@ def federated_least_squares(case: Case) -> Correction:
             sums.gram = unpack(sums.gram, len(start.matrix.T)) if sums.count else sums.gram
         total = fit + check if check.count else fit
         shifts = step.bias is not None or step.norm is not None
-        chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
-        D, d = total.solve(chosen, intercept=shifts)
+        if total.noise[0]:
+            total, D, d = solve_noised(fit, check, ridge, intercept=shifts)
+        else:
+            chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
+            D, d = total.solve(chosen, intercept=shifts)
         write_map(model, step, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
     return extract(model, case.merged)
 
@@ -120,13 +127,17 @@ def measure(about: About, node: Node) -> Answer:
     step, source = steps[index], ((args, kwargs) for args, kwargs, _ in batches)
     runner = Runner(ours, steps, Memory(0), keep=False)
     if isinstance(step, Norm):
-        moments = step_moments(runner, index, step, source)
+        moments = step_moments(runner, index, step, source, ClippedMoments.maker(node.privacy))
+        moments = moments.release() if isinstance(moments, ClippedMoments) else moments
         return {"count": torch.tensor(moments.count), "mean": moments.mean, "squares": moments.squares}
     theirs = Runner(node.model(node.end), steps, Memory(0), keep=False)
     split, start = bool(about["split"]), read_map(ours, step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few examples: those of all nodes count
-        found = layer_equations(runner, [theirs], [1.0], index, step, source, split=split)
+        found = layer_equations(runner, [theirs], [1.0], index, step, source, split=split, privacy=node.privacy)
+    for sums in found:
+        if isinstance(sums, ClippedEquations):
+            sums.release()
     if about["label-prior"]:
         prior = log_prior(node, len(start.shift)).to(start.shift.device)
         found = (found[0].lower_goals(prior), found[1].lower_goals(prior))
@@ -136,33 +147,18 @@ def measure(about: About, node: Node) -> Answer:
             continue
         answer[f"{part}.count"], answer[f"{part}.gram"] = torch.tensor(sums.count), pack(sums.gram)
         answer |= {f"{part}.cross": sums.cross, f"{part}.x": sums.x, f"{part}.e": sums.e}
+        if sums.noise[0]:
+            answer[f"{part}.noise"] = torch.tensor(sums.noise, dtype=torch.float64)
     return answer
 
 
-def log_prior(node: Node, classes: int) -> Tensor:
-    """Logarithm of the node's label shares; a class without an example counts as one.
+def count_releases(about: About) -> int:
+    """How many noised vectors an answer holds: those of the layer, and the label shares.
 
-    Raises
-    ------
-    CalibrationError
-        If the batches lack integer targets from 0 to ``classes - 1``.
-
-    Examples
-    --------
-    >>> batches = [(torch.zeros(4, 1), torch.tensor([0, 0, 0, 1]))]
-    >>> log_prior(Node(nn.Linear(1, 2), {}, {}, batches), 2)
-    tensor([-0.2877, -1.3863], dtype=torch.float64)
+    >>> count_releases({"step": "0.weight", "split": True, "label-prior": True})
+    2
     """
-    counts = torch.zeros(classes, dtype=torch.float64)
-    for _, _, target in node.data():
-        if not isinstance(target, Tensor) or target.is_floating_point() or not target.numel():
-            raise CalibrationError("batches: label_prior needs integer targets; give (input, target) batches")
-        labels = target.flatten().cpu()
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise CalibrationError(f"batches: expected targets from 0 to {classes - 1}; got {int(labels.max())}")
-        counts += labels.bincount(minlength=classes)
-    counts = counts.clamp_min(1)
-    return (counts / counts.sum()).log()
+    return 1 + bool(about.get("label-prior"))
 
 
 def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
@@ -178,12 +174,13 @@ def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
             if part == "check" and not (split and "check.count" in answer):
                 continue
             check_tensors(answer, {f"{part}.{name}": shape for name, shape in shapes.items()})
-            sums.count = int(answer[f"{part}.count"])
+            sums.count, sums.noise = int(answer[f"{part}.count"]), read_noise(answer, f"{part}.noise")
             for name in ("gram", "cross", "x", "e"):
                 setattr(sums, name, answer[f"{part}.{name}"].to(device))
             diagonal = sums.gram[places]
             # Cauchy and Schwarz, with room for products in single precision
-            if sums.count < 1 or bool((sums.x.square() > 1.01 * sums.count * diagonal + 1e-6).any()):
+            impossible = not sums.noise[0] and bool((sums.x.square() > 1.01 * sums.count * diagonal + 1e-6).any())
+            if sums.count < 1 or impossible:
                 raise RebasinError(f"{part!r} sums that no inputs have")
         return found[0], found[1]
 
@@ -193,7 +190,7 @@ def _reader(start: LinearMap, *, split: bool) -> Callable[[Answer], Equations]:
 def _size(found: Equations) -> float:
     """The largest of what the sums say of inputs and goals, as root mean squares; Gram matrices are packed."""
     sums, inputs = found[0], len(found[0].x)
-    rms = math.sqrt(float(sums.gram[_diagonal(inputs).to(sums.gram.device)].mean()) / sums.count)
+    rms = math.sqrt(max(0.0, float(sums.gram[_diagonal(inputs).to(sums.gram.device)].mean())) / sums.count)
     products = float(sums.cross.square().mean().sqrt()) / sums.count
     goals = float(sums.e.square().mean().sqrt()) / sums.count
     return max(rms, goals, products / max(rms, FLOOR))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedrebasin.corrections.first_uses import read_until
@@ -12,8 +13,12 @@ from fedrebasin.corrections.gram_sketch import Expanded, Sketch, check_gram, exp
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import read_map
+from fedrebasin.corrections.noised_sums import read_noise, steadied
+from fedrebasin.corrections.normal_equations import EXACT, Noise
+from fedrebasin.corrections.private_sums import ClippedEquations
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors
-from fedrebasin.corrections.regmean import input_grams, regmean
+from fedrebasin.corrections.regmean import input_grams, input_sums, regmean, with_ones
+from fedrebasin.errors import RebasinError
 
 KIND = "grams"
 
@@ -67,13 +72,18 @@ def federated_regmean(case: Case) -> Correction:
     last = layers[-1]
     names = read_until(case.uses(model), [last.weight], dict(case.merged))
     answers: dict[int, Expanded] = yield Query(
-        KIND, {"limit": limit}, {}, names, _reader(sizes, limit), lambda grams: max(map(_rms, grams.values()))
+        KIND,
+        {"limit": limit, "layers": list(sizes)},
+        {},
+        names,
+        _reader(sizes, limit),
+        lambda grams: max(map(_rms, grams.values())),
     )
     shares = case.shares(answers)
     return regmean(
         *(case.net, case.merged, [case.ends[place] for place in answers], [_batch(case)]),
         coefficients=[shares[place] for place in answers],
-        grams=[answers[place] for place in answers],
+        grams=steadied(list(answers.values())),
         off_diagonal=case.options.off_diagonal,
         device=case.device,
     )
@@ -82,18 +92,44 @@ def federated_regmean(case: Case) -> Correction:
 def measure(about: About, node: Node) -> Answer:
     """What a node answers: the Gram matrices of its aligned end's layer inputs, whole or as sketches."""
     state = node.model(node.end).state_dict()
-    found = input_grams(node.net, state, node.batches, device=node.device)
-    limit = int(str(about["limit"]))
-    return {
-        f"{name}.{part}": tensor
-        for name, gram in found.items()
-        for part, tensor in sketch(gram, rank_within(len(gram), limit)).items()
-    }
+    if node.privacy is None:
+        found = input_grams(node.net, state, node.batches, device=node.device)
+        noise = dict.fromkeys(found, EXACT)
+    else:
+        sums = input_sums(node.net, state, node.batches, device=node.device, privacy=node.privacy)
+        released = {name: one.release() for name, one in sums.items() if isinstance(one, ClippedEquations)}
+        found = {name: with_ones(one) for name, one in released.items()}
+        noise = {name: one.noise for name, one in released.items()}
+    asked, limit = about.get("layers"), int(str(about["limit"]))
+    names = asked if isinstance(asked, list) else list(found)
+    missing = next((name for name in names if name not in found), None)
+    if missing is not None:
+        raise RebasinError(f"model: the server asks about {missing!r}, which is no layer of this node's network")
+    answer: Answer = {}
+    for name in names:
+        gram = found[name]
+        answer |= {f"{name}.{part}": tensor for part, tensor in sketch(gram, rank_within(len(gram), limit)).items()}
+        if noise[name][0]:
+            answer[f"{name}.noise"] = torch.tensor(noise[name], dtype=torch.float64)
+    return answer
+
+
+def count_releases(about: About) -> int:
+    """How many noised vectors an answer holds: one a layer.
+
+    >>> count_releases({"limit": 0, "layers": ["0.weight", "2.weight"]})
+    2
+    """
+    names = about.get("layers")
+    if not isinstance(names, list):
+        raise RebasinError("privacy: the query does not name its layers; update fedrebasin on the server")
+    return len(names)
 
 
 def _reader(sizes: dict[str, int], limit: int) -> Callable[[Answer], Expanded]:
     def read(answer: Answer) -> Expanded:
         sketches: dict[str, Sketch] = {}
+        noise: dict[str, Noise] = {}
         for name, size in sizes.items():
             rank = rank_within(size, limit)
             shapes: dict[str, tuple[int, ...]] = {"gram": (size * (size + 1) // 2,)}
@@ -102,14 +138,15 @@ def _reader(sizes: dict[str, int], limit: int) -> Callable[[Answer], Expanded]:
                 shapes = {"count": (), "mean": (m,), "rest": (m,), "directions": (m, min(rank, m))}
             check_tensors(answer, {f"{name}.{part}": shape for part, shape in shapes.items()})
             sketches[name] = {part: answer[f"{name}.{part}"] for part in shapes}
-            check_gram(expand(sketches[name], size))
-        return Expanded(sketches, sizes)
+            noise[name] = read_noise(answer, f"{name}.noise")
+            check_gram(expand(sketches[name], size), noised=noise[name][0] > 0)
+        return Expanded(sketches, sizes, noise)
 
     return read
 
 
 def _rms(gram: Tensor) -> float:
-    return float((gram.diagonal()[:-1].mean() / gram[-1, -1]).sqrt())
+    return float((gram.diagonal()[:-1].mean() / gram[-1, -1]).clamp_min(0).sqrt())
 
 
 def _batch(case: Case) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedrebasin.corrections.normal_equations import pack, unpack
+from fedrebasin.corrections.normal_equations import EXACT, Noise, pack, unpack
 from fedrebasin.errors import RebasinError
 
 _BYTES = 8
@@ -86,8 +86,11 @@ class Expanded(Mapping[str, Tensor]):
     torch.Size([3, 3])
     """
 
-    def __init__(self, sketches: Mapping[str, Sketch], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, sketches: Mapping[str, Sketch], sizes: Mapping[str, int], noise: Mapping[str, Noise] | None = None
+    ) -> None:
         self._sketches, self._sizes = sketches, sizes
+        self.noise: dict[str, Noise] = dict.fromkeys(sketches, EXACT) if noise is None else dict(noise)
 
     def __getitem__(self, name: str) -> Tensor:
         return expand(self._sketches[name], self._sizes[name])
@@ -99,8 +102,8 @@ class Expanded(Mapping[str, Tensor]):
         return len(self._sketches)
 
 
-def check_gram(gram: Tensor) -> None:
-    """Refuse a matrix that no inputs have.
+def check_gram(gram: Tensor, *, noised: bool = False) -> None:
+    """Refuse a matrix that no inputs have; noise may make such a one.
 
     Examples
     --------
@@ -109,6 +112,8 @@ def check_gram(gram: Tensor) -> None:
     ...
     fedrebasin.errors.RebasinError: a Gram matrix that no inputs have
     """
+    if noised and float(gram[-1, -1]) > 0:
+        return
     diagonal = gram.diagonal()
     # Cauchy and Schwarz, with room for products in single precision
     bound = 1.01 * diagonal.clamp_min(0) * gram[-1, -1] + 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.output_goals import check_goals, logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
+from fedrebasin.corrections.privacy import Privacy
+from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
 from fedrebasin.corrections.shifted_gram import unfolded_gram
 from fedrebasin.corrections.working import begin, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
@@ -185,13 +187,14 @@ def layer_equations(
     *,
     split: bool,
     probabilities: bool = False,
+    privacy: Privacy | None = None,
 ) -> tuple[NormalEquations, NormalEquations]:
-    """Normal equations of what the layer lacks, on the examples to fit and on those held out."""
+    """Normal equations of what the layer lacks, on the examples to fit and on those held out; clipped for privacy."""
     kernel = tuple(ours.model.state_dict()[layer.weight].shape[2:])
     terms = [(runner, share, *behind(runner.model, layer)) for runner, share in zip(theirs, shares, strict=True)]
     scale, offset = behind(ours.model, layer)
     constant = sum((share * one for _, share, _, one in terms), -offset)
-    fit, check = NormalEquations(), NormalEquations()
+    fit, check = new_equations(privacy), new_equations(privacy)
     seen = 0
     for number, batch in enumerate(source):
         z = ours.output(index, number, batch, final=False)
@@ -211,7 +214,10 @@ def layer_equations(
             inputs, targets = x[mask], lacking[mask]
             for part in chunks(layer, inputs, kernel):
                 X, E = columns(layer, inputs[part], kernel), outputs(layer, targets[part])
-                sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
+                if isinstance(sums, ClippedEquations):
+                    sums.add_clipped(X, E, positions=X.shape[1] / len(inputs[part]))
+                else:
+                    sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
     if seen < _FEW and index == 0:
         warnings.warn(f"calibration: {seen} examples are few for least squares; {_FEW} and more would do", stacklevel=3)
     return fit, check
@@ -224,9 +230,11 @@ def choose_ridge(fit: NormalEquations, check: NormalEquations, *, intercept: boo
     return min(RIDGES, key=lambda ridge: check.excess(*fit.solve(ridge, intercept=intercept)))
 
 
-def step_moments(ours: Runner, index: int, norm: Norm, source: Iterable[Batch]) -> Moments:
+def step_moments(
+    ours: Runner, index: int, norm: Norm, source: Iterable[Batch], make: Callable[[], Moments] = Moments
+) -> Moments:
     """Moments of the input of a BatchNorm that stands alone."""
-    moments = Moments()
+    moments = make()
     for number, batch in enumerate(source):
         moments.add(ours.input(index, number, batch), dim=1)
     moments.check(norm.norm)

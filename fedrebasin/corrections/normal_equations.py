@@ -5,11 +5,17 @@ Letters: ``X`` (m, samples) inputs, ``E`` (out, samples) targets.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 #: Rows of a Gram matrix that are computed at a time; what lies below the diagonal is mirrored.
 _BLOCK = 128
+
+#: standard deviations of noise in ``gram`` (off the diagonal), ``x``, ``cross`` and ``e``: see ``private_sums.py``
+Noise = tuple[float, float, float, float]
+EXACT: Noise = (0.0, 0.0, 0.0, 0.0)
 
 
 def gram_product(X: Tensor) -> Tensor:
@@ -66,6 +72,7 @@ class InputSums:
 
     def __init__(self) -> None:
         self.count = 0
+        self.noise = EXACT
         self.gram = self.x = torch.zeros((), dtype=torch.float64)
 
     def add_inputs(self, X: Tensor, gram: Tensor | None = None) -> None:
@@ -88,6 +95,11 @@ class InputSums:
 def add_to(total: Tensor, part: Tensor) -> Tensor:
     """``total + part`` in float64, in place but for the first part."""
     return total.add_(part) if total.shape == part.shape else total.to(part.device) + part.double()
+
+
+def _joined(one: Noise, other: Noise) -> Noise:
+    gram, x, cross, e = map(math.hypot, one, other)
+    return gram, x, cross, e
 
 
 class NormalEquations(InputSums):
@@ -117,6 +129,7 @@ class NormalEquations(InputSums):
         """The equations of both sets of samples."""
         total = NormalEquations()
         total.count = self.count + other.count
+        total.noise = _joined(self.noise, other.noise)
         for name in ("gram", "cross", "x", "e"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
@@ -124,7 +137,7 @@ class NormalEquations(InputSums):
     def lower_goals(self, by: Tensor) -> NormalEquations:
         """The equations with ``E - by`` for ``E``; ``by`` (out,)."""
         total = NormalEquations()
-        total.count, total.gram, total.x = self.count, self.gram.clone(), self.x.clone()
+        total.count, total.noise, total.gram, total.x = self.count, self.noise, self.gram.clone(), self.x.clone()
         if self.count:
             total.cross, total.e = self.cross - torch.outer(by, self.x), self.e - self.count * by
         return total

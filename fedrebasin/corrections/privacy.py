@@ -1,5 +1,7 @@
 """Moments with differential privacy: every example's share is clipped, noise is added where the data lies.
 
+Gram matrices and normal equations are in ``private_sums.py``: the same unit, and the same account.
+
 A release is the vector of a site's per-channel means of ``x`` and ``x^2`` over ``n`` examples. An example's share is
 its own such vector (averaged over positions), scaled to length ``C = clip * sqrt(2 channels)`` where it is longer.
 Replacing one example moves the sum by at most ``2 C``; Gaussian noise of ``noise * 2 C`` makes it Gaussian
@@ -27,7 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from scipy.special import log_ndtr
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.errors import RebasinError
@@ -35,12 +38,13 @@ from fedrebasin.errors import RebasinError
 
 @dataclass(frozen=True)
 class Privacy:
-    """How a node's moments are clipped and noised.
+    """How a node's moments and Gram matrices are clipped and noised.
 
     Parameters
     ----------
     clip : float
-        Largest root mean square, over channels, of an example's means of ``x`` and ``x^2``; what is longer is scaled.
+        Largest root mean square, over channels, of an example's means of ``x`` and ``x^2`` (moments), or of a layer's
+        inputs and targets (Gram matrices); what is longer is scaled.
     noise : float
         Standard deviation of the noise in units of what one example can change.
     delta : float
@@ -84,6 +88,34 @@ def _log_delta(epsilon: float, mu: float) -> float:
     return first + math.log1p(-math.exp(min(second - first, 0.0))) if second < first else -math.inf
 
 
+def source_of_noise(seed: int | None) -> Callable[[Tensor], Tensor]:
+    """Draws standard normal numbers of a tensor's shape, float64, from the system's randomness, or from ``seed``.
+
+    >>> source_of_noise(0)(torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+    return draw
+
+
+def check_apart(net: nn.Module) -> None:
+    """Refuse a network in which one example of a batch changes what the others give: nothing bounds its share then.
+
+    Examples
+    --------
+    >>> check_apart(nn.BatchNorm1d(3, track_running_stats=False))
+    Traceback (most recent call last):
+    ...
+    fedrebasin.errors.RebasinError: privacy: a BatchNorm goes by each batch's statistics; track running statistics
+    """
+    if any(isinstance(module, _BatchNorm) and module.running_mean is None for module in net.modules()):
+        raise RebasinError("privacy: a BatchNorm goes by each batch's statistics; track running statistics")
+
+
 class ClippedMoments(Moments):
     """Sums of clipped shares of examples; :meth:`release` adds the noise and gives moments.
 
@@ -119,9 +151,8 @@ class ClippedMoments(Moments):
 
     def release(self, seed: int | None = None) -> Moments:
         """Moments with noise from the system's source of randomness, or from ``seed`` (for tests)."""
-        generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         sums = torch.cat([self.mean, self.squares])
-        noise = torch.randn(sums.shape, generator=generator, dtype=torch.float64).to(sums.device)
+        noise = source_of_noise(seed)(sums)
         mean, square = ((sums + self.privacy.noise * 2 * self._bound(len(sums)) * noise) / self.examples).chunk(2)
         return Moments.of(self.count, mean, (square - mean.square()).clamp_min(0) * self.count)
 

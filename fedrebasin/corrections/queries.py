@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from fedrebasin.errors import RebasinError
 State = dict[str, Tensor]
 #: what a node sends back: float64 sums, int64 counts
 Answer = dict[str, Tensor]
+Result = TypeVar("Result")
 About = Mapping[str, str | int | float | bool | list[str]]
 #: sums beyond this are no activations
 LARGEST = 1e30
@@ -150,7 +151,7 @@ class Case:
 class Node:
     """What a node has when it is asked: a network of the architecture, the parts that were sent, its own batches.
 
-    With ``privacy``, what it answers is clipped and noised, and what cannot be is refused.
+    With ``privacy``, what it answers is clipped and noised, and what cannot be is refused. ``loss`` is for votes.
     """
 
     net: nn.Module
@@ -159,6 +160,7 @@ class Node:
     batches: Iterable[Any]
     device: torch.device | str | None = None
     privacy: Privacy | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     def model(self, part: State) -> nn.Module:
         """A private network with the weights of ``part``; what is missing is not read in the pass that is asked for."""
@@ -171,7 +173,7 @@ class Node:
         return Batches(self.batches, inputs=count_inputs(self.net), name="batches", device=where)
 
 
-def drive(correction: Correction, ask: Callable[[Query], dict[int, Any]]) -> State:
+def drive(correction: Generator[Query, dict[int, Any], Result], ask: Callable[[Query], dict[int, Any]]) -> Result:
     """Run a correction to its end.
 
     Parameters
@@ -193,7 +195,7 @@ def drive(correction: Correction, ask: Callable[[Query], dict[int, Any]]) -> Sta
         while True:
             query = correction.send(ask(query))
     except StopIteration as done:
-        result: State = done.value
+        result: Result = done.value
         return result
 
 

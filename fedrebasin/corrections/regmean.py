@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.corrections.calls import leaves
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
-from fedrebasin.corrections.normal_equations import InputSums
+from fedrebasin.corrections.normal_equations import InputSums, NormalEquations
 from fedrebasin.corrections.passes import Memory, Runner
+from fedrebasin.corrections.privacy import Privacy
+from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
 from fedrebasin.corrections.shifted_gram import unfolded_gram
 from fedrebasin.corrections.working import batches_for, begin, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
@@ -115,6 +118,11 @@ def input_grams(
 ) -> Grams:
     """Gram matrices of the inputs of every layer that :func:`regmean` solves, as sums over samples.
 
+    Parameters
+    ----------
+    net, state, calibration, device
+        As for :func:`least_squares`; ``state`` is one end.
+
     Returns
     -------
     dict of str to Tensor, float64 (m + 1, m + 1)
@@ -129,10 +137,28 @@ def input_grams(
             [2., 4., 2.],
             [1., 2., 1.]], dtype=torch.float64)
     """
+    found = {name: with_ones(one) for name, one in input_sums(net, state, calibration, device=device).items()}
+    odd = next((name for name, gram in found.items() if not bool(gram.isfinite().all())), None)
+    if odd is not None:
+        raise CalibrationError(
+            f"calibration: the activations at {odd!r} hold a NaN or an infinity; check the models and the inputs"
+        )
+    return found
+
+
+def input_sums(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    calibration: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    privacy: Privacy | None = None,
+) -> dict[str, NormalEquations]:
+    """Sums over the inputs of every layer, by its weight's key; with ``privacy`` clipped, and not noised yet."""
     model = working_copy(net, state, device)
     batches = batches_for(net, state, calibration, device)
     steps = steps_of(model, batches, "regmean")
-    sums = {step.weight: InputSums() for step in steps if isinstance(step, Layer)}
+    sums = {step.weight: new_equations(privacy) for step in steps if isinstance(step, Layer)}
     for args, kwargs, _ in batches:
         runner = Runner(model, steps, Memory(2**62), keep=True)  # one batch's outputs: a pass costs a layer
         for index, step in enumerate(steps):
@@ -143,18 +169,16 @@ def input_grams(
             kernel = tuple(model.state_dict()[step.weight].shape[2:])
             places = z.shape[2:] if kernel else ()
             for part in chunks(step, x, kernel):
-                X = columns(step, x[part], kernel)
-                sums[step.weight].add_inputs(X, unfolded_gram(step, X, kernel, places))
-    found = {name: _with_ones(one) for name, one in sums.items()}
-    odd = next((name for name, gram in found.items() if not bool(gram.isfinite().all())), None)
-    if odd is not None:
-        raise CalibrationError(
-            f"calibration: the activations at {odd!r} hold a NaN or an infinity; check the models and the inputs"
-        )
-    return found
+                X, own = columns(step, x[part], kernel), sums[step.weight]
+                if isinstance(own, ClippedEquations):
+                    examples = len(next(iter(leaves((args, kwargs)))))  # not always the first axis of the layer's input
+                    own.add_clipped(X, None, positions=X.shape[1] / len(x[part]) * len(x) / examples)
+                else:
+                    own.add_inputs(X, unfolded_gram(step, X, kernel, places))
+    return sums
 
 
-def _with_ones(sums: InputSums) -> Tensor:
+def with_ones(sums: InputSums) -> Tensor:
     """Gram matrix of inputs with a 1 at the end of each."""
     x = sums.x.unsqueeze(1)
     return torch.cat([torch.cat([sums.gram, x], 1), torch.cat([x.T, x.new_full((1, 1), sums.count)], 1)])

@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from fedrebasin import PermutationSpec, check_spec, match_each, permute, random_perms, trace
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.strategies import Rebasin
 from fedrebasin.strategies.records import state_to_record
@@ -151,9 +152,8 @@ def main() -> None:
             rows.append(measure(method, kind, replies, options.runs))
             print(json.dumps(rows[-1]), flush=True)
     if options.output:
-        command = f"python -m fedrebasin.simulations.bench.client_side --runs {options.runs} --output FILE"
         result = {"experiment": "client-side", "threads": torch.get_num_threads(), "rows": rows}
-        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("client_side"), [0], started)})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.disjoint_bench import Bench, Effort
 from fedrebasin.simulations.disjoint_options import DEFAULTS
@@ -184,6 +183,7 @@ def measure_all(
         Its name, for the command line in the results.
     """
     started = time.time()
+    command = bench_command(module, dict.fromkeys(("--data", "--other-data", "--ends", "--output"), "FOLDER"))
     data = load_dataset(options.dataset, options.path)
     result: dict[str, Any] = {"experiment": experiment, "rows": [], "references": [], "config": config}
     for nodes in options.nodes:
@@ -195,12 +195,5 @@ def measure_all(
             for row in rows_of(clients, seed):
                 result["rows"].append({**case, **row})
                 print(json.dumps(result["rows"][-1]), flush=True)
-            result["provenance"] = provenance(_command(module, sys.argv[1:]), options.seeds, started)
+            result["provenance"] = provenance(command, options.seeds, started)
             save_results(folder / "results.json", result)
-
-
-def _command(module: str, words: Sequence[str]) -> str:
-    """The command line, without the names of local folders."""
-    folders = ("--data", "--other-data", "--ends", "--output")
-    shown = ["FOLDER" if before in folders else word for before, word in zip(["", *words], words, strict=False)]
-    return shlex.join(["python", "-m", f"fedrebasin.simulations.bench.{module}", *shown])

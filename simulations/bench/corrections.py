@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedrebasin import merge, repair, reset_batchnorm
 from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.results import provenance, save_results
 
@@ -107,9 +108,8 @@ def main() -> None:
         rows += measure("conv", options.images, names, options.runs)
         rows += measure("resnet20", min(1000, options.images), [], options.runs)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.corrections --output FILE"
         result = {"experiment": "corrections-cost", "runs": options.runs, "rows": rows}
-        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("corrections"), [0], started)})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Clients train apart, each from its own initialisation; their models are merged once, as they are or aligned, and
 corrected by the functions that server and clients run, in one process. A row holds the test loss and accuracy of every
-seed. Each client uses its own training images; ``private`` rows clip and noise the moments of REPAIR.
+seed. Each client uses its own training images; ``private`` rows clip and noise what clients send.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,20 @@ import torch
 from torch import Tensor
 
 from fedrebasin import match_many, merge, permute, trace
-from fedrebasin.corrections.federated import Case, FederatedOptions, correct_federated
+from fedrebasin.corrections.federated import (
+    FEDERATED,
+    Case,
+    FederatedOptions,
+    Node,
+    Query,
+    answer,
+    correct_federated,
+    count_releases,
+)
 from fedrebasin.corrections.privacy import Privacy
-from fedrebasin.corrections.sites import find_sites
+from fedrebasin.corrections.queries import drive
 from fedrebasin.simulations.baselines import score
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import provenance, save_results
@@ -77,11 +88,24 @@ def merged_models(settings: Settings, data: Dataset, nodes: int, split: str, see
             case = Case(net, merged, models, coefficients, example, options)
             yield row(how, label, correct_federated(name, case, batches))
         case = Case(net, merged, models, coefficients, example)
-        for privacy in PRIVATE if how == "aligned" else []:
-            found = correct_federated("federated-repair", case, batches, privacy=privacy)
-            releases = 2 * len(find_sites(case.model(), case.example()))
+        for name, privacy in product(FEDERATED, PRIVATE if how == "aligned" else []):
+            found, releases = correct_privately(name, case, batches, privacy)
             epsilon = round(privacy.epsilon(releases), 2)
-            yield row(how, f"federated-repair, private, epsilon {epsilon:.2f}", found, epsilon=epsilon)
+            yield row(how, f"{name}, private, epsilon {epsilon:.2f}", found, epsilon=epsilon)
+
+
+def correct_privately(name: str, case: Case, data: Sequence[Any], privacy: Privacy) -> tuple[State, int]:
+    """The corrected state dict, and how many noised vectors each node has sent for it."""
+    releases = 0
+
+    def ask(query: Query) -> dict[int, Any]:
+        nonlocal releases
+        releases += count_releases(query.kind, query.about)
+        ends = ({key: end[key] for key in query.end_names} for end in case.ends)
+        nodes = [Node(case.net, query.merged, end, own, None, privacy) for end, own in zip(ends, data, strict=True)]
+        return {place: query.read(answer(query.kind, query.about, node)) for place, node in enumerate(nodes)}
+
+    return drive(FEDERATED[name](case), ask), releases
 
 
 def main() -> None:
@@ -106,9 +130,8 @@ def main() -> None:
                 row |= {"epsilon": one["epsilon"]} if "epsilon" in one else {}
                 print(json.dumps({"seed": seed, **row}), flush=True)
     if options.output:
-        command = f"python -m fedrebasin.simulations.bench.federated --data {options.data} --output FILE"
         result = {"experiment": "federated", "data": options.data, "model": settings.model, "width": settings.width}
-        about = provenance(command, list(range(options.seeds)), started)
+        about = provenance(bench_command("federated", {"--path": "FOLDER"}), list(range(options.seeds)), started)
         save_results(options.output, {**result, "rows": list(rows.values()), "provenance": about})
 
 

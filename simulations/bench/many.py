@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from fedrebasin.matching.merge_many import ascend
 from fedrebasin.matching.star import star
 from fedrebasin.simulations.bench.matching import NETWORKS
 from fedrebasin.simulations.bench.plain_many import plain_merge_many
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
@@ -140,9 +140,6 @@ def main() -> None:
         for count in map(int, filter(None, options.counts.split(","))):
             growth += measure(name, count, ["merge-many"], 1)
     if options.output:
-        asked = {name: value for name, value in vars(options).items() if name != "output"}
-        given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in asked.items())
-        command = f"python -m fedrebasin.simulations.bench.many {given} --output FILE"
         result = {
             "experiment": "many",
             "threads": torch.get_num_threads(),
@@ -151,7 +148,7 @@ def main() -> None:
             "growth": growth,
         }
         seeds = list(range(options.runs))
-        save_results(options.output, {**result, "provenance": provenance(command, seeds, started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("many"), seeds, started)})
 
 
 if __name__ == "__main__":

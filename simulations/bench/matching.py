@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, permute, random_perms, trace, weight_matching
 from fedrebasin.simulations.bench.plain import plain_weight_matching
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.results import provenance, save_results
 
@@ -141,9 +142,8 @@ def main() -> None:
             rows.append(measure(name, kind, options.runs))
             print(json.dumps(rows[-1]), flush=True)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.matching --output FILE"
         result = {"experiment": "matching", "threads": torch.get_num_threads(), "rows": rows}
-        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("matching"), [0], started)})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, random_perms, trace
 from fedrebasin.permute import permute_tensor
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
@@ -145,9 +146,8 @@ def main() -> None:
             rows.append(measure(layers, options.channels, memory, held=held))
             print(json.dumps(rows[-1]), flush=True)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.merge --output FILE"
         result = {"experiment": "merge", "threads": torch.get_num_threads(), "rows": rows}
-        save_results(options.output, {**result, "provenance": provenance(command, [0, 1], started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("merge"), [0, 1], started)})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from fedrebasin import (
     trace,
     weight_matching,
 )
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.results import provenance, save_results
@@ -110,10 +111,9 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.methods --output FILE"
         result = {"experiment": "methods", "threads": torch.get_num_threads(), "rows": rows}
         seeds = list(range(2 * options.pairs))
-        save_results(options.output, {**result, "provenance": provenance(command, seeds, started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("methods"), seeds, started)})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedrebasin import PermutationSpec, invert, permute, random_perms, trace, weight_matching
 from fedrebasin.simulations.bench.matching import pair
 from fedrebasin.simulations.bench.plain import plain_weight_matching
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
 from fedrebasin.simulations.results import provenance, save_results
@@ -138,9 +139,8 @@ def main() -> None:
             result["independent"].append(row)
             print(json.dumps(row), flush=True)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.quality --output FILE"
         seeds = list(range(options.seeds))
-        save_results(options.output, {**result, "provenance": provenance(command, seeds, started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("quality"), seeds, started)})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.secure import Settings, measure
 
@@ -19,8 +20,7 @@ def main() -> None:
     started = time.time()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     results = measure(Settings(), seeds)
-    command = f"python -m fedrebasin.simulations.bench.secure --seeds {options.seeds} --output FILE"
-    save_results(options.output, {**results, "provenance": provenance(command, seeds, started)})
+    save_results(options.output, {**results, "provenance": provenance(bench_command("secure"), seeds, started)})
 
 
 if __name__ == "__main__":

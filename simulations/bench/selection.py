@@ -25,6 +25,7 @@ from torch import Tensor
 from fedrebasin import check_spec, match_many, merge, permute, select_candidate, split_calibration, trace
 from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
 from fedrebasin.simulations.bench.selection_rounds import FEDERATIONS, VARIANTS, play
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
 from fedrebasin.simulations.results import provenance, save_results
@@ -186,8 +187,10 @@ def main() -> None:
             found: dict[str, list[Any]] = {"rows": [], "rounds": []}
             for place in sorted(done):
                 found[tasks[place][0]].append(done[place])
-            command = "python -m fedrebasin.simulations.bench.selection --output FILE"
-            about = {"experiment": "bench-selection", "provenance": provenance(command, options.seeds, started)}
+            about = {
+                "experiment": "bench-selection",
+                "provenance": provenance(bench_command("selection"), options.seeds, started),
+            }
             save_results(options.output, {**about, "columns": COLUMNS, "sets": SETS, **found})
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from fedrebasin.errors import RebasinError
 from fedrebasin.proof import Proof
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.inspection_zoo_row import BEYOND, ON_META, zoo_model, zoo_models
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.trace import trace
@@ -129,7 +130,7 @@ def main() -> None:
         if name not in {row["model"] for row in rows}:
             before = time.perf_counter()
             row = unseen_swaps(name)
-            facts = provenance("python -m fedrebasin.simulations.bench.swaps --output FILE", [0], started)
+            facts = provenance(bench_command("swaps"), [0], started)
             seconds = round(time.perf_counter() - before, 1)
             rows.append({**row, "seconds": seconds, "commit": facts["commit"]})  # another run may go on with the file
             print(json.dumps(rows[-1]), flush=True)

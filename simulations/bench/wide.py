@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fedrebasin import PermutationSpec, match_each, trace, weight_matching
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.simulations.bench.matching import NETWORKS, pair
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
@@ -153,9 +154,8 @@ def main() -> None:
             clients.append(measure_clients(name, kind, count, options.runs))
             print(json.dumps(clients[-1]), flush=True)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.wide --output FILE"
         result = {"experiment": "matching-wide", "threads": torch.get_num_threads(), "wide": wide, "clients": clients}
-        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("wide"), [0], started)})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 
 from fedrebasin import check_widths, merge_widths
 from fedrebasin.simulations.baselines import score
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import provenance, save_results
@@ -70,9 +71,8 @@ def main() -> None:
             row["accuracy"].append(round(found["accuracy"], 4))
             print(json.dumps({"seed": seed, **row}), flush=True)
     if options.output:
-        command = f"python -m fedrebasin.simulations.bench.widths --widths {widths[0]} {widths[1]} --output FILE"
         result = {"experiment": "widths", "data": "digits", "model": settings.model, "widths": list(widths)}
-        about = provenance(command, list(range(options.seeds)), started)
+        about = provenance(bench_command("widths"), list(range(options.seeds)), started)
         save_results(options.output, {**result, "rows": list(rows.values()), "provenance": about})
 
 
