@@ -117,8 +117,9 @@ def test_the_example_of_a_federated_correction_registers_a_handler_and_makes_a_s
     assert names["strategy"].correction == "federated-least-squares"
 
 
-def test_the_guides_swap_and_its_tensorboard_example_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+@pytest.fixture
+def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the guide's examples use, after its swap of strategies; a new folder is the current one."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
@@ -127,14 +128,26 @@ def test_the_guides_swap_and_its_tensorboard_example_run(tmp_path: Path, monkeyp
 
     names: dict[str, Any] = {"FedAvg": FedAvg, "FedRebasin": FedRebasin, "Net": net, "torch": torch, "net": net()}
     exec(compile(next(block for block in BLOCKS if "strategy = FedAvg(" in block), "README.md", "exec"), names)
-    assert isinstance(names["strategy"], FedRebasin)
     names["images"], names["labels"] = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
     names["initial_arrays"] = ArrayRecord(net().state_dict())
     names["grid"] = MemoryGrid({node: lambda m, seed=node: _train(m, seed) for node in range(1, 5)})
-    exec(compile(next(block for block in BLOCKS if "SummaryWriter" in block), "README.md", "exec"), names)
+    return names
+
+
+def test_the_guides_swap_and_its_tensorboard_example_run(guide: dict[str, Any]) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert isinstance(guide["strategy"], FedRebasin)
+    exec(compile(next(block for block in BLOCKS if "SummaryWriter" in block), "README.md", "exec"), guide)
     found = events.EventAccumulator("runs/fedrebasin").Reload()
     assert [event.step for event in found.Scalars("test/accuracy")] == [0, 1, 2, 3]
     assert [event.step for event in found.Scalars("train/rebasin-moved-fraction")] == [1, 2, 3]
+
+
+def test_the_guides_example_for_weights_and_biases_keeps_every_round(guide: dict[str, Any]) -> None:
+    pytest.importorskip("wandb")
+    exec(compile(next(block for block in BLOCKS if "wandb.init" in block), "README.md", "exec"), guide)
+    (kept,) = Path("wandb").glob("offline-run-*/*.wandb")  # what "wandb sync" would send: records, not compressed
+    assert kept.read_bytes().count(b"rebasin-moved-fraction") >= 3
 
 
 def _train(message: Message, seed: int) -> Message:
