@@ -51,7 +51,8 @@ from fedrebasin.selection import Selection, select_candidate
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.ties import Axis
 from fedrebasin.trace import trace
-from fedrebasin.trunk import match_trunks, merge_trunk_modules, merge_trunks, trunk_tensors
+from fedrebasin.trunk import match_trunks, trunk_tensors
+from fedrebasin.trunk_merge import merge_trunk_modules, merge_trunks
 from fedrebasin.widths import (
     Resized,
     WidthMatching,

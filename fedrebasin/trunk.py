@@ -1,25 +1,18 @@
-"""Partial merging: networks with different heads share a trunk up to a layer, and keep their heads."""
+"""Partial merging: which tensors networks with different heads share up to a layer, and how their trunks match."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedrebasin.check import check_spec
-from fedrebasin.coefficients import check_coefficients
 from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.matching import ManyMatching, match_many
-from fedrebasin.merge import merge
 from fedrebasin.perms import identity_perms
-from fedrebasin.permute import like_state, permute
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.trace import trace
 from fedrebasin.walk import identity
 
 State = Mapping[str, Tensor]
@@ -45,6 +38,8 @@ def trunk_tensors(spec: PermutationSpec, until: str) -> tuple[str, ...]:
 
     Examples
     --------
+    >>> from torch import nn
+    >>> from fedrebasin import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     >>> trunk_tensors(trace(net, (torch.randn(2, 4),)), "0")
     ('0.weight', '0.bias')
@@ -109,6 +104,8 @@ def match_trunks(
 
     Examples
     --------
+    >>> from torch import nn
+    >>> from fedrebasin import trace
     >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (2, 5)]
     >>> specs = [trace(net, (torch.randn(2, 4),)) for net in nets]
     >>> found = match_trunks(specs, [net.state_dict() for net in nets], until="0")
@@ -151,88 +148,3 @@ def check_trunks(specs: Sequence[PermutationSpec], models: Sequence[State], unti
                 f"{inside[identity(model[tied])]!r} of the trunk; untie them first"
             )
     return names
-
-
-def merge_trunks(
-    specs: Sequence[PermutationSpec],
-    models: Sequence[State],
-    *,
-    until: str,
-    coefficients: Sequence[float] | None = None,
-    method: str = "merge-many",
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> list[dict[str, Tensor]]:
-    """Align and average the models' trunks up to ``until``; each model keeps its own head, fitted to the trunk.
-
-    Parameters and errors as for :func:`match_trunks`.
-
-    Returns
-    -------
-    list of dict of str to Tensor
-        One whole state dict for each model, with its keys and shapes.
-
-    Examples
-    --------
-    >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (2, 5)]
-    >>> specs = [trace(net, (torch.randn(2, 4),)) for net in nets]
-    >>> one, other = merge_trunks(specs, [net.state_dict() for net in nets], until="0")
-    >>> bool((one["0.weight"] == other["0.weight"]).all()), other["2.weight"].shape
-    (True, torch.Size([5, 8]))
-    """
-    weights = check_coefficients(coefficients, len(models))
-    found = match_trunks(specs, models, until=until, coefficients=weights, method=method, seed=seed, device=device)
-    names = trunk_tensors(specs[0], until)
-    aligned = [permute(spec, perms, model) for spec, perms, model in zip(specs, found.perms, models, strict=True)]
-    shared = merge([{name: state[name] for name in names} for state in aligned], coefficients=weights)
-    return [
-        like_state(model, {**state, **{name: tensor.to(state[name]).clone() for name, tensor in shared.items()}})
-        for model, state in zip(models, aligned, strict=True)
-    ]
-
-
-def merge_trunk_modules(
-    modules: Sequence[nn.Module],
-    example_inputs: Any,
-    *,
-    until: str,
-    coefficients: Sequence[float] | None = None,
-    method: str = "merge-many",
-    seed: int = 0,
-) -> list[nn.Module]:
-    """Trace, prove, match and average the trunks of modules that have different heads: one new module for each.
-
-    Parameters
-    ----------
-    modules : sequence of nn.Module
-        Alike up to ``until``; none is changed.
-    example_inputs : Tensor, tuple or dict
-        As for :func:`fedrebasin.trace`, good for every module.
-    until, coefficients, method, seed
-        As for :func:`match_trunks`.
-
-    Returns
-    -------
-    list of nn.Module
-        Copies, in evaluation mode, that share the trunk's weights; no correction has been made.
-
-    Raises
-    ------
-    RebasinError
-        As the functions that are called raise.
-
-    Examples
-    --------
-    >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (2, 5)]
-    >>> [merged(torch.zeros(1, 4)).shape[1] for merged in merge_trunk_modules(nets, (torch.randn(2, 4),), until="0")]
-    [2, 5]
-    """
-    specs = [check_spec(module, trace(module, example_inputs), example_inputs, seed=seed) for module in modules]
-    states = [module.state_dict() for module in modules]
-    merged = merge_trunks(specs, states, until=until, coefficients=coefficients, method=method, seed=seed)
-    results = []
-    for module, state in zip(modules, merged, strict=True):
-        result = copy.deepcopy(module)
-        result.load_state_dict(state)
-        results.append(result.eval())
-    return results
