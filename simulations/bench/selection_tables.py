@@ -97,6 +97,28 @@ def rounds(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
+def votes(result: Result) -> tuple[Sequence[str], Rows]:
+    """How often the clients' votes keep the best, beside what is kept without them."""
+    columns = "clients|corrections|kept by|best by loss|best by top-1|loss lost|points lost".split("|")
+    rows = []
+    groups: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        groups.setdefault(f"{row['nodes']}, {row['partition']}", []).append(row)
+    for case, found in groups.items():
+        for name, corrections in result["sets"].items():
+            models = [model for model in _competitors(corrections) if model not in ENDS]
+
+            def voted(row: Result, name: str = name) -> str:
+                return str(row["kept"][name])
+
+            rows.append([case, name, "votes", *_lost(found, models, voted)])
+            for always in ("aligned", *(f"aligned+{one}" for one in corrections)):
+                rows.append(
+                    [case, name, f"none: always {always}", *_lost(found, models, partial(_always, name=always))]
+                )
+    return columns, rows
+
+
 def _cases(result: Result, **chosen: Any) -> list[tuple[str, list[Result]]]:
     groups: dict[str, list[Result]] = {}
     for row in result["rows"]:
@@ -137,4 +159,10 @@ def _lost(rows: Sequence[Result], models: Sequence[str], pick: Callable[[Result]
     return [f"{by_loss} of {len(rows)}", f"{by_top1} of {len(rows)}", *lost]
 
 
-TABLES = {"selection": kept, "selection-alone": alone, "selection-agreement": agreement, "selection-rounds": rounds}
+TABLES = {
+    "selection": kept,
+    "selection-alone": alone,
+    "selection-agreement": agreement,
+    "selection-rounds": rounds,
+    "votes": votes,
+}
