@@ -10,6 +10,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedrebasin import identity_perms
+from fedrebasin.allocator import return_freed_memory
 from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.matching.methods import JOINT_METHOD
 from fedrebasin.strategies.matcher import Matcher
@@ -116,6 +117,7 @@ def match_to_one(
         return Matched(found.perms, found.objective - found.objective_before)
 
     found = (NO_WORKERS if match.runs_the_model else workers).map(one, range(len(replies)))
+    return_freed_memory(sum(tensor.nbytes for tensor in reference.values()))  # each worker kept some
     errors = [matched.error for matched in found if matched.error is not None]
     if errors and len(errors) == len(found):
         raise errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from fedrebasin.errors import SpecMismatchError
 
 #: Sums of products above this leave float32; norms above that leave float64.
 _LARGE, _LARGEST = 1e37, 1e150
+#: Entries of a tensor that are multiplied at once.
+_PIECE = 1 << 20
 
 
 def like_of(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
@@ -42,4 +45,8 @@ def dot(first: Tensor, second: Tensor) -> float:
     >>> dot(torch.ones(2), torch.tensor([3.0, 4.0]))
     7.0
     """
-    return float((first * second).sum(dtype=torch.float64))
+    if first.numel() <= _PIECE:
+        return float((first * second).sum(dtype=torch.float64))
+    rows = max(1, _PIECE // first[0].numel())  # no copy of a large tensor is made
+    places = [slice(start, start + rows) for start in range(0, len(first), rows)]
+    return math.fsum(float((first[place] * second[place]).sum(dtype=torch.float64)) for place in places)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedrebasin.matching.numbers import dot, like_of, norm_of
 from fedrebasin.matching.plan import Block, Term, in_parts, plan_of
+from fedrebasin.matching.products import add_product, reorder
 from fedrebasin.matching.shelf import Shelf
 from fedrebasin.matching.side import side_of
 from fedrebasin.perms import Perms, compose, identity_perms
@@ -145,23 +146,9 @@ class WeightProblem:
         """Bring one term of a kept similarity up to the current orders of the tensor's other axes."""
         new = self.other_orders(term)
         old = kept.get(index)
-        reference, model = self.reference[term.name], self.model[term.name]
-        if old is None:
-            change = _reorder(model, new)
-        else:
-            changed = [dim for dim, order in new.items() if order is not old[dim]]
-            if not changed:
-                return
-            if len(changed) == 1:
-                (dim,) = changed
-                where = (new[dim] != old[dim]).nonzero().squeeze(1)
-                reference = reference.index_select(dim, where.to(reference.device))
-                first, second = ({dim: orders[dim][where]} | _without(orders, dim) for orders in (new, old))
-            else:
-                first, second = new, old
-            change = _reorder(model, first).sub_(_reorder(model, second))
-        total.addmm_(term.rows(reference), term.rows(change).T)
-        kept[index] = new
+        if old is None or any(order is not old[dim] for dim, order in new.items()):
+            add_product(total, term, self.reference[term.name], self.model[term.name], new, old)
+            kept[index] = new
 
     def other_orders(self, term: Term) -> dict[int, Tensor]:
         """The current orders of the other axes of a term's tensor that some permutation moves."""
@@ -169,7 +156,7 @@ class WeightProblem:
 
     def reordered(self, name: str, orders: Mapping[int, Tensor]) -> Tensor:
         """A tensor of the model with these axes in other orders."""
-        return _reorder(self.model[name], orders)
+        return reorder(self.model[name], orders)
 
     def order(self, name: str, dim: int) -> Tensor:
         """Old index for every new index along an axis, under the current permutations."""
@@ -194,7 +181,7 @@ class WeightProblem:
         if not self._moved:
             return self.model[name]
         if name in self.plan.simple:
-            return _reorder(self.model[name], {dim: self.order(name, dim) for dim in self.plan.moved_dims[name]})
+            return reorder(self.model[name], {dim: self.order(name, dim) for dim in self.plan.moved_dims[name]})
         return permute_tensor(self.spec.axes[name], self.perms, self.model[name])
 
     def move(self, steps: Perms) -> None:
@@ -224,13 +211,3 @@ class WeightProblem:
         """The sum of <reference, current model> over the tied parameters, or over ``names``; exact in float64."""
         chosen = self.plan.names if names is None else sorted(names)
         return sum(dot(self.reference[name], self.current(name)) for name in chosen)
-
-
-def _without(orders: Mapping[int, Tensor], dim: int) -> dict[int, Tensor]:
-    return {other: order for other, order in orders.items() if other != dim}
-
-
-def _reorder(tensor: Tensor, orders: Mapping[int, Tensor]) -> Tensor:
-    for dim, order in orders.items():
-        tensor = tensor.index_select(dim, order.to(tensor.device))
-    return tensor

@@ -1,0 +1,64 @@
+"""A tensor's share of a similarity, piece by piece: no copy of a large tensor is made in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedrebasin.matching.plan import Term
+
+#: Entries of each piece. A product of so many keeps a core busy, and three copies of it lie in its cache or near it.
+_PIECE = 1 << 20
+Orders = Mapping[int, Tensor]
+
+
+def add_product(total: Tensor, term: Term, reference: Tensor, model: Tensor, new: Orders, old: Orders | None) -> None:
+    """Add to ``total`` the products of a slab's rows with those of the model in ``new`` orders, less the ``old`` ones'.
+
+    Parameters
+    ----------
+    total : Tensor, shape (units, units)
+        Edited in place.
+    term : Term
+    reference, model : Tensor
+        Of one shape.
+    new, old : dict of int to Tensor
+        For the axes beside the term's own the old index of every new one; where one axis differs, only what
+        differs on it is multiplied.
+    """
+    free = set(range(model.ndim)) - {term.dim, *(dim for dim, _ in term.within)}
+    if not free:  # a bias or a scale: there is nothing else to be in another order
+        total.addmm_(term.rows(reference), term.rows(model).T)
+        return
+    every = [new] if old is None else [new, old]
+    changed = [] if old is None else [dim for dim, order in new.items() if order is not old[dim]]
+    if old is not None and len(changed) == 1:
+        (axis,) = changed
+        where = (new[axis] != old[axis]).nonzero().squeeze(1)
+        every = [{**orders, axis: orders[axis][where]} for orders in every]
+        length, here = len(where), {axis: where}
+    else:
+        axis, here = max(free, key=lambda dim: model.shape[dim]), {}
+        length = model.shape[axis]
+    step = max(1, _PIECE // max(1, model.numel() // model.shape[axis]))
+    for start in range(0, length, step):
+        piece = slice(start, min(start + step, length))
+        change, *less = [_part(model, axis, piece, orders) for orders in every]
+        for other in less:
+            change = change.sub_(other)
+        total.addmm_(term.rows(_part(reference, axis, piece, here)), term.rows(change).T)
+
+
+def _part(tensor: Tensor, axis: int, piece: slice, orders: Orders) -> Tensor:
+    """A piece of what a tensor would be in these orders."""
+    if axis not in orders:
+        return reorder(tensor.narrow(axis, piece.start, piece.stop - piece.start), orders)
+    return reorder(tensor, {axis: orders[axis][piece]} | {dim: order for dim, order in orders.items() if dim != axis})
+
+
+def reorder(tensor: Tensor, orders: Orders) -> Tensor:
+    """A tensor with these axes in other orders; the tensor itself where there are none."""
+    for dim, order in orders.items():
+        tensor = tensor.index_select(dim, order.to(tensor.device))
+    return tensor
