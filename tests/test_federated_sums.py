@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused() -> None:
         correct_federated("repair", case, [data])
     with pytest.raises(RebasinError, match="data: expected 1 collections of batches, one for each end; got 2"):
         correct_federated("federated-repair", case, [data, data])
-    with pytest.raises(RebasinError, match="query: expected one of moments, equations, grams; got 'weights'"):
+    with pytest.raises(RebasinError, match="query: expected one of moments, equations, grams, losses; got 'weights'"):
         answer("weights", {}, Node(net, {}, {}, data))
     with pytest.raises(RebasinError, match="the server asks about 'other', which is no site of this node's network"):
         answer("moments", {"merged-sites": ["other"], "sequential": True}, Node(net, {}, {}, data))
