@@ -50,6 +50,7 @@ def test_the_example_of_different_widths_gives_each_network_its_own() -> None:
     names: dict[str, Any] = {"torch": torch, "nn": nn}
     exec(compile(next(block for block in BLOCKS if "merge_widths" in block), "README.md", "exec"), names)
     assert [names[name]["0.weight"].shape[0] for name in ("one", "other", "as_wide")] == [64, 32, 64]
+    assert 64 <= names["grown"].units["0"] <= 96 and names["narrower"].units == {"0": 48}
 
 
 def test_the_client_example_makes_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from fedrebasin.simulations.bench.learned_population import WIDTH, Population, S
 from fedrebasin.simulations.results import provenance, save_results
 
 Perms = dict[str, Tensor]
-DIM, ROUNDS, PAIRS = 64, 3, 20
+DIM, ROUNDS, PAIRS, BATCH = 64, 3, 20, 16
 #: Index of the first layer and of the second in the networks, which are the names of their permutations.
 LAYERS = ("0", "2")
 
@@ -88,13 +88,13 @@ def learn(states: State, steps: int, seed: int) -> UnitNetwork:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        chosen = 2 * torch.randint(count // 2, (32,))
+        chosen = 2 * torch.randint(count // 2, (BATCH,))
         own = {name: tensor[chosen] for name, tensor in states.items()}
         other = {name: tensor[chosen + 1] for name, tensor in states.items()}
-        orders = [torch.rand(32, WIDTH).argsort(1) for _ in LAYERS]
+        orders = [torch.rand(BATCH, WIDTH).argsort(1) for _ in LAYERS]
         moves = [torch.eye(WIDTH)[order] for order in orders]
         noisy = {
-            name: tensor + torch.rand(32, *[1] * (tensor.ndim - 1)) * tensor.std() * torch.randn_like(tensor)
+            name: tensor + torch.rand(BATCH, *[1] * (tensor.ndim - 1)) * tensor.std() * torch.randn_like(tensor)
             for name, tensor in permuted(own, *moves).items()
         }
         planted = model.similarity(noisy, own)
@@ -166,8 +166,8 @@ def main() -> None:
     """Make both populations, learn on each, match held-out pairs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--networks", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--networks", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
     started = time.time()
     result: dict[str, Any] = {"experiment": "learned", "networks": options.networks, "steps": options.steps, "rows": []}
@@ -182,7 +182,8 @@ def main() -> None:
             result["rows"].append({**row, "training-seconds": round(seconds, 1)})
             print(json.dumps(result["rows"][-1]), flush=True)
     if options.output:
-        command = "python -m fedrebasin.simulations.bench.learned --output FILE"
+        words = f"--networks {options.networks} --steps {options.steps} --output FILE"
+        command = f"python -m fedrebasin.simulations.bench.learned {words}"
         save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
 
 
