@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,35 @@ def test_the_example_of_a_federated_correction_registers_a_handler_and_makes_a_s
 def test_the_guides_swap_and_its_tensorboard_example_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.chdir(tmp_path)
+    names = _swapped()
+    names["images"], names["labels"] = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
+    exec(compile(next(block for block in BLOCKS if "SummaryWriter" in block), "README.md", "exec"), names)
+    found = events.EventAccumulator("runs/fedrebasin").Reload()
+    assert [event.step for event in found.Scalars("test/accuracy")] == [0, 1, 2, 3]
+    assert [event.step for event in found.Scalars("train/rebasin-moved-fraction")] == [1, 2, 3]
+
+
+def test_the_guides_weights_and_biases_example_writes_every_rounds_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    names = _swapped()
+    exec(compile(next(block for block in BLOCKS if "wandb.init" in block), "README.md", "exec"), names)
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rounds = names["result"].train_metrics_clientapp.values()
+    expected = [b"train/rebasin-seconds", *(repr(metrics["rebasin-seconds"]).encode() for metrics in rounds)]
+    for _ in range(300):  # another process writes the file, and may be late on a busy machine
+        missing = [text for text in expected if text not in written.read_bytes()]
+        if not missing:
+            break
+        time.sleep(0.1)
+    assert not missing
+    assert len(expected) == 4
+
+
+def _swapped() -> dict[str, Any]:
+    """The names of the guide's examples: a strategy after the swap, four nodes, a first model."""
     torch.manual_seed(0)
 
     def net() -> nn.Module:
@@ -128,13 +158,9 @@ def test_the_guides_swap_and_its_tensorboard_example_run(tmp_path: Path, monkeyp
     names: dict[str, Any] = {"FedAvg": FedAvg, "FedRebasin": FedRebasin, "Net": net, "torch": torch, "net": net()}
     exec(compile(next(block for block in BLOCKS if "strategy = FedAvg(" in block), "README.md", "exec"), names)
     assert isinstance(names["strategy"], FedRebasin)
-    names["images"], names["labels"] = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
     names["initial_arrays"] = ArrayRecord(net().state_dict())
     names["grid"] = MemoryGrid({node: lambda m, seed=node: _train(m, seed) for node in range(1, 5)})
-    exec(compile(next(block for block in BLOCKS if "SummaryWriter" in block), "README.md", "exec"), names)
-    found = events.EventAccumulator("runs/fedrebasin").Reload()
-    assert [event.step for event in found.Scalars("test/accuracy")] == [0, 1, 2, 3]
-    assert [event.step for event in found.Scalars("train/rebasin-moved-fraction")] == [1, 2, 3]
+    return names
 
 
 def _train(message: Message, seed: int) -> Message:
