@@ -201,6 +201,7 @@ class Rebasin(Rounds):
             "checkpoint_dir": checkpoint_dir,
         }
         unfit |= {"a federated correction": self._finish.queries, self.guard or "a guard": self.guard}
-        self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit)
+        key = self._screen.weighted_by_key
+        self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit, weighted_by_key=key)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._sent, self._messages = None, []

@@ -39,6 +39,8 @@ class Widths:
     seed : int
     unfit : dict of str to object
         Options that do not go with it, refused where they are set.
+    weighted_by_key : str
+        The inner strategy's: the metric that says how many examples are behind a reply.
 
     Raises
     ------
@@ -54,7 +56,9 @@ class Widths:
         *,
         seed: int,
         unfit: Mapping[str, object],
+        weighted_by_key: str = "num-examples",
     ) -> None:
+        self.weighted_by_key = weighted_by_key
         self.specs: list[PermutationSpec] = []
         self._last: dict[int, tuple[PermutationSpec, State]] = {}
         if not node_models:
@@ -117,18 +121,17 @@ class Widths:
     def _reference(self, replies: Iterable[Message], key: str, sent: ArrayRecord) -> State:
         """The reply of the model's width with most examples that is finite, or the model that was sent."""
         whole = [message for message in replies if _shapes(message, key) == self.spec.shapes]
-        for message in sorted(whole, key=_examples, reverse=True):
+        for message in sorted(whole, key=self._examples, reverse=True):
             state = record_to_state(message.content.array_records[key])
             if all(bool(tensor.isfinite().all()) for tensor in state.values()):
                 return state
         return record_to_state(sent)
 
+    def _examples(self, message: Message) -> float:
+        counts = [record.get(self.weighted_by_key) for record in message.content.metric_records.values()]
+        return max((float(count) for count in counts if isinstance(count, int | float)), default=0.0)
+
 
 def _shapes(message: Message, key: str) -> dict[str, tuple[int, ...]]:
     record = message.content.array_records.get(key) if message.has_content() else None
     return {} if record is None else {name: tuple(array.shape) for name, array in record.items()}
-
-
-def _examples(message: Message) -> float:
-    counts = [record.get("num-examples") for record in message.content.metric_records.values()]
-    return max((float(count) for count in counts if isinstance(count, int | float)), default=0.0)

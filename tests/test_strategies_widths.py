@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flower_messages import configure, play_round, warnings
+from flower_messages import answer, configure, play_round, warnings
 from widths_cases import X, mlp, output, planted, widened
 
 from fedrebasin import RebasinError, permute, random_perms
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import FedRebasin
-from fedrebasin.strategies.records import record_to_state
+from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
 
@@ -53,6 +53,19 @@ def test_a_narrow_reply_with_a_nan_is_left_out_and_the_round_goes_on(warnings: l
     assert arrays is not None and metrics is not None
     assert metrics["rebasin-left-out"] == 1
     assert "a narrower reply cannot be made to fit: model: expected finite weights" in warnings[0]
+
+
+def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inner_strategy_counts() -> None:
+    wide = [mlp(5, 7, seed=seed).state_dict() for seed in range(3)]
+    options = {"model": mlp(5, 7), "node_models": [mlp(3, 4)], "example_inputs": X}
+    strategy = FedRebasin(**options, weighted_by_key="samples")
+    messages = configure(strategy, wide[0], 3)
+    replies = [
+        answer(message, state, None, samples=samples, num_examples=10 - samples)
+        for message, state, samples in zip(messages, wide, (1, 5, 2), strict=True)
+    ]
+    found = strategy._widths._reference(replies, "arrays", state_to_record(wide[0]))
+    assert torch.equal(found["0.weight"], wide[1]["0.weight"])
 
 
 def test_what_does_not_go_with_narrower_nodes_is_refused() -> None:
