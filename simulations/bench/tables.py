@@ -216,7 +216,18 @@ def heads(result: Result) -> tuple[Sequence[str], Rows]:
     return ["test loss / top-1 %", *(f"shared up to hidden layer {n}" for n in range(1, len(layers) + 1))], rows
 
 
+def learned(result: Result) -> tuple[Sequence[str], Rows]:
+    """``learned.py``: gain, barrier and milliseconds of every start, one column a population."""
+    columns = list(dict.fromkeys(row["population"] for row in result["rows"]))
+    rows: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        cell = f"{row['gain']:.2f} / {row['barrier']:.3f} / {row['milliseconds']:.1f} ms"
+        rows.setdefault(row["start"], []).append(cell)
+    return ["gain / barrier / time of a pair", *columns], [[start, *cells] for start, cells in rows.items()]
+
+
 TABLES = {
+    "learned": learned,
     "heads": heads,
     "merging": merging,
     "calibration": calibration,
