@@ -26,17 +26,11 @@ from fedrebasin.matching.methods import JOINT_REFERENCES, METHODS, check_joint
 from fedrebasin.selection import names_of
 
 Correction = str | Sequence[str] | None  # several only where something chooses among them
-BUILT: dict[str, tuple[str | None, ...]] = {
+VALUES: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
     "correction": (None, *CORRECTIONS, *FEDERATED),
     "select": (None, "calibration", "clients"),
-}
-LATER: dict[str, tuple[str, ...]] = {
-    "reference": (),
-    "matching": ("learned",),
-    "correction": (),
-    "select": (),
 }
 PRIVACY = (
     DifferentialPrivacyServerSideFixedClipping,
@@ -54,32 +48,28 @@ SELECTION = (MultiKrum, Bulyan, legacy.Krum, legacy.Bulyan)  # Krum of the messa
 
 
 def check_option(name: str, value: object) -> None:
-    """Refuse a value that is not built, with the list of those that are.
+    """Refuse an unknown value, with the list of those that are known.
 
     Examples
     --------
-    >>> check_option("matching", "learned")  # doctest: +ELLIPSIS
+    >>> check_option("matching", "magic")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: matching='learned' is not built yet; values built now: 'weight', 'activation', ...
+    fedrebasin.errors.UsageError: matching: expected one of 'weight', 'activation', ...; got 'magic'
     """
-    if value in BUILT[name]:
-        return
-    built = ", ".join(map(repr, BUILT[name]))
-    if value in LATER[name]:
-        raise UsageError(f"{name}={value!r} is not built yet; values built now: {built}")
-    raise UsageError(f"{name}: expected one of {built}; got {value!r}")
+    if value not in VALUES[name]:
+        raise UsageError(f"{name}: expected one of {', '.join(map(repr, VALUES[name]))}; got {value!r}")
 
 
 def check_options(reference: str, matching: str, correction: Correction, *, select: object) -> None:
-    """Refuse what is not built, and a reference that the matching cannot be used with.
+    """Refuse unknown values, and a reference that the matching cannot be used with.
 
     Examples
     --------
-    >>> check_options("auto", "learned", "default", select=None)  # doctest: +ELLIPSIS
+    >>> check_options("auto", "magic", "default", select=None)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    fedrebasin.errors.UsageError: matching='learned' is not built yet; values built now: 'weight', 'activation', ...
+    fedrebasin.errors.UsageError: matching: expected one of 'weight', 'activation', ...; got 'magic'
     """
     check_option("reference", reference)
     check_option("matching", matching)

@@ -19,7 +19,7 @@ from fedrebasin import CalibrationError, RebasinError, merge, merge_modules
 from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import FedRebasin, Rebasin
-from fedrebasin.strategies.options import BUILT
+from fedrebasin.strategies.options import VALUES
 
 __all__ = ["warnings"]
 
@@ -63,7 +63,7 @@ def test_a_strategy_takes_every_name_and_corrects_its_aggregate(name: str, warni
     plain, _ = play_round(FedRebasin(**given, correction=None), sent, replies)
     assert arrays is not None and plain is not None
     assert warnings == [] and not same_bytes(arrays, plain)
-    assert name in BUILT["correction"]
+    assert name in VALUES["correction"]
 
 
 @pytest.mark.parametrize("name", [name for name, method in CORRECTIONS.items() if method.ends])

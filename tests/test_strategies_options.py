@@ -34,7 +34,6 @@ BATCHES = [torch.randn(200, 5)]
             "reference: expected one of 'auto', 'global', 'largest', 'merge-many', 'medoid', .*; got 'best'",
         ),
         ({"reference": "default"}, "reference: expected one of 'auto'"),
-        ({"matching": "learned"}, "matching='learned' is not built yet; values built now: 'weight', 'activation', "),
         ({"matching": "magic"}, "matching: expected one of 'weight', 'activation', .*; got 'magic'"),
         ({"matching": "activation"}, "matching='activation' needs calibration, a collection of input batches; give"),
         ({"matching": "straight-through"}, r"needs calibration, a collection of \(input, target\) batches; give"),
