@@ -23,7 +23,7 @@ from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.buffers import merge_buffers
 from fedrebasin.strategies.records import array_to_tensor, record_to_state, state_to_record, tensor_to_array
 from fedrebasin.strategies.replies import Reply
-from fedrebasin.strategies.trajectory import Trajectories
+from fedrebasin.strategies.trajectory import MOST, Trajectories
 from fedrebasin.strategies.wire import decode
 
 PERMS = "rebasin-perms"  # the ArrayRecord in which permutations travel
@@ -125,7 +125,8 @@ class Beside:
     names : collection of str
         The records that are permuted and averaged.
     send_perms : bool
-        Whether nodes get the permutations of their last reply; they are held until a node is sampled again.
+        Whether nodes get the permutations of their last reply; they are held until a node is sampled again, those of
+        the latest ``MOST`` nodes. One that comes back later gets none, as after a reply that was left out.
     """
 
     def __init__(self, names: Collection[str], send_perms: bool) -> None:
@@ -181,7 +182,11 @@ class Beside:
         """
         self.trajectories.remember(perms, replies)
         if self.send_perms:
-            self._perms.update((reply.node, state_to_record(perm)) for perm, reply in zip(perms, replies, strict=True))
+            for perm, reply in zip(perms, replies, strict=True):
+                self._perms.pop(reply.node, None)
+                self._perms[reply.node] = state_to_record(perm)
+            for node in list(self._perms)[:-MOST]:
+                del self._perms[node]
         for name in self.names:
             records = [self._taken.get(id(reply.message), {}).get(name, ArrayRecord()) for reply in replies]
             forms = [_form(spec, record) for record in records]

@@ -221,7 +221,7 @@ def _is_finite(values: np.ndarray[Any, Any]) -> bool:
 
 
 def sum_of_squares(values: np.ndarray[Any, Any]) -> float:
-    """In one pass, on torch's threads; not finite if an entry is not, or if the sum overflows the array's own type.
+    """In one pass; not finite if an entry is not, or if the sum overflows the array's own type.
 
     Examples
     --------
@@ -233,8 +233,5 @@ def sum_of_squares(values: np.ndarray[Any, Any]) -> float:
     elif values.dtype.itemsize < 4:
         values = values.astype(np.float32)
     flat = values.reshape(-1, order="A")
-    if flat.dtype in (np.float32, np.float64) and flat.flags.aligned:
-        tensor = torch.from_numpy(flat)
-        return float(torch.dot(tensor, tensor))
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.vdot(flat, flat).real)

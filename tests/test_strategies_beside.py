@@ -15,6 +15,7 @@ from test_strategies_exact import same_bytes, spec_of
 from fedrebasin import merge, permute, random_perms
 from fedrebasin.errors import SpecMismatchError, UsageError
 from fedrebasin.strategies import FedRebasin, Rebasin, perms_from_record
+from fedrebasin.strategies import beside as beside_module
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
@@ -179,3 +180,11 @@ def test_names_that_do_not_work_are_refused(options: dict[str, Any], message: st
 def test_under_privacy_and_selection_nothing_is_averaged_beside_the_weights(inner: Any) -> None:
     with pytest.raises(UsageError, match=r"beside=\('control',\): under .* would go past clipping or selection"):
         Rebasin(inner(), spec=spec_of(), beside=["control"])
+
+
+def test_permutations_wait_for_the_latest_nodes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside_module, "MOST", 2)
+    strategy = strategy_with(send_perms=True)
+    play(strategy, [7, 8, 9])
+    found = [perms_from_record(spec_of(), message.content) for message in configure(strategy, SENT, 3, 2)]
+    assert [perms is None for perms in found] == [True, False, False]
