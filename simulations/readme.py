@@ -177,9 +177,9 @@ _KINDS = {
 
 
 def main() -> None:
-    """Rewrite the tables of the README that is named on the command line."""
-    path = Path(sys.argv[1])
-    write_whole(path, render(path.read_text(encoding="utf-8")))
+    """Rewrite the tables of the pages that are named on the command line."""
+    for path in map(Path, sys.argv[1:]):
+        write_whole(path, render(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -21,16 +21,29 @@ from fedrebasin.strategies.records import state_to_record
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
+PAGES = (README, README.parent / "simulations" / "results" / "README.md")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_tables_are_those_of_the_committed_results() -> None:
-    assert readme.render(TEXT) == TEXT
+@pytest.mark.parametrize("page", PAGES, ids=["readme", "results"])
+def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert readme.render(text) == text
 
 
-def test_every_picture_and_result_that_the_text_names_is_there() -> None:
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT):
-        assert (README.parent / path).is_file(), path
+@pytest.mark.parametrize("page", PAGES, ids=["readme", "results"])
+def test_every_picture_page_and_section_that_a_page_names_is_there(page: Path) -> None:
+    links = [
+        link for link in re.findall(r"\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in link
+    ]
+    assert links
+    for link in links:
+        name, _, section = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        if section:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
 def test_the_plain_pytorch_example_runs(capsys: Any) -> None:
