@@ -26,11 +26,14 @@ def secure(result: Result) -> tuple[Sequence[str], Rows]:
 
 
 def server_cost(result: Result) -> tuple[Sequence[str], Rows]:
-    """``client_side.py``: CPU seconds and memory of one ``aggregate_train``."""
-    columns = "replies|server|CPU seconds|peak above the replies|CPU seconds of the mod, on each client".split("|")
+    """``client_side.py``: seconds, CPU seconds and memory of one ``aggregate_train``."""
+    columns = "replies|server|seconds|CPU seconds|peak above the replies|CPU seconds of the mod, on each client".split(
+        "|"
+    )
     lines = []
     for row in result["rows"]:
         client = f"{row['mod-cpu-seconds']:.2g}" if "mod" in row["method"] else "-"
         peak = f"{row['peak-mb']:.0f} MB"
-        lines.append([f"{row['replies']}, {row['kind']}", row["method"], f"{row['cpu-seconds']:.2g}", peak, client])
+        seconds = f"{row['seconds']:.3g}", f"{row['cpu-seconds']:.3g}"
+        lines.append([f"{row['replies']}, {row['kind']}", row["method"], *seconds, peak, client])
     return columns, lines
