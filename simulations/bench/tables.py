@@ -8,7 +8,7 @@ from typing import Any
 
 from fedrebasin.simulations.bench import selection_tables
 from fedrebasin.simulations.bench.clients import default_split
-from fedrebasin.simulations.bench.tables_client import secure, server_cost
+from fedrebasin.simulations.bench.tables_client import correction_cost, secure, server_cost
 from fedrebasin.simulations.disjoint_numbers import spread_text
 from fedrebasin.simulations.summary import percent, plain
 from fedrebasin.simulations.sweep_numbers import table as sweep_table
@@ -241,6 +241,7 @@ TABLES = {
     "clients": clients,
     "secure": secure,
     "server-cost": server_cost,
+    "correction-cost": correction_cost,
     "sweep": sweep_table,
     **selection_tables.TABLES,
 }

@@ -1,4 +1,4 @@
-"""The README's tables of what is done on the client: accuracy under SecAgg+, and the server's cost."""
+"""The README's tables of cost: the server's with the work on the client, and that of corrections; and SecAgg+."""
 
 from __future__ import annotations
 
@@ -36,4 +36,14 @@ def server_cost(result: Result) -> tuple[Sequence[str], Rows]:
         peak = f"{row['peak-mb']:.0f} MB"
         seconds = f"{row['seconds']:.3g}", f"{row['cpu-seconds']:.3g}"
         lines.append([f"{row['replies']}, {row['kind']}", row["method"], *seconds, peak, client])
+    return columns, lines
+
+
+def correction_cost(result: Result) -> tuple[Sequence[str], Rows]:
+    """``corrections.py``: seconds of corrections beside an evaluation of the three models on the same images."""
+    columns = "network, images|job|seconds|CPU seconds|times the evaluation".split("|")
+    lines = []
+    for row in result["rows"]:
+        seconds = f"{row['seconds']:.3g}", f"{row['cpu-seconds']:.3g}", f"{row['times-evaluation']:.2f}"
+        lines.append([f"{row['model']}, {row['images']:,}", row["job"], *seconds])
     return columns, lines
