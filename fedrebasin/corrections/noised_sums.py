@@ -19,12 +19,15 @@ from fedrebasin.errors import RebasinError
 NOISED_RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 #: standard deviations of the noise by which a solution must be better than none
 _SURE = 3.0
+#: minus the logarithm of the probability with which noise alone counts as a mean
+_CHANCE = 10.0
 
 
 def shrunk(noised: Tensor, noise: float) -> Tensor:
     """A noised vector as near to zero as its noise says.
 
-    James and Stein's estimate, and zero where noise alone may be so long.
+    James and Stein's estimate, and zero where noise alone may be so long: the squares of m standard normal numbers sum
+    to more than ``m + 2 sqrt(m t) + 2 t`` with a probability below exp(-t) (Laurent and Massart, 2000, lemma 1).
 
     >>> shrunk(torch.tensor([3.0, 4.0]), 0.0), shrunk(torch.tensor([3.0, 4.0]), 10.0)
     (tensor([3., 4.]), tensor([0., 0.]))
@@ -32,7 +35,7 @@ def shrunk(noised: Tensor, noise: float) -> Tensor:
     if not noise:
         return noised
     size = noised.numel()
-    most = (size + _SURE * math.sqrt(2 * size)) * noise**2  # what the squares of noise alone sum to, beyond chance
+    most = (size + 2 * math.sqrt(size * _CHANCE) + 2 * _CHANCE) * noise**2
     return noised * (1 - most / noised.square().sum()).clamp_min(0)
 
 

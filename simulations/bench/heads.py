@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedrebasin import activation_matching, check_spec, merge, merge_trunks, permute, trace, trunk_tensors, zip_trunks
 from fedrebasin.simulations.baselines import score
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.settings import Settings, resolve
@@ -96,9 +97,8 @@ def main() -> None:
             row["accuracy"].append(round(found["accuracy"], 4))
             print(json.dumps({"seed": seed, **row}), flush=True)
     if options.output:
-        command = f"python -m fedrebasin.simulations.bench.heads --width {options.width} --output FILE"
         result = {"experiment": "heads", "data": "digits", "model": settings.model, "width": options.width}
-        about = provenance(command, list(range(options.seeds)), started)
+        about = provenance(bench_command("heads"), list(range(options.seeds)), started)
         save_results(options.output, {**result, "rows": list(rows.values()), "provenance": about})
 
 

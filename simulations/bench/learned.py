@@ -28,6 +28,7 @@ from fedrebasin import identity_perms, interpolate, permute, trace, weight_match
 from fedrebasin.assignment import solve_assignment
 from fedrebasin.matching.result import inner_product
 from fedrebasin.simulations.bench.learned_population import WIDTH, Population, State, digits, sines
+from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 
 Perms = dict[str, Tensor]
@@ -182,9 +183,7 @@ def main() -> None:
             result["rows"].append({**row, "training-seconds": round(seconds, 1)})
             print(json.dumps(result["rows"][-1]), flush=True)
     if options.output:
-        words = f"--networks {options.networks} --steps {options.steps} --output FILE"
-        command = f"python -m fedrebasin.simulations.bench.learned {words}"
-        save_results(options.output, {**result, "provenance": provenance(command, [0], started)})
+        save_results(options.output, {**result, "provenance": provenance(bench_command("learned"), [0], started)})
 
 
 if __name__ == "__main__":
