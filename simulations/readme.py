@@ -82,13 +82,17 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
         where = f"{one['settings']['data']}, {one['settings']['start']}"
         for name in strategies(one):
             cells = [percent(by_round(one, name, "accuracy", number)) for number in _ROUNDS]
-            label = label_of(name)
-            rows.append([where, f"**{label}**" if "rebasin" in name else label, *cells])
+            rows.append([where, _name(name), *cells])
         for label, accuracies, losses in baseline_rows(one):
             work = 1 if one["settings"]["start"] == "apart" else one["settings"]["rounds"]
             cells = [percent(accuracies) if number == work else "" for number in _ROUNDS]
             rows.append([where, f"{label} (loss {plain(losses)})", *cells])
     return _markdown(columns, rows)
+
+
+def _name(strategy: str) -> str:
+    label = label_of(strategy)
+    return f"**{label}**" if "rebasin" in strategy else label
 
 
 def _attendance(results: Sequence[Mapping[str, Any]]) -> str:
@@ -103,10 +107,9 @@ def _attendance(results: Sequence[Mapping[str, Any]]) -> str:
         numbers = range(1, settings["rounds"] + 1)
         for name in strategies(one):
             cells = [percent(by_round(one, name, "accuracy", number)) for number in numbers]
-            label = f"**{label_of(name)}**" if "rebasin" in name else label_of(name)
             sent = megabytes(one, name, settings["rounds"])
             rows.append(
-                [where, label, *cells, *[""] * (last - len(cells)), f"{summarise(sent)[0]:.1f}" if sent else ""]
+                [where, _name(name), *cells, *[""] * (last - len(cells)), f"{summarise(sent)[0]:.1f}" if sent else ""]
             )
         for label, accuracies, losses in baseline_rows(one):
             number = join_round(settings["start"]) if "joins" in label else settings["rounds"]
@@ -123,8 +126,7 @@ def _ends(results: Sequence[Mapping[str, Any]]) -> str:
         epochs = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
         columns.append(f"{settings['data']}, {settings['partition']}, {epochs}")
         for name in strategies(one):
-            label = f"**{label_of(name)}**" if "rebasin" in name else label_of(name)
-            cells.setdefault(label, []).append(percent(by_round(one, name, "accuracy", settings["rounds"])))
+            cells.setdefault(_name(name), []).append(percent(by_round(one, name, "accuracy", settings["rounds"])))
         for label, accuracies, _ in baseline_rows(one):
             cells.setdefault(label, []).append(percent(accuracies))
     return _markdown(columns, [[label, *found] for label, found in cells.items()])

@@ -26,8 +26,8 @@ from fedrebasin.corrections.methods import Setting
 from fedrebasin.strategies.alignment import shares
 from fedrebasin.strategies.correction import correct
 from fedrebasin.strategies.federated import Queries
-from fedrebasin.strategies.records import cast_arrays, record_to_state, state_to_record
-from fedrebasin.strategies.selection import Round, average, names_of_candidates
+from fedrebasin.strategies.records import cast_arrays, state_to_record
+from fedrebasin.strategies.selection import Round, names_of_candidates
 
 State = dict[str, Tensor]
 
@@ -76,11 +76,7 @@ class ClientSelector:
     def _candidates(self, found: Round) -> Iterator[tuple[str, State]]:
         coefficients, nodes = shares(found.replies), [reply.node for reply in found.replies]
         setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
-        paths = {"aligned": (record_to_state(found.model), found.ends)}
-        if found.plain:
-            ends = [record_to_state(record) for record in found.plain]
-            paths = {"plain": (average(ends, coefficients), ends), **paths}
-        for path, (merged, ends) in paths.items():
+        for path, (merged, ends) in found.paths().items():
             yield path, merged
             for name in self.corrections:
                 if name in FEDERATED:

@@ -92,9 +92,9 @@ def build_finish(
     """
     if correction == "default":
         correction = default_correction(model, calibration, guarded=guarded)
-    finish = Finish(correction, calibration)
+    finish, asked, votes = Finish(correction, calibration), tuple[str, ...](), select == "clients"
     names: tuple[str | None, ...] = (finish.single,)
-    if select == "clients":
+    if votes:
         asked = names_of(correction, several=True, known=[*CORRECTIONS, *FEDERATED])
         names = asked or (None,)
     elif select is not None:
@@ -106,9 +106,9 @@ def build_finish(
             finish, names = Finish(correction, selector.fit, selector), asked or (None,)
     for name in names:
         check_calibration(name, model, finish.calibration, inputs=inputs, example_inputs=example_inputs, device=device)
-    corrections = asked if select == "clients" else (finish.single,)
-    queries = build_queries(corrections, model, example_inputs, federated, device, votes=select == "clients")
-    if select == "clients" and model is not None and queries is not None:
-        chooser = ClientSelector(model, asked, queries, calibration, example_inputs, seed, device)
-        return replace(finish, selector=chooser, queries=queries)
-    return replace(finish, queries=queries)
+    corrections = asked if votes else (finish.single,)
+    finish = replace(finish, queries=build_queries(corrections, model, example_inputs, federated, device, votes=votes))
+    if not votes or model is None or finish.queries is None:
+        return finish
+    chooser = ClientSelector(model, asked, finish.queries, calibration, example_inputs, seed, device)
+    return replace(finish, selector=chooser)

@@ -59,6 +59,14 @@ class Round:
     ends: list[State]
     replies: list[Reply]
 
+    def paths(self) -> dict[str, tuple[State, list[State]]]:
+        """What candidates are made of: for ``plain``, where it is one, and ``aligned`` the average and its ends."""
+        found = {"aligned": (record_to_state(self.model), self.ends)}
+        if not self.plain:
+            return found
+        states = [record_to_state(record) for record in self.plain]
+        return {"plain": (average(states, shares(self.replies)), states), **found}
+
 
 @dataclass(frozen=True)
 class Selector:
@@ -109,11 +117,8 @@ class Selector:
         coefficients = shares(found.replies)
         setting = Setting(self.model, self.fit, coefficients, self.example_inputs, self.seed, self.device)
         candidates: dict[str, Candidate] = {}
-        if found.plain:
-            states = [record_to_state(record) for record in found.plain]
-            candidates |= corrected("plain", average(states, coefficients), states, setting, self.corrections)
-        aligned = record_to_state(found.model)
-        candidates |= corrected("aligned", aligned, found.ends, setting, self.corrections)
+        for path, (merged, ends) in found.paths().items():
+            candidates |= corrected(path, merged, ends, setting, self.corrections)
         clients: dict[str, Candidate] = {
             f"node {reply.node}": end for reply, end in zip(found.replies, found.ends, strict=True)
         }

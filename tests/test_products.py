@@ -16,7 +16,7 @@ from fedrebasin.matching.products import add_product, reorder
 def test_a_product_in_pieces_is_the_product_of_the_reordered_tensors(
     piece: int, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_PIECE", piece)
+    monkeypatch.setattr(products, "PIECE", piece)
     generator = torch.Generator().manual_seed(0)
     reference, model = (torch.randn(5, 6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     term, other = Term("w", dim, None, 1, ()), 1 - dim
@@ -45,5 +45,5 @@ def test_a_sum_of_products_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatc
     first, second = (torch.randn(5, 6, generator=generator) for _ in range(2))
     whole = dot(first, second)
     for piece in (1, 13):
-        monkeypatch.setattr(numbers, "_PIECE", piece)
+        monkeypatch.setattr(numbers, "PIECE", piece)
         assert dot(first, second) == pytest.approx(whole, rel=1e-6)

@@ -12,8 +12,9 @@ from fedrebasin.errors import SpecMismatchError
 
 #: Sums of products above this leave float32; norms above that leave float64.
 _LARGE, _LARGEST = 1e37, 1e150
-#: Entries of a tensor that are multiplied at once.
-_PIECE = 1 << 20
+#: Entries of a tensor that are multiplied at once. A product of so many keeps a core busy, and three copies of it lie
+#: in its cache or near it.
+PIECE = 1 << 20
 
 
 def like_of(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
@@ -45,8 +46,8 @@ def dot(first: Tensor, second: Tensor) -> float:
     >>> dot(torch.ones(2), torch.tensor([3.0, 4.0]))
     7.0
     """
-    if first.numel() <= _PIECE:
+    if first.numel() <= PIECE:
         return float((first * second).sum(dtype=torch.float64))
-    rows = max(1, _PIECE // first[0].numel())  # no copy of a large tensor is made
+    rows = max(1, PIECE // first[0].numel())  # no copy of a large tensor is made
     places = [slice(start, start + rows) for start in range(0, len(first), rows)]
     return math.fsum(float((first[place] * second[place]).sum(dtype=torch.float64)) for place in places)

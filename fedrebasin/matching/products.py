@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fedrebasin.matching.numbers import PIECE
 from fedrebasin.matching.plan import Term
 
-#: Entries of each piece. A product of so many keeps a core busy, and three copies of it lie in its cache or near it.
-_PIECE = 1 << 20
 Orders = Mapping[int, Tensor]
 
 
@@ -41,7 +40,7 @@ def add_product(total: Tensor, term: Term, reference: Tensor, model: Tensor, new
     else:
         axis, here = max(free, key=lambda dim: model.shape[dim]), {}
         length = model.shape[axis]
-    step = max(1, _PIECE // max(1, model.numel() // model.shape[axis]))
+    step = max(1, PIECE // max(1, model.numel() // model.shape[axis]))
     for start in range(0, length, step):
         piece = slice(start, min(start + step, length))
         change, *less = [_part(model, axis, piece, orders) for orders in every]

@@ -97,12 +97,10 @@ def match_widths(
 
 def _descend(problem: WidthProblem, solve: Solve) -> list[str]:
     """Match all permutations, and again until nothing gains; returns the order of the first visits."""
-    waiting, order = dict.fromkeys(problem.names), []
-    while waiting:
-        perm = max(waiting, key=problem.settled)
+    order = []
+    for perm in problem.forward():
         problem.writes[perm], problem.reads[perm] = solve(*problem.similarity(perm))
         order.append(perm)
-        del waiting[perm]
     for _ in range(_MAX_SWEEPS):
         gains = [_improve(problem, perm, solve) for perm in order]
         if not any(gains):

@@ -61,6 +61,14 @@ class WidthProblem:
                 found[int(reads)].addmm_(one, other.T)
         return found[0], found[1]
 
+    def forward(self, *, reads: bool = True) -> Iterator[str]:
+        """The permutations, each time the one that is most :meth:`settled` by what the caller has set meanwhile."""
+        waiting = dict.fromkeys(self.names)
+        while waiting:
+            perm = max(waiting, key=lambda one: self.settled(one, reads=reads))
+            yield perm
+            del waiting[perm]
+
     def settled(self, perm: str, *, reads: bool = True) -> float:
         """The share of the reference's entries tied to the permutation that can be compared by now.
 

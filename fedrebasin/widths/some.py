@@ -45,15 +45,12 @@ def match_some(
     """
     problem = WidthProblem(reference_spec, model_spec, reference, model)
     turned = WidthProblem(model_spec, reference_spec, model, reference)  # measures the model's units in their own order
-    waiting = dict.fromkeys(problem.names)
-    while waiting:
-        perm = max(waiting, key=lambda one: problem.settled(one, reads=False))
+    for perm in problem.forward(reads=False):
         mine, theirs = _lengths(problem, perm), _lengths(turned, problem.names[perm])
         gains = problem.similarity(perm)[0] - (1 - threshold) / 2 * (mine.unsqueeze(1) + theirs)
         pairs = _assign(gains)
         problem.writes[perm] = problem.reads[perm] = pairs
         turned.writes[problem.names[perm]] = turned.reads[problem.names[perm]] = pairs.T
-        del waiting[perm]
     return problem.writes
 
 

@@ -110,12 +110,9 @@ def _check_no_norm(spec: PermutationSpec, perm: str) -> None:
 def _forward(spec: PermutationSpec, state: Mapping[str, Tensor]) -> list[str]:
     """The permutations, those first whose layers read what is settled."""
     problem, order = WidthProblem(spec, spec, state, state), list[str]()
-    waiting = dict.fromkeys(problem.names)
-    while waiting:
-        perm = max(waiting, key=lambda one: problem.settled(one, reads=False))
+    for perm in problem.forward(reads=False):
         problem.writes[perm] = problem.reads[perm] = torch.eye(spec.perm_shapes[perm][0]).double()
         order.append(perm)
-        del waiting[perm]
     return order
 
 
