@@ -46,7 +46,7 @@ def save_rounds(
     shown = [mean for found in stats.values() for mean, _, _ in found] + [value for _, value in hlines]
     nines = percent and wants_nines(shown)
     ylabel += " (errors on a log axis)" if nines else ""
-    xlabel, ticks = ("models sent, both ways, MB", None) if sent else ("round", rounds)
+    xlabel, ticks = ("models and queries sent, both ways, MB", None) if sent else ("round", rounds)
     panel = Panel(title, xlabel, ylabel, lines, ticks=ticks, hlines=hlines, percent=percent, nines=nines)
     save_lines(path, [panel])
 
