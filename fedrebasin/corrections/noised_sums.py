@@ -17,10 +17,11 @@ from fedrebasin.errors import RebasinError
 
 #: in units of the norm that the noise has
 NOISED_RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-#: standard deviations of the noise by which a solution must be better than none
-_SURE = 3.0
-#: minus the logarithm of the probability with which noise alone counts as a mean
+#: minus the logarithm of the probability with which noise alone counts as a mean, or as a gain of one solution
 _CHANCE = 10.0
+#: standard deviations of the noise by which a solution must be better than none: a Gaussian's tail beyond s of them is
+#: below exp(-s^2 / 2)
+_SURE = math.sqrt(2 * _CHANCE)
 
 
 def shrunk(noised: Tensor, noise: float) -> Tensor:
@@ -61,7 +62,7 @@ def solve_noised(
     """All the equations, without negative eigenvalues, and ``(D, d)`` as of :meth:`NormalEquations.solve`.
 
     Noise asks for larger ridges, in units of its own norm. The solutions on one part are tried on the other, which has
-    noise of its own: what counts is the error plus three of its standard deviations, and the layer stays as it is where
+    noise of its own: what counts is the error plus 4.5 of its standard deviations, and the layer stays as it is where
     none is better than nothing by that. What was tried is kept, not solved again on both.
     """
     total = _positive(fit + check if check.count else fit)
