@@ -63,7 +63,7 @@ def measure_arrays(arrays: Mapping[str, Array], sent: Mapping[str, Array]) -> di
             return f"{name!r} in a form that cannot be decoded ({type(error).__name__}: {error})"
         if not isinstance(values, np.ndarray) or tuple(values.shape) != tuple(expected.shape):
             return f"{name!r} as {tuple(arrays[name].shape)}, the sent model has {tuple(expected.shape)}"
-        if str(values.dtype) != expected.dtype:
+        if values.dtype != expected.dtype:
             return f"{name!r} with dtype {values.dtype}, the sent model has {expected.dtype}"
         rms, largest = _measure(values)
         if not math.isfinite(rms):

@@ -18,7 +18,7 @@ import torch
 
 from fedrebasin.errors import UsageError
 
-#: Replies at once where nothing else is said: each holds about four copies of its largest tensor while it is matched.
+#: Replies at once where nothing else is said: each holds some 20 MB and its similarities while it is matched.
 MOST = 4
 #: Replies that are compared with the sent model in one go.
 GROUP = 8
@@ -68,7 +68,8 @@ class Workers:
     def map(self, function: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
         """Call a function for each item, at most so many at once; the results in the items' order.
 
-        What it raises is raised here, that of the first item in order.
+        The caller's thread is one of the workers: the allocator keeps some of what each further thread frees.
+        What is raised for an item is raised here.
         """
         waiting, threads = list(items), _threads()
         count = min(self.most, threads, len(waiting))
@@ -76,14 +77,23 @@ class Workers:
             return [function(item) for item in waiting]
         with (
             _kept_threads(),
-            ThreadPoolExecutor(count, "rebasin", torch.set_num_threads, (threads // count,)) as pool,
+            ThreadPoolExecutor(count - 1, "rebasin", torch.set_num_threads, (threads // count,)) as pool,
         ):
-            return list(pool.map(function, waiting))
+            others = [pool.submit(function, item) for item in waiting]
+            torch.set_num_threads(threads // count)
+            # what no other thread has begun is taken from the pool
+            own = {place: function(waiting[place]) for place, other in enumerate(others) if other.cancel()}
+            return [own[place] if place in own else other.result() for place, other in enumerate(others)]
 
     def groups(self, items: Sequence[Item]) -> list[list[Item]]:
-        """Items in groups of at most ``GROUP``, so that each worker gets as many, for what costs less together."""
-        size = max(1, min(GROUP, -(-len(items) // min(self.most, _threads()))))
-        return [list(items[start : start + size]) for start in range(0, len(items), size)]
+        """Items in groups of at most ``GROUP``, as many groups for each worker, for what costs less together.
+
+        >>> Workers(1).groups(range(10))
+        [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+        """
+        workers = max(1, min(self.most, _threads(), len(items)))
+        count = workers * -(-len(items) // (workers * GROUP))
+        return [list(items[len(items) * part // count : len(items) * (part + 1) // count]) for part in range(count)]
 
 
 def cores() -> int:
@@ -100,7 +110,7 @@ def _kept_threads() -> Iterator[None]:
     """Put torch's count of threads back.
 
     With OpenMP (the builds of Linux, Windows and macOS) ``set_num_threads`` holds for the thread that calls it, and
-    for those that begin after it: the caller's own count never changes, and what it sets here is for later threads.
+    for those that begin after it.
     """
     threads = torch.get_num_threads()
     try:

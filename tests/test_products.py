@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedrebasin.errors import SpecMismatchError
 from fedrebasin.matching import numbers, products
-from fedrebasin.matching.numbers import dot
+from fedrebasin.matching.numbers import dot, norm_of
 from fedrebasin.matching.plan import Term
-from fedrebasin.matching.products import add_product, reorder
+from fedrebasin.matching.products import add_product, reorder, reordered_dot
 
 
 @pytest.mark.parametrize("piece", [1, 7, 60, 10**6])
@@ -40,10 +41,21 @@ def test_a_tensor_of_one_axis_is_multiplied_whole() -> None:
     assert total.tolist() == [[3.0, 4.0], [6.0, 8.0]]
 
 
-def test_a_sum_of_products_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [1, 13])
+def test_sums_in_pieces_are_those_of_the_whole(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(5, 6, generator=generator) for _ in range(2))
-    whole = dot(first, second)
-    for piece in (1, 13):
-        monkeypatch.setattr(numbers, "PIECE", piece)
-        assert dot(first, second) == pytest.approx(whole, rel=1e-6)
+    orders = {0: torch.tensor([3, 0, 4, 1, 2]), 1: torch.randperm(6, generator=generator)}
+    monkeypatch.setattr(numbers, "_SUMMED", piece)
+    monkeypatch.setattr(products, "PIECE", piece)
+    expected = float((first.double() * second.double()).sum())
+    assert dot(first, second) == pytest.approx(expected, rel=1e-6)
+    moved = second[orders[0]][:, orders[1]]
+    assert reordered_dot(first, second, orders) == pytest.approx(float((first * moved).sum()), rel=1e-5)
+    assert reordered_dot(first, second, {1: orders[1]}) == pytest.approx(
+        float((first * second[:, orders[1]]).sum()), rel=1e-5
+    )
+    assert norm_of(first, "w", "model") == pytest.approx(float(first.double().norm()))
+    second[4, 5] = float("nan")
+    with pytest.raises(SpecMismatchError, match="model: 'w' holds a NaN"):
+        norm_of(second, "w", "model")

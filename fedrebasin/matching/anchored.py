@@ -82,13 +82,20 @@ def _expected_similarity(problem: WeightProblem, block: Block, names: set[str], 
         if term.name in names or term.name not in plan.simple:
             continue
         orders = problem.other_orders(term)
-        sides = problem.reference[term.name], problem.reordered(term.name, orders)
+        moved = {dim: _terms_along(problem, term, dim, unsettled) for dim in orders}
+        # the mean over a whole axis is the same in every order
+        told = {dim: order for dim, order in orders.items() if all(t.places is not None for t in moved[dim])}
+        sides = problem.reference[term.name], problem.reordered(term.name, told)
         for dim in orders:
-            moved = [t for other in unsettled for t in plan.terms[other] if (t.name, t.dim) == (term.name, dim)]
-            if moved:
-                sides = _averaged(sides[0], dim, moved), _averaged(sides[1], dim, moved)
+            if moved[dim]:
+                sides = _averaged(sides[0], dim, moved[dim]), _averaged(sides[1], dim, moved[dim])
         total += (term.rows(sides[0]) @ term.rows(sides[1]).T).cpu()
     return total
+
+
+def _terms_along(problem: WeightProblem, term: Term, dim: int, blocks: set[Block]) -> list[Term]:
+    """The slabs of these blocks along another axis of a term's tensor."""
+    return [t for block in blocks for t in problem.plan.terms[block] if (t.name, t.dim) == (term.name, dim)]
 
 
 def _averaged(tensor: Tensor, dim: int, terms: list[Term]) -> Tensor:

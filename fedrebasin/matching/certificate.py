@@ -60,32 +60,39 @@ class IdentityCertificate:
 
     def holds_each(self, models: Sequence[Mapping[str, Tensor]]) -> list[bool]:
         """The same for several models in less time: each piece of the reference is read once for all of them."""
-        if not self.possible:
+        if not self.possible or not models:
             return [False] * len(models)
-        return [self._verdict(changes) for changes in self.changes(models)]
+        return [bool(held) for held in self._verdicts(self.changes(models))]
 
-    def _verdict(self, changes: dict[Block, Tensor]) -> bool:
+    def _verdicts(self, changes: dict[Block, Tensor]) -> Tensor:
         # a NaN fails every comparison
-        open_blocks = [block for block, moved in changes.items() if not _all_within(moved, self._margin(block, True))]
-        if any(not _all_within(changes[block], self._bound(block)) for block in open_blocks):
-            return False
-        return all(_all_within(changes[block], self._margin(block, False)) for block in open_blocks)
+        within = {block: _all_within(moved, self._margin(block, True)) for block, moved in changes.items()}
+        held = torch.stack(list(within.values())).all(0)
+        hopeful = ~held
+        for block, few in within.items():
+            if not few.all():
+                hopeful &= few | _all_within(changes[block], self._bound(block))
+        for block, few in within.items():
+            if (hopeful & ~few).any():
+                hopeful &= few | _all_within(changes[block], self._margin(block, False))
+        return held | hopeful
 
-    def changes(self, models: Sequence[Mapping[str, Tensor]]) -> list[dict[Block, Tensor]]:
-        """How far each unit of each model moved, ``|a_i - b_i|^2``, shape (units,) for each block."""
-        results: list[dict[Block, Tensor]] = [{} for _ in models]
+    def changes(self, models: Sequence[Mapping[str, Tensor]]) -> dict[Block, Tensor]:
+        """How far each unit of each model moved, ``|a_i - b_i|^2``, shape (models, units) for each block."""
+        found: dict[Block, Tensor] = {}
         for name, users in self._users.items():
             reference, tensors = self._wide(self._reference[name]), [model[name].detach() for model in models]
             dims = sorted({term.dim for _, term in users if term.whole})
-            parts = [(block, term) for block, term in users if not term.whole]
-            every = _sums_of_squares(tensors, reference, dims) if dims else [{} for _ in models]
-            for tensor, sums, result in zip(tensors, every, results, strict=True):
-                squares = (tensor.to(reference) - reference).square_() if parts else reference
-                for block, term in users:
-                    moved = sums[term.dim].reshape(-1, term.copies) if term.whole else term.rows(squares)
-                    moved = moved[:, 0] if moved.shape[1] == 1 else moved.sum(1)
-                    result[block] = result[block] + moved if block in result else moved
-        return results
+            sums = _sums_of_squares(tensors, reference, dims) if dims else {}
+            for block, term in users:
+                if term.whole:
+                    moved = sums[term.dim].reshape(len(models), -1, term.copies)
+                    moved = moved[:, :, 0] if term.copies == 1 else moved.sum(2)
+                else:
+                    differences = (tensor.to(reference) - reference for tensor in tensors)
+                    moved = torch.stack([term.rows(difference.square_()).sum(1) for difference in differences])
+                found[block] = found[block] + moved if block in found else moved
+        return found
 
     def _margin(self, block: Block, some: bool) -> Tensor:
         """A fourth of each unit's squared distance, over some or all columns, to the nearest other; less rounding."""
@@ -129,23 +136,26 @@ class IdentityCertificate:
         return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _all_within(moved: Tensor, margin: Tensor) -> bool:
-    return bool((moved * (1 + _ROUNDING) <= margin).all())
+def _all_within(moved: Tensor, margin: Tensor) -> Tensor:
+    return (moved * (1 + _ROUNDING) <= margin).all(1)
 
 
-def _sums_of_squares(models: Sequence[Tensor], reference: Tensor, dims: list[int]) -> list[dict[int, Tensor]]:
-    """For each model ``(model - reference) ** 2``, summed over all axes but one, for each of ``dims``.
+def _sums_of_squares(models: Sequence[Tensor], reference: Tensor, dims: list[int]) -> dict[int, Tensor]:
+    """``(model - reference) ** 2``, summed over all axes but one, for each of ``dims``: shape (models, its length).
 
-    In pieces that fit a cache, one piece of all models after the other.
+    Small tensors of all models together; large ones in pieces that fit a cache, one piece of all models after the
+    other.
     """
     if reference.numel() <= _PIECE:
-        every = [(model.to(reference) - reference).square_() for model in models]
-        return [{dim: _all_but(squares, dim) for dim in dims} for squares in every]
+        at_once = max(1, _PIECE // max(1, reference.numel()))
+        groups = [models[start : start + at_once] for start in range(0, len(models), at_once)]
+        every = [torch.stack([model.to(reference) for model in group]).sub_(reference).square_() for group in groups]
+        return {dim: torch.cat([_all_but(squares, dim) for squares in every]) for dim in dims}
     shape, rows = reference.shape, max(1, _PIECE // reference[0].numel())
     reference = reference.reshape(shape[0], -1)
     models = [model.reshape(shape[0], -1) for model in models]
-    over_columns = [reference.new_empty(shape[0]) for _ in models]
-    over_rows = [reference.new_zeros(reference.shape[1]) for _ in models]
+    over_columns = reference.new_empty(len(models), shape[0])
+    over_rows = reference.new_zeros(len(models), reference.shape[1])
     piece, sums = torch.empty_like(reference[:rows]), torch.empty_like(reference[0])
     for start in range(0, shape[0], rows):
         here = reference[start : start + rows]
@@ -157,14 +167,12 @@ def _sums_of_squares(models: Sequence[Tensor], reference: Tensor, dims: list[int
                 torch.sum(squares, 1, out=columns[start : start + rows])
             if dims[-1] > 0:
                 total += torch.sum(squares, 0, out=sums)
-    return [
-        {dim: columns if dim == 0 else _all_but(total.reshape(shape[1:]), dim - 1) for dim in dims}
-        for columns, total in zip(over_columns, over_rows, strict=True)
-    ]
+    rest = over_rows.reshape(len(models), *shape[1:])
+    return {dim: over_columns if dim == 0 else _all_but(rest, dim - 1) for dim in dims}
 
 
 def _all_but(values: Tensor, dim: int) -> Tensor:
-    """The sum over all axes but one; the outer ones first, whole rows at a time."""
+    """For each model the sum over all its axes but one; the outer ones first, whole rows at a time."""
     for _ in range(dim):
-        values = values.sum(0)
-    return values.flatten(1).sum(1) if values.ndim > 1 else values
+        values = values.sum(1)
+    return values.flatten(2).sum(2) if values.ndim > 2 else values

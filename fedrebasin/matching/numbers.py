@@ -15,6 +15,8 @@ _LARGE, _LARGEST = 1e37, 1e150
 #: Entries of a tensor that are multiplied at once. A product of so many keeps a core busy, and three copies of it lie
 #: in its cache or near it.
 PIECE = 1 << 20
+#: Entries that are summed at once: in float64 they are copied first, and the copy stays in a core's cache.
+_SUMMED = 1 << 18
 
 
 def like_of(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
@@ -32,7 +34,7 @@ def norm_of(tensor: Tensor, name: str, label: str) -> float:
     """
     narrow = tensor.dtype.itemsize == 1
     tensor = tensor.detach() if tensor.is_floating_point() and not narrow else tensor.double()
-    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in _parts(tensor)))
     if not norm < _LARGEST:  # a NaN is not
         raise SpecMismatchError(
             f"{label}: {name!r} holds a NaN, an infinity or numbers whose squares overflow; leave this model out"
@@ -46,8 +48,13 @@ def dot(first: Tensor, second: Tensor) -> float:
     >>> dot(torch.ones(2), torch.tensor([3.0, 4.0]))
     7.0
     """
-    if first.numel() <= PIECE:
-        return float((first * second).sum(dtype=torch.float64))
-    rows = max(1, PIECE // first[0].numel())  # no copy of a large tensor is made
-    places = [slice(start, start + rows) for start in range(0, len(first), rows)]
-    return math.fsum(float((first[place] * second[place]).sum(dtype=torch.float64)) for place in places)
+    parts = zip(_parts(first), _parts(second), strict=True)
+    return math.fsum(float((one * other).sum(dtype=torch.float64)) for one, other in parts)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """A large tensor in pieces along its first axis."""
+    if tensor.numel() <= _SUMMED:
+        return (tensor,)
+    rows = max(1, _SUMMED // tensor[0].numel())
+    return [tensor[start : start + rows] for start in range(0, len(tensor), rows)]

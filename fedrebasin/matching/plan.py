@@ -13,8 +13,8 @@ from fedrebasin.matching.slabs import slabs
 from fedrebasin.permute import outer_dims_of
 from fedrebasin.spec import PermutationSpec
 
-#: What never changes is multiplied in parts of about this many entries, so that no copy of all of it is made.
-_PART = 1 << 24
+#: What never changes is multiplied together, side by side, in parts of at most this many entries, which are copied.
+_PART = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedrebasin.matching.numbers import dot, like_of, norm_of
 from fedrebasin.matching.plan import Block, Term, in_parts, plan_of
-from fedrebasin.matching.products import add_product, reorder
+from fedrebasin.matching.products import add_product, reorder, reordered_dot
 from fedrebasin.matching.shelf import Shelf
 from fedrebasin.matching.side import side_of
 from fedrebasin.perms import Perms, compose, identity_perms
@@ -125,13 +125,18 @@ class WeightProblem:
         """What biases, norms and tensors without other permutations say: it never changes."""
         if block not in self._constant:
             terms = [term for term in self.plan.terms[block] if term.name in self.plan.alone[block]]
-            products: list[Tensor] = []
+            total = self._empty(block)
             for part in in_parts(terms, self.entries_of):
-                first, second = (
-                    torch.cat([term.rows(side[term.name]) for term in part], 1) for side in (self.reference, self.model)
-                )
-                products.append(first @ second.T if not products else products.pop().addmm_(first, second.T))
-            self._constant[block] = products[0] if products else self._empty(block)
+                if len(part) == 1:
+                    (term,) = part
+                    add_product(total, term, self.reference[term.name], self.model[term.name], {}, None)
+                else:
+                    first, second = (
+                        torch.cat([term.rows(side[term.name]) for term in part], 1)
+                        for side in (self.reference, self.model)
+                    )
+                    total.addmm_(first, second.T)
+            self._constant[block] = total
         return self._constant[block]
 
     def _product(self, block: Block, term: Term) -> Tensor:
@@ -167,6 +172,9 @@ class WeightProblem:
             self._orders[key] = self.perms[plain] if plain is not None else source(layout, self.perms, {})
         return self._orders[key]
 
+    def _orders_of(self, name: str) -> dict[int, Tensor]:
+        return {dim: self.order(name, dim) for dim in self.plan.moved_dims[name]}
+
     def unfolded(self, block: Block, names: set[str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Reference and current model as matrices with one row for each unit of the block, for each of ``names``."""
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -181,7 +189,7 @@ class WeightProblem:
         if not self._moved:
             return self.model[name]
         if name in self.plan.simple:
-            return reorder(self.model[name], {dim: self.order(name, dim) for dim in self.plan.moved_dims[name]})
+            return reorder(self.model[name], self._orders_of(name))
         return permute_tensor(self.spec.axes[name], self.perms, self.model[name])
 
     def move(self, steps: Perms) -> None:
@@ -209,5 +217,9 @@ class WeightProblem:
 
     def objective(self, names: Iterable[str] | None = None) -> float:
         """The sum of <reference, current model> over the tied parameters, or over ``names``; exact in float64."""
-        chosen = self.plan.names if names is None else sorted(names)
-        return sum(dot(self.reference[name], self.current(name)) for name in chosen)
+        return sum(map(self._share, self.plan.names if names is None else sorted(names)))
+
+    def _share(self, name: str) -> float:
+        if name in self.plan.simple and self._moved:
+            return reordered_dot(self.reference[name], self.model[name], self._orders_of(name))
+        return dot(self.reference[name], self.current(name))

@@ -1,12 +1,13 @@
-"""A tensor's share of a similarity, piece by piece: no copy of a large tensor is made in another order."""
+"""A tensor's share of a similarity or of the objective, piece by piece: no copy of a large one in another order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from fedrebasin.matching.numbers import PIECE
+from fedrebasin.matching.numbers import PIECE, dot
 from fedrebasin.matching.plan import Term
 
 Orders = Mapping[int, Tensor]
@@ -27,7 +28,7 @@ def add_product(total: Tensor, term: Term, reference: Tensor, model: Tensor, new
         differs on it is multiplied.
     """
     free = set(range(model.ndim)) - {term.dim, *(dim for dim, _ in term.within)}
-    if not free:  # a bias or a scale: there is nothing else to be in another order
+    if not free or (not new and term.whole and term.dim == 0):  # nothing is in another order, and no row is copied
         total.addmm_(term.rows(reference), term.rows(model).T)
         return
     every = [new] if old is None else [new, old]
@@ -47,6 +48,20 @@ def add_product(total: Tensor, term: Term, reference: Tensor, model: Tensor, new
         for other in less:
             change = change.sub_(other)
         total.addmm_(term.rows(_part(reference, axis, piece, here)), term.rows(change).T)
+
+
+def reordered_dot(reference: Tensor, model: Tensor, orders: Orders) -> float:
+    """The sum of products of the reference's entries with those of the model in these orders, in float64.
+
+    >>> import torch
+    >>> reordered_dot(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), {0: torch.tensor([1, 0])})
+    10.0
+    """
+    if model.numel() <= PIECE:
+        return dot(reference, reorder(model, orders))
+    step = max(1, PIECE // model[0].numel())
+    pieces = [slice(start, min(start + step, len(model))) for start in range(0, len(model), step)]
+    return math.fsum(dot(reference[piece], _part(model, 0, piece, orders)) for piece in pieces)
 
 
 def _part(tensor: Tensor, axis: int, piece: slice, orders: Orders) -> Tensor:

@@ -2,8 +2,8 @@
 
 ``python -m fedrebasin.simulations.bench.client_side --output FILE``
 
-``aggregate_train`` of ten replies of ResNet18's size, of forty where they are near, in a fresh process for every
-number, on Linux. Memory is the peak
+``aggregate_train`` of ten replies of ResNet18's size, of forty where they are near, and of ten whose first layer is
+all but the whole model, in a fresh process for every number, on Linux. Memory is the peak
 of the process above what it held before the call; CPU seconds are those of one thread, whatever else runs.
 *Near* replies are the sent model with noise, as after a common start; *apart* ones are that with their units in an
 order of their own.
@@ -27,7 +27,7 @@ import torchvision
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, check_spec, match_each, permute, random_perms, trace
 from fedrebasin.simulations.commands import bench_command
@@ -37,7 +37,8 @@ from fedrebasin.strategies.records import state_to_record
 
 State = dict[str, Tensor]
 METHODS = ("FedAvg", "FedAvg, replies aligned by the mod", "Rebasin on the server")
-CASES = (("near", 10), ("near", 40), ("apart", 10))
+ONE_LAYER = "apart, one large layer"
+CASES = (("near", 10), ("near", 40), ("apart", 10), (ONE_LAYER, 10))
 NOISE = 0.05
 
 
@@ -56,6 +57,14 @@ class _Nodes(Grid):
     set_run = run = create_message = push_messages = pull_messages = send_and_receive = _absent  # type: ignore[assignment]
 
 
+def network_of(kind: str) -> nn.Module:
+    """ResNet18, or a network of its size that is one layer and a small one; on images of 64 x 64."""
+    if kind == ONE_LAYER:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    net: nn.Module = torchvision.models.resnet18(weights=None)
+    return net
+
+
 def reply_of(sent: State, node: int) -> State:
     """What node ``node`` trained, in the sent model's order."""
     generator = torch.Generator().manual_seed(node)
@@ -69,7 +78,7 @@ def reply_of(sent: State, node: int) -> State:
 
 def time_of_the_mod(spec: PermutationSpec, sent: State, trained: State, kind: str) -> float:
     """CPU seconds in which one client aligns its model; that it finds the planted order is checked."""
-    moved = permute(spec, random_perms(spec, 1), trained) if kind == "apart" else trained
+    moved = permute(spec, random_perms(spec, 1), trained) if kind.startswith("apart") else trained
     started = time.process_time()
     aligned = permute(spec, match_each(spec, sent, [moved])[0].perms, moved)
     seconds = time.process_time() - started
@@ -90,7 +99,7 @@ def measure_once(method: str, kind: str, replies: int) -> dict[str, float]:
 
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     torch.manual_seed(0)
-    net, inputs = torchvision.models.resnet18(weights=None), (torch.zeros(2, 3, 64, 64),)
+    net, inputs = network_of(kind), (torch.zeros(2, 3, 64, 64),)
     spec = check_spec(net, trace(net, inputs), inputs)
     sent: State = dict(net.state_dict())
     strategy: Strategy = FedAvg(min_train_nodes=replies, min_available_nodes=replies)
@@ -100,7 +109,7 @@ def measure_once(method: str, kind: str, replies: int) -> dict[str, float]:
     answers = []
     for node, message in enumerate(messages):
         state = reply_of(sent, node)
-        if kind == "apart" and "mod" not in method:  # the mod puts them back: see time_of_the_mod
+        if kind.startswith("apart") and "mod" not in method:  # the mod puts them back: see time_of_the_mod
             state = permute(spec, random_perms(spec, node), state)
         record = state_to_record(state)
         metrics = MetricRecord({"num-examples": 10 + node})
