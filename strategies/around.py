@@ -16,6 +16,7 @@ from fedrebasin import PermutationSpec
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
+from fedrebasin.strategies.widths import Widths
 
 
 class Around(Strategy):
@@ -36,6 +37,7 @@ class Around(Strategy):
     seed: int
     device: torch.device | None
     _beside: Beside
+    _widths: Widths
     _timeout: float = TIMEOUT
 
     def __repr__(self) -> str:
@@ -77,7 +79,8 @@ class Around(Strategy):
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         if self.checkpoint_dir is None:
             return super().start(grid, initial_arrays, num_rounds, *rest)
-        return Checkpointed(self, self._beside, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
+        kept: dict[str, Beside | Widths] = {"beside": self._beside, "widths": self._widths}
+        return Checkpointed(self, kept, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fedrebasin.strategies.state import (
     restore_strategies,
     strategy_state,
 )
+from fedrebasin.strategies.widths import Widths
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 _HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -42,8 +43,8 @@ class Checkpointed(Strategy):
     ----------
     strategy : Strategy
         Rebasin around another.
-    beside : Beside
-        What it remembers itself.
+    kept : mapping of str to Beside or Widths
+        What it remembers itself, by name.
     folder : Path
 
     Notes
@@ -53,9 +54,9 @@ class Checkpointed(Strategy):
     :class:`Rebasin`).
     """
 
-    def __init__(self, strategy: Strategy, beside: Beside, folder: Path) -> None:
+    def __init__(self, strategy: Strategy, kept: Mapping[str, Beside | Widths], folder: Path) -> None:
         self.strategy = strategy
-        self.beside = beside
+        self.kept = kept
         self.folder = folder
         self._links = list(chain(strategy))[1:]
         self._before = remember(self._links)
@@ -161,7 +162,7 @@ class Checkpointed(Strategy):
                 name: [[key, dict(record)] for key, record in kept.items()] for name, kept in self._metrics.items()
             },
             "aggregated": self._aggregated,
-            "beside": encode(self.beside.state_dict(), "beside", arrays),
+            **{name: encode(one.state_dict(), name, arrays) for name, one in self.kept.items()},
             "strategies": strategy_state(self._links, self._before, arrays),
             "random": random_state(arrays),
         }
@@ -174,7 +175,8 @@ class Checkpointed(Strategy):
         """Take up state, metrics and random numbers."""
         try:
             restore_strategies(self._links, found.facts["strategies"], found.arrays)
-            self.beside.load_state_dict(decode(found.facts["beside"], found.arrays))
+            for name, one in self.kept.items():
+                one.load_state_dict(decode(found.facts[name], found.arrays))
             for name in _HISTORIES:
                 kept = found.facts["metrics"][name]
                 self._metrics[name] = {int(number): MetricRecord(record) for number, record in kept}

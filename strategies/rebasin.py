@@ -194,12 +194,7 @@ class Rebasin(Rounds):
         self.arrayrecord_key = self._screen.arrayrecord_key
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._trunk = Trunk(self.spec, until)
-        unfit: dict[str, object] = {
-            "until": until,
-            "beside": beside,
-            "send_perms": send_perms,
-            "checkpoint_dir": checkpoint_dir,
-        }
+        unfit: dict[str, object] = {"until": until, "beside": beside, "send_perms": send_perms}
         unfit |= {"a federated correction": self._finish.queries, self.guard or "a guard": self.guard}
         key = self._screen.weighted_by_key
         self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit, weighted_by_key=key)

@@ -27,7 +27,6 @@ from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen, Screened
 from fedrebasin.strategies.selection import Round, plain_replies
-from fedrebasin.strategies.widths import Widths
 from fedrebasin.strategies.workers import Workers
 
 
@@ -46,7 +45,6 @@ class Rounds(Around):
     _matcher: Matcher
     _screen: ReplyScreen
     _trunk: Trunk
-    _widths: Widths
     _workers: Workers
     _sent: ArrayRecord | None
     _messages: list[Message]

@@ -73,6 +73,17 @@ class Widths:
             self.spec, spec = check_widths(model, net, example_inputs, seed=seed)
             self.specs.append(spec)
 
+    def state_dict(self) -> dict[str, ArrayRecord]:
+        """For a checkpoint: what each narrower node trained last."""
+        return {str(node): state_to_record(state) for node, (_, state) in self._last.items()}
+
+    def load_state_dict(self, state: Mapping[str, ArrayRecord]) -> None:
+        """Take up what :meth:`state_dict` gave; what is of no node model's width any more is dropped."""
+        for node, record in state.items():
+            spec = self._spec_of_shapes({name: tuple(array.shape) for name, array in record.items()})
+            if spec is not None:
+                self._last[int(node)] = spec, record_to_state(record)
+
     def attach(self, messages: Sequence[Message], key: str) -> None:
         """Give the nodes that trained a narrower network the model in their own width."""
         for message in messages:
@@ -115,8 +126,10 @@ class Widths:
         return resize(matching.inverse(), model)
 
     def _spec_of(self, message: Message, key: str) -> PermutationSpec | None:
-        shapes = _shapes(message, key)
-        return next((spec for spec in self.specs if spec.shapes == shapes and shapes != self.spec.shapes), None)
+        return self._spec_of_shapes(_shapes(message, key))
+
+    def _spec_of_shapes(self, shapes: dict[str, tuple[int, ...]]) -> PermutationSpec | None:
+        return next((spec for spec in self.specs if spec.shapes == shapes != self.spec.shapes), None)
 
     def _reference(self, replies: Iterable[Message], key: str, sent: ArrayRecord) -> State:
         """The reply of the model's width with most examples that is finite, or the model that was sent."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from flower_messages import answer, configure, play_round, warnings
+from flower_messages import MemoryGrid, answer, configure, play_round, trained_copy, warnings
+from flwr.app import Message
 from widths_cases import X, mlp, output, planted, widened
 
 from fedrebasin import RebasinError, permute, random_perms
@@ -66,6 +70,40 @@ def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inne
     ]
     found = strategy._widths._reference(replies, "arrays", state_to_record(wide[0]))
     assert torch.equal(found["0.weight"], wide[1]["0.weight"])
+
+
+def test_a_resumed_run_still_knows_each_nodes_width(tmp_path: Path) -> None:
+    def run(folder: Path, rounds: int) -> tuple[dict[str, bytes], list[list[tuple[int, ...]]]]:
+        sent: list[list[tuple[int, ...]]] = [[], []]
+
+        def node(place: int, widths: tuple[int, int]) -> Callable[[Message], Message]:
+            def train(message: Message) -> Message:
+                state = record_to_state(message.content["arrays"])
+                sent[place].append(tuple(state["0.weight"].shape))
+                own = mlp(*widths, seed=place).state_dict()
+                if sent[place][-1] == tuple(own["0.weight"].shape):
+                    own = state
+                return answer(message, trained_copy(own, message.content["config"]["server-round"]), 10 + place)
+
+            return train
+
+        net = mlp(5, 7)
+        strategy = FedRebasin(
+            model=net, node_models=[mlp(3, 4)], example_inputs=X, checkpoint_dir=folder, fraction_evaluate=0.0
+        )
+        result = strategy.start(
+            MemoryGrid({11: node(0, (5, 7)), 12: node(1, (3, 4))}), state_to_record(net.state_dict()), rounds
+        )
+        return {name: array.numpy().tobytes() for name, array in result.arrays.items()}, sent
+
+    torch.manual_seed(0)
+    whole, seen = run(tmp_path / "whole", 3)
+    assert seen == [[(5, 5)] * 3, [(5, 5), (3, 5), (3, 5)]]
+    torch.manual_seed(0)
+    run(tmp_path / "parts", 1)
+    resumed, seen = run(tmp_path / "parts", 3)
+    assert seen == [[(5, 5)] * 2, [(3, 5)] * 2]
+    assert resumed == whole
 
 
 def test_what_does_not_go_with_narrower_nodes_is_refused() -> None:
