@@ -21,10 +21,14 @@ from fedrebasin.spec import PermutationSpec
 
 #: A step must gain this share of |reference| |model|, the two norms over the block's tensors: below it is rounding.
 _TOLERANCE = 1e-7
-_MAX_SWEEPS = 100
-#: An anchored start to whose gain its own descent adds less than this share is taken without a second start.
-_DECIDED = 0.02
-#: A second start is given up once this many times its last sweep's gain would not bring it level.
+_MAX_PASSES = 1000
+#: Blocks that cost this many times as much as others wait for these.
+_DEARER = 64.0
+#: An anchored start to whose gain its own descent adds less than this share is taken without a second start. Of 121
+#: independent and 13 trained pairs a second start won 3 below it (32 and 64 wide, by up to 4%) and 21 above.
+_DECIDED = 0.025
+#: A second start is given up once this many times what it gained since the dearest blocks' last turn would not bring it
+#: level.
 _HOPE = 2.0
 
 
@@ -114,7 +118,7 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     """From ``init``; or the model as it is, where nothing improves it; or the better one of the two starts."""
     if init is not None:
         return _descend(problem, problem.blocks, before)
-    cheapest = sorted(problem.blocks, key=lambda block: block.size * sum(problem.entries(block)))
+    cheapest = sorted(problem.blocks, key=lambda block: _cost(problem, block))
     if not any(_swap_gains(problem, block) or improve(problem, block) > 0 for block in cheapest):
         return dict(problem.perms), [before]
     problem.reset()
@@ -135,27 +139,43 @@ def _descend(
     best: Collection[Block] = (),
     hurdle: float = -math.inf,
 ) -> _Found:
-    """Sweep until nothing gains, or it seems out of reach to gain more than the ``hurdle``.
+    """Improve a block after the other until nothing gains, or it seems out of reach to gain more than the ``hurdle``.
 
     A block is looked at only after a neighbour has moved; at first too, unless it is among those at their ``best``.
+    A dear block waits until no cheaper one has anything to gain: a ResNet's first stages settle before its last one,
+    which ends higher (ResNet50: by 1%) after fewer large assignments.
     """
     waiting = set(problem.blocks).difference(best)
-    history = [objective]
-    for _ in range(_MAX_SWEEPS):
-        gained = 0.0
+    tiers = _tiers(problem)
+    dearest = max(tiers.values(), default=0)
+    history, last = [objective], objective
+    while waiting and len(history) <= _MAX_PASSES:
+        tier, gained = min(tiers[block] for block in waiting), 0.0
         for block in order:
-            if block in waiting:
+            if block in waiting and tiers[block] == tier:
                 waiting.discard(block)
                 gain = improve(problem, block)
                 if gain > 0:
                     gained += gain
                     waiting.update(problem.plan.neighbours[block])
-        if not gained:
-            break
-        history.append(history[-1] + gained)
-        if history[-1] + _HOPE * gained < hurdle:
-            break
+        if gained:
+            history.append(history[-1] + gained)
+        if tier == dearest:
+            if history[-1] + _HOPE * (history[-1] - last) < hurdle:
+                break
+            last = history[-1]
     return dict(problem.perms), history
+
+
+def _tiers(problem: WeightProblem) -> dict[Block, int]:
+    """0 for blocks that cost less than ``_DEARER`` times the cheapest one, 1 for those up to its square, and so on."""
+    costs = {block: _cost(problem, block) for block in problem.blocks}
+    return {block: int(math.log(cost / min(costs.values()), _DEARER)) for block, cost in costs.items()}
+
+
+def _cost(problem: WeightProblem, block: Block) -> int:
+    """About what a look at a block costs: its products, and an assignment."""
+    return block.size * (sum(problem.entries(block)) + 20 * block.size**2)
 
 
 def _swap_gains(problem: WeightProblem, block: Block) -> bool:
