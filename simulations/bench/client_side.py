@@ -12,8 +12,6 @@ order of their own.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -30,6 +28,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, check_spec, match_each, permute, random_perms, trace
+from fedrebasin.simulations.bench.peak import peak_above, start_peak
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.strategies import Rebasin
@@ -87,12 +86,6 @@ def time_of_the_mod(spec: PermutationSpec, sent: State, trained: State, kind: st
     return seconds
 
 
-def status(key: str) -> float:
-    """A figure of this process's memory in Linux's process table, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
-
-
 def measure_once(method: str, kind: str, replies: int) -> dict[str, float]:
     """One round in this process; the peak means something only in a fresh one."""
     from flwr.supercore.task_identity import TaskIdentity
@@ -116,10 +109,7 @@ def measure_once(method: str, kind: str, replies: int) -> dict[str, float]:
         answers.append(Message(RecordDict({"arrays": record, "metrics": metrics}), reply_to=message))
     del message, state, record, metrics  # the last reply must be held by its message alone, as the others are
     client = time_of_the_mod(spec, sent, reply_of(sent, 1), kind) if "mod" in method else 0.0
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed goes back to the system, so that it is not counted as held
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, started, used = status("VmRSS"), time.perf_counter(), time.process_time()
+    before, started, used = start_peak(), time.perf_counter(), time.process_time()
     arrays, _ = strategy.aggregate_train(1, answers)
     seconds, cpu = time.perf_counter() - started, time.process_time() - used
     if arrays is None:
@@ -128,7 +118,7 @@ def measure_once(method: str, kind: str, replies: int) -> dict[str, float]:
     return {
         "cpu-seconds": cpu,
         "seconds": seconds,
-        "peak-mb": status("VmHWM") - before,
+        "peak-mb": peak_above(before),
         "mod-cpu-seconds": client,
         "model-mb": model,
     }

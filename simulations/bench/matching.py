@@ -3,7 +3,8 @@
 Each network is matched by ``weight_matching`` and by the plain Algorithm 1 (``plain.py``) in turn; figures are
 medians over the runs, in one process. Pairs are independent random initialisations, or a copy with planted
 permutations and relative noise 0.2. ``floor`` is one product for each tied axis and one cold assignment for each
-permutation, measured in the same run.
+permutation, measured in the same run. Memory is the peak of ``weight_matching`` above what the process held, the two
+models among it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, permute, random_perms, trace, weight_matching
+from fedrebasin.simulations.bench.peak import peak_above, start_peak
 from fedrebasin.simulations.bench.plain import plain_weight_matching
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.models import build_model
@@ -70,6 +72,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "vgg16": (vgg16, torch.zeros(2, 3, 32, 32)),
     "resnet20 x16": (lambda: _resnet20(16), torch.zeros(2, 3, 32, 32)),
     "resnet50": (resnet50, torch.zeros(2, 3, 64, 64)),
+    "resnet20 x32": (lambda: _resnet20(32), torch.zeros(2, 3, 32, 32)),
 }
 
 
@@ -101,12 +104,13 @@ def floor_seconds(spec: PermutationSpec, first: State, second: State) -> float:
 def measure(name: str, kind: str, runs: int, seed: int = 0) -> dict[str, Any]:
     """Medians of interleaved runs."""
     spec, first, second = pair(name, kind, seed)
-    ours, plain, floors = [], [], []
+    ours, plain, floors, peaks = [], [], [], []
     for run in range(runs):
-        floors.append(floor_seconds(spec, first, second))
-        started = time.perf_counter()
+        before, started = start_peak(), time.perf_counter()
         matching = weight_matching(spec, first, second, seed=run)
         ours.append(time.perf_counter() - started)
+        peaks.append(peak_above(before))
+        floors.append(floor_seconds(spec, first, second))
         plain.append(plain_weight_matching(spec, first, second, seed=run))
     seconds, baseline = statistics.median(ours), statistics.median(one.seconds for one in plain)
     start = matching.objective_before
@@ -122,6 +126,7 @@ def measure(name: str, kind: str, runs: int, seed: int = 0) -> dict[str, Any]:
         "floor-seconds": round(statistics.median(floors), 4),
         "speed-up": round(baseline / seconds, 2),
         "over-floor": round(seconds / statistics.median(floors), 2),
+        "peak-mb": round(statistics.median(peaks), 1),
         "gain": matching.objective - start,
         "plain-gain": [one.objective - start for one in plain],
     }

@@ -18,17 +18,18 @@ Rows = list[list[str]]
 
 
 def speed(result: Result) -> tuple[Sequence[str], Rows]:
-    """``matching.py``: seconds, and ratios to the plain algorithm and to the floor."""
-    columns = "network, pair|parameters|seconds|plain Algorithm 1|times faster|times the floor|gain|plain's gain".split(
-        "|"
-    )
+    """``matching.py``: seconds, ratios to the plain algorithm and to the floor, and memory above the two models."""
+    columns = (
+        "network, pair|parameters|seconds|plain Algorithm 1|times faster|times the floor|memory|gain|plain's gain"
+    ).split("|")
     rows = []
     for row in result["rows"]:
         gains = f"{row['gain']:,.1f}", f"{statistics.mean(row['plain-gain']):,.1f}"
         seconds = f"{row['seconds']:.3g}", f"{row['plain-seconds']:.3g}"
         ratios = f"{row['speed-up']:.1f}", f"{row['over-floor']:.1f}"
         parameters = f"{row['parameters'] / 1e6:.2g} M"
-        rows.append([f"{row['network']}, {row['pair']}", parameters, *seconds, *ratios, *gains])
+        memory = f"{row['peak-mb']:.0f} MB"
+        rows.append([f"{row['network']}, {row['pair']}", parameters, *seconds, *ratios, memory, *gains])
     return columns, rows
 
 
