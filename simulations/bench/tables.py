@@ -28,7 +28,7 @@ def speed(result: Result) -> tuple[Sequence[str], Rows]:
         seconds = f"{row['seconds']:.3g}", f"{row['plain-seconds']:.3g}"
         ratios = f"{row['speed-up']:.1f}", f"{row['over-floor']:.1f}"
         parameters = f"{row['parameters'] / 1e6:.2g} M"
-        memory = f"{row['peak-mb']:.0f} MB"
+        memory = f"{row['peak-mb']:.0f} MB" if "peak-mb" in row else "-"
         rows.append([f"{row['network']}, {row['pair']}", parameters, *seconds, *ratios, memory, *gains])
     return columns, rows
 
