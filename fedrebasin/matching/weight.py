@@ -24,9 +24,9 @@ _TOLERANCE = 1e-7
 _MAX_PASSES = 1000
 #: Blocks that cost this many times as much as others wait for these.
 _DEARER = 64.0
-#: An anchored start to whose gain its own descent adds less than this share is taken without a second start. Of 121
-#: independent and 13 trained pairs a second start won 3 below it (32 and 64 wide, by up to 4%) and 21 above.
-_DECIDED = 0.025
+#: An anchored start to whose gain its own descent adds less than this share is taken without a second start: of 24
+#: pairs that a second one won, 21 were above. Where one takes long (entries of all tensors), the share is larger.
+_DECIDED, _DECIDED_LARGE, _LARGE = 0.02, 0.025, 1 << 20
 #: A second start is given up once this many times what it gained since the dearest blocks' last turn would not bring it
 #: level.
 _HOPE = 2.0
@@ -125,7 +125,8 @@ def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Ten
     order, best = anchored_start(problem)
     found = _descend(problem, order, problem.objective(), best=best)
     start, end = found[1][0] - before, found[1][-1] - before
-    if end - start < _DECIDED * end:
+    decided = _DECIDED if sum(map(problem.entries_of, problem.plan.names)) < _LARGE else _DECIDED_LARGE
+    if end - start < decided * end:
         return found
     problem.reset()
     return max(found, _descend(problem, order, before, hurdle=_last(found)), key=_last)
