@@ -94,6 +94,13 @@ def test_last_rounds_perms_are_the_start() -> None:
         match_each(spec, reference, [model], inits=[truth, truth])
 
 
+def test_a_network_without_permutations_stays_as_it_is() -> None:
+    net = torch.nn.Linear(2, 3)
+    spec, state = trace(net, (torch.zeros(1, 2),)), net.state_dict()
+    assert IdentityCertificate(spec, state).holds_each([state, state]) == [True, True]
+    assert IdentityCertificate(spec, state).holds_each([]) == []
+
+
 def test_a_margin_over_some_columns_is_at_most_the_margin_over_all() -> None:
     spec, reference = _net("vgg11")
     certificate = IdentityCertificate(spec, reference)

@@ -62,7 +62,8 @@ class IdentityCertificate:
         """The same for several models in less time: each piece of the reference is read once for all of them."""
         if not self.possible or not models:
             return [False] * len(models)
-        return [bool(held) for held in self._verdicts(self.changes(models))]
+        changes = self.changes(models)
+        return [bool(held) for held in self._verdicts(changes)] if changes else [True] * len(models)
 
     def _verdicts(self, changes: dict[Block, Tensor]) -> Tensor:
         # a NaN fails every comparison
