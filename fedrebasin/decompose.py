@@ -22,7 +22,12 @@ def decompose(node: torch.fx.Node) -> torch.fx.Graph | None:
     """The graph of an op, its placeholders the op's tensors in order; ``None`` where torch has no simpler form."""
     arguments = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)]
     order: list[torch.fx.Node] = []
-    torch.fx.node.map_arg((node.args, node.kwargs), lambda item: order.append(item) or item)  # type: ignore[func-returns-value]
+
+    def note(item: torch.fx.Node) -> torch.fx.Node:
+        order.append(item)
+        return item
+
+    torch.fx.node.map_arg((node.args, node.kwargs), note)
     if not callable(node.target) or len(arguments) != len(set(order)):
         return None
     target = node.target

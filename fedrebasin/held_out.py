@@ -161,7 +161,7 @@ def _rows_are_examples(net: nn.Module, parsed: tuple[Any, Any, Any], batch: Any)
     whole, some = torch.arange(min(rows, 8)), torch.arange(0, min(rows, 8), 2)
     try:
         outputs, part = run(whole), run(some)
-    except Exception as error:
+    except Exception as error:  # the user's model may raise anything
         raise CalibrationError(f"calibration: the model cannot run on its first batch: {first_line(error)}") from error
     if outputs is None or part is None or outputs.ndim == 0 or len(outputs) != len(whole) or len(part) != len(some):
         return False

@@ -177,5 +177,5 @@ def like_state(state: Mapping[str, Tensor], values: dict[str, Tensor]) -> dict[s
     metadata: Any = getattr(state, "_metadata", None)
     if metadata is None:
         return dict(result)
-    result._metadata = metadata  # type: ignore[attr-defined]
+    result._metadata = metadata  # type: ignore[attr-defined]  # as nn.Module.state_dict sets it
     return result

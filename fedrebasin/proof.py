@@ -77,7 +77,7 @@ class Proof:
 
         Running statistics that training writes go to copies, or with ``write`` into ``state``.
         """
-        with _NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]
+        with _NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
             outputs = self._call(dict(state), training=False)  # functional_call writes into the dict that it is given
             if self.spec.training:
                 own = {name: tensor if write else tensor.clone() for name, tensor in state.items()}
@@ -104,7 +104,7 @@ class Proof:
 
     def widen_tolerance(self) -> float:
         """Allow for float32 steps in a float64 run (norms that cast), and for deep networks that magnify rounding."""
-        with _NarrowSteps() as steps:  # type: ignore[no-untyped-call]
+        with _NarrowSteps() as steps:  # type: ignore[no-untyped-call]  # as above
             self.run(self.state)
         widest = _TOLERANCE[torch.float32]
         self.tolerance = widest if steps.found else max(self.tolerance, min(10 * self.rounding(), widest))
@@ -126,7 +126,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
 
 
-class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
     """Makes dropout and stochastic depth keep everything: their noise is what it is on average."""
 
     supports_higher_order_operators = True
@@ -137,7 +137,7 @@ class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _NarrowSteps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NarrowSteps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
     """Sees whether any op returns floating numbers narrower than float64."""
 
     supports_higher_order_operators = True

@@ -73,7 +73,7 @@ def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator) ->
     return value
 
 
-class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for modes
     """While a model runs inside, its tensors are set in place so that the next layer's input is of unit size.
 
     Only ops are looked at, not modules: whatever calls a convolution with a tensor of ``state`` is calibrated.
@@ -88,7 +88,7 @@ class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.held = {tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.is_floating_point()}
         self.done: set[tuple[int, int]] = set()
 

@@ -65,7 +65,7 @@ class LabelledNet:
         """Whether the loss of a batch is finite, and its gradient in every parameter that has one."""
         self._net.zero_grad(set_to_none=True)
         value = self.loss_of(args, kwargs, target)
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         own = self._net.state_dict(keep_vars=True)
         found = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
         return bool(value.isfinite()), found

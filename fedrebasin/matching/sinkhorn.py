@@ -191,7 +191,7 @@ class _Logits:
         """One step down."""
         if self._optimizer is not None:
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             self._optimizer.step()
 
 

@@ -109,7 +109,7 @@ def learn(states: State, steps: int, seed: int) -> UnitNetwork:
             ((own[name] * aligned[name]).sum() / own[name].norm() / other[name].norm() for name in own), torch.zeros(())
         )
         optimizer.zero_grad()
-        (undone[0] + undone[1] - 5 * gain).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(undone[0] + undone[1] - 5 * gain)
         optimizer.step()
         schedule.step()
     return model.eval()

@@ -59,7 +59,7 @@ def trained(
     optimizer = torch.optim.Adam(states.values(), lr=3e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        loss(states, step).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss(states, step))
         optimizer.step()
     return nets[0], {name: tensor.detach() for name, tensor in states.items()}
 

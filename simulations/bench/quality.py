@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,9 @@ def main() -> None:
         for seed in range(options.seeds):
             for model in _EPOCHS:
                 label = f"{model} x{_WIDTHS[model]}"
-                cases.append((label, "digits", seed, lambda m=model, s=seed: trained_pair(m, s, Path(folder))))  # type: ignore[misc]
+                cases.append((label, "digits", seed, partial(trained_pair, model, seed, Path(folder))))
             for name in options.only.split(","):
-                cases.append((name, "random", seed, lambda n=name, s=seed: pair(n, "independent", s)))  # type: ignore[misc]
+                cases.append((name, "random", seed, partial(pair, name, "independent", seed)))
         for name, weights, seed, make_pair in cases:
             row = {"network": name, "weights": weights, "seed": seed, **gains(*make_pair())}
             result["independent"].append(row)
