@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Models smaller than this leave little, and giving that back takes some milliseconds.
 _WORTHWHILE = 1 << 23
@@ -24,6 +29,16 @@ def return_freed_memory(size: int) -> None:
         return
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def size_of(model: Mapping[str, Tensor]) -> int:
+    """The bytes of a model's tensors.
+
+    >>> import torch
+    >>> size_of({"w": torch.zeros(2, 3)})
+    24
+    """
+    return sum(tensor.nbytes for tensor in model.values())
 
 
 def keep_nothing_freed() -> None:

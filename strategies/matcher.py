@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin import ManyMatching, Matching, PermutationSpec, match_many
-from fedrebasin.allocator import return_freed_memory
+from fedrebasin.allocator import return_freed_memory, size_of
 from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.matching.many import ON_DATA
@@ -30,7 +30,7 @@ class Matcher:
     def __call__(self, reference: State, model: State) -> Matching:
         """Match ``model`` to ``reference``."""
         found = find_matching(self.name, self.setting, reference, model)
-        return_freed_memory(sum(tensor.nbytes for tensor in model.values()))
+        return_freed_memory(size_of(model))
         return found
 
     def many(self, method: str, models: Sequence[State], coefficients: Sequence[float]) -> ManyMatching:

@@ -90,8 +90,8 @@ class Rebasin(Rounds):
         that is started on the same folder goes on at the next round (``checkpointed.py``).
     replies_at_once : int, optional
         At most so many replies are read and matched at once, each on its part of torch's threads, and never more than
-        these; by default 4, and 1 on an accelerator. While it is matched, each holds some 20 MB, and as much as its
-        similarity matrices take. The model does not depend on it (``workers.py``).
+        these; by default 4, and 1 on an accelerator. While it is matched, each holds some 20 MB (more where heads
+        or groups are permuted) and its similarity matrices. The model does not depend on it (``workers.py``).
     seed : int
     device : torch.device or str, optional
         Where alignment and correction run.

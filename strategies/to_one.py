@@ -10,7 +10,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedrebasin import identity_perms
-from fedrebasin.allocator import return_freed_memory
+from fedrebasin.allocator import return_freed_memory, size_of
 from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.matching.methods import JOINT_METHOD
 from fedrebasin.strategies.matcher import Matcher
@@ -67,7 +67,7 @@ def find_certain(
     groups = workers.groups([place for place in range(len(replies)) if found.get(place) is None])
     for places, holds in zip(groups, workers.map(as_they_are, groups), strict=True):
         found.update((place, identity_perms(spec)) for place, held in zip(places, holds, strict=True) if held)
-    return_freed_memory(_size(reference))
+    return_freed_memory(size_of(reference))
     return [found.get(place) for place in range(len(replies))]
 
 
@@ -118,7 +118,7 @@ def match_to_one(
         return Matched(found.perms, found.objective - found.objective_before)
 
     found = (NO_WORKERS if match.runs_the_model else workers).map(one, range(len(replies)))
-    return_freed_memory(_size(reference))  # each worker kept some
+    return_freed_memory(size_of(reference))  # each worker kept some
     errors = [matched.error for matched in found if matched.error is not None]
     if errors and len(errors) == len(found):
         raise errors[0]
@@ -127,7 +127,3 @@ def match_to_one(
             what = f"{type(matched.error).__name__}: {matched.error}"
             log(WARNING, "rebasin: node %d's reply cannot be aligned (%s); left out of this round", reply.node, what)
     return found
-
-
-def _size(model: State) -> int:
-    return sum(tensor.nbytes for tensor in model.values())

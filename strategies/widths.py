@@ -80,7 +80,7 @@ class Widths:
     def load_state_dict(self, state: Mapping[str, ArrayRecord]) -> None:
         """Take up what :meth:`state_dict` gave; what is of no node model's width any more is dropped."""
         for node, record in state.items():
-            spec = self._spec_of_shapes({name: tuple(array.shape) for name, array in record.items()})
+            spec = self._spec_of(_shapes(record))
             if spec is not None:
                 self._last[int(node)] = spec, record_to_state(record)
 
@@ -100,7 +100,7 @@ class Widths:
         if not self.specs:
             return
         reference: State | None = None
-        for message, spec in [(message, self._spec_of(message, key)) for message in replies]:
+        for message, spec in [(message, self._spec_of(_shapes(_record_of(message, key)))) for message in replies]:
             if spec is None:
                 continue
             if reference is None:
@@ -125,15 +125,12 @@ class Widths:
             matching = match_widths(self.spec, spec, model, last)
         return resize(matching.inverse(), model)
 
-    def _spec_of(self, message: Message, key: str) -> PermutationSpec | None:
-        return self._spec_of_shapes(_shapes(message, key))
-
-    def _spec_of_shapes(self, shapes: dict[str, tuple[int, ...]]) -> PermutationSpec | None:
+    def _spec_of(self, shapes: dict[str, tuple[int, ...]]) -> PermutationSpec | None:
         return next((spec for spec in self.specs if spec.shapes == shapes != self.spec.shapes), None)
 
     def _reference(self, replies: Iterable[Message], key: str, sent: ArrayRecord) -> State:
         """The reply of the model's width with most examples that is finite, or the model that was sent."""
-        whole = [message for message in replies if _shapes(message, key) == self.spec.shapes]
+        whole = [message for message in replies if _shapes(_record_of(message, key)) == self.spec.shapes]
         for message in sorted(whole, key=self._examples, reverse=True):
             state = record_to_state(message.content.array_records[key])
             if all(bool(tensor.isfinite().all()) for tensor in state.values()):
@@ -145,6 +142,11 @@ class Widths:
         return max((float(count) for count in counts if isinstance(count, int | float)), default=0.0)
 
 
-def _shapes(message: Message, key: str) -> dict[str, tuple[int, ...]]:
+def _record_of(message: Message, key: str) -> ArrayRecord:
+    """A reply's model; empty if it has none."""
     record = message.content.array_records.get(key) if message.has_content() else None
-    return {} if record is None else {name: tuple(array.shape) for name, array in record.items()}
+    return ArrayRecord() if record is None else record
+
+
+def _shapes(record: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in record.items()}

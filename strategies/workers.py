@@ -69,7 +69,7 @@ class Workers:
         """Call a function for each item, at most so many at once; the results in the items' order.
 
         The caller's thread is one of the workers: the allocator keeps some of what each further thread frees.
-        What is raised for an item is raised here.
+        What it raises is raised here, that of the first item in order; what has not begun by then never does.
         """
         waiting, threads = list(items), _threads()
         count = min(self.most, threads, len(waiting))
@@ -81,8 +81,17 @@ class Workers:
         ):
             others = [pool.submit(function, item) for item in waiting]
             torch.set_num_threads(threads // count)
-            # what no other thread has begun is taken from the pool
-            own = {place: function(waiting[place]) for place, other in enumerate(others) if other.cancel()}
+            own: dict[int, Found] = {}
+            for place, other in enumerate(others):
+                if not other.cancel():  # another thread has begun it
+                    continue
+                try:
+                    own[place] = function(waiting[place])
+                except Exception:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for earlier in sorted(set(range(place)).difference(own)):
+                        others[earlier].result()
+                    raise
             return [own[place] if place in own else other.result() for place, other in enumerate(others)]
 
     def groups(self, items: Sequence[Item]) -> list[list[Item]]:

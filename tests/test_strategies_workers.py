@@ -107,6 +107,19 @@ def test_torchs_threads_are_put_back_also_for_threads_that_begin_later(threads: 
     assert [torch.get_num_threads(), *seen] == [4, 4]
 
 
+def test_what_is_raised_is_the_first_items_and_nothing_begins_after_it(threads: int) -> None:
+    begun: list[int] = []
+
+    def fail(item: int) -> None:
+        begun.append(item)
+        time.sleep(0.1 if item == 0 else 0.02)  # the second one is the first to fail
+        raise ValueError(str(item))
+
+    with pytest.raises(ValueError, match="0"):
+        Workers(2).map(fail, range(50))
+    assert len(begun) < 20
+
+
 def test_a_users_limit_on_threads_is_a_limit_on_replies_at_once(threads: int) -> None:
     torch.set_num_threads(1)
     assert Workers(8).map(lambda _: threading.current_thread().name, range(3)) == ["MainThread"] * 3

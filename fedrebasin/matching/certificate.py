@@ -63,20 +63,16 @@ class IdentityCertificate:
         if not self.possible or not models:
             return [False] * len(models)
         changes = self.changes(models)
-        return [bool(held) for held in self._verdicts(changes)] if changes else [True] * len(models)
-
-    def _verdicts(self, changes: dict[Block, Tensor]) -> Tensor:
         # a NaN fails every comparison
-        within = {block: _all_within(moved, self._margin(block, True)) for block, moved in changes.items()}
-        held = torch.stack(list(within.values())).all(0)
-        hopeful = ~held
-        for block, few in within.items():
-            if not few.all():
-                hopeful &= few | _all_within(changes[block], self._bound(block))
-        for block, few in within.items():
-            if (hopeful & ~few).any():
-                hopeful &= few | _all_within(changes[block], self._margin(block, False))
-        return held | hopeful
+        few = {block: _all_within(moved, self._margin(block, True)) for block, moved in changes.items()}
+        held = torch.ones(len(models), dtype=torch.bool)
+        for block, within in few.items():
+            if not within.all():
+                held &= within | _all_within(changes[block], self._bound(block))
+        for block, within in few.items():
+            if (held & ~within).any():
+                held &= within | _all_within(changes[block], self._margin(block, False))
+        return [bool(one) for one in held]
 
     def changes(self, models: Sequence[Mapping[str, Tensor]]) -> dict[Block, Tensor]:
         """How far each unit of each model moved, ``|a_i - b_i|^2``, shape (models, units) for each block."""
@@ -85,13 +81,13 @@ class IdentityCertificate:
             reference, tensors = self._wide(self._reference[name]), [model[name].detach() for model in models]
             dims = sorted({term.dim for _, term in users if term.whole})
             sums = _sums_of_squares(tensors, reference, dims) if dims else {}
+            parts = _sums_of_slabs(tensors, reference, [term for _, term in users if not term.whole])
             for block, term in users:
                 if term.whole:
                     moved = sums[term.dim].reshape(len(models), -1, term.copies)
                     moved = moved[:, :, 0] if term.copies == 1 else moved.sum(2)
                 else:
-                    differences = (tensor.to(reference) - reference for tensor in tensors)
-                    moved = torch.stack([term.rows(difference.square_()).sum(1) for difference in differences])
+                    moved = parts[term]
                 found[block] = found[block] + moved if block in found else moved
         return found
 
@@ -138,7 +134,18 @@ class IdentityCertificate:
 
 
 def _all_within(moved: Tensor, margin: Tensor) -> Tensor:
-    return (moved * (1 + _ROUNDING) <= margin).all(1)
+    """For each model, on the CPU."""
+    return (moved * (1 + _ROUNDING) <= margin).all(1).cpu()
+
+
+def _sums_of_slabs(models: Sequence[Tensor], reference: Tensor, terms: list[Term]) -> dict[Term, Tensor]:
+    """``(model - reference) ** 2``, summed over the columns of each slab: shape (models, units), a model at a time."""
+    found: dict[Term, list[Tensor]] = {term: [] for term in terms}
+    for model in models if terms else ():
+        squares = (model.to(reference) - reference).square_()
+        for term in terms:
+            found[term].append(term.rows(squares).sum(1))
+    return {term: torch.stack(sums) for term, sums in found.items()}
 
 
 def _sums_of_squares(models: Sequence[Tensor], reference: Tensor, dims: list[int]) -> dict[int, Tensor]:

@@ -171,7 +171,8 @@ def _descend(
 def _tiers(problem: WeightProblem) -> dict[Block, int]:
     """0 for blocks that cost less than ``_DEARER`` times the cheapest one, 1 for those up to its square, and so on."""
     costs = {block: _cost(problem, block) for block in problem.blocks}
-    return {block: int(math.log(cost / min(costs.values()), _DEARER)) for block, cost in costs.items()}
+    least = min(costs.values(), default=1)
+    return {block: int(math.log(cost / least, _DEARER)) for block, cost in costs.items()}
 
 
 def _cost(problem: WeightProblem, block: Block) -> int:
