@@ -21,7 +21,11 @@ Matching = Annotated[
     typer.Option(help="weight, frank-wolfe or sinkhorn; on data: activation, activation+weight or straight-through."),
 ]
 Select = Annotated[
-    str, typer.Option(help="none; calibration: each round keeps the best model by agreement on calibration images.")
+    str,
+    typer.Option(
+        help="none; each round keeps the best model, calibration: by agreement on calibration images, clients: by the "
+        "loss on a fifth of each client's rows, on which no strategy trains."
+    ),
 ]
 Seeds = Annotated[str, typer.Option("--seeds", "--seed", help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

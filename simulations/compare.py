@@ -20,10 +20,10 @@ from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.events import Event
 from fedrebasin.simulations.handover import hand_over
 from fedrebasin.simulations.interrupts import signals_raise
-from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.runtime import RunError, run_app
 from fedrebasin.simulations.settings import Settings, resolve, to_run_config
+from fedrebasin.simulations.silo import rows_of_nodes
 from fedrebasin.simulations.site import Site
 from fedrebasin.simulations.summary_page import write_page
 from fedrebasin.simulations.training import select_device
@@ -164,10 +164,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _parts(settings: Settings, data: Dataset, nodes: int) -> list[dict[str, Any]]:
-    partition = parse_partition(settings.partition)
     parts = []
     for seed in settings.seed_list:
-        rows = partition_rows(data.train_labels, data.classes, nodes, partition, seed=seed)
+        rows, _ = rows_of_nodes(settings, data, nodes, seed=seed)
         counts = [data.train_labels[part].bincount(minlength=data.classes).tolist() for part in rows]
         parts.append({"seed": seed, "rows_of_class": counts})
     return parts

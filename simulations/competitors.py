@@ -37,7 +37,7 @@ VARIANTS = {
     "federated-least-squares-prior": ("federated-least-squares", FederatedOptions(label_prior=True)),
 }
 CORRECTIONS = ("none", *correction_methods.CORRECTIONS, *FEDERATED, *VARIANTS)
-SELECTS = ("none", "calibration")
+SELECTS = ("none", "calibration", "clients")
 _NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
 
 
@@ -70,14 +70,16 @@ def parse_strategies(text: str) -> list[str]:
     return names
 
 
-def check_words(reference: str, matching: str, correction: str, select: str = "none") -> None:
-    """Refuse a word that the strategies do not know, before anything starts.
+def check_words(
+    reference: str, matching: str, correction: str, select: str = "none", strategies: Sequence[str] = ()
+) -> None:
+    """Refuse a word that the strategies do not know, and corrections that the selection cannot take, before the start.
 
     >>> check_words("auto", "weight", "repair,least-squares", "calibration")
     """
     corrections = correction.split(",")
     if select == "none" and len(corrections) > 1:
-        raise UsageError(f"--correction: several need --select calibration; got {correction!r}")
+        raise UsageError(f"--correction: several need --select calibration or clients; got {correction!r}")
     for option, word, known in (
         ("reference", reference, REFERENCES),
         ("matching", matching, MATCHINGS),
@@ -87,6 +89,14 @@ def check_words(reference: str, matching: str, correction: str, select: str = "n
         if word not in known:
             raise UsageError(f"--{option}: expected one of {', '.join(known)}; got {word!r}")
     check_joint(matching, reference)
+    for name in (*corrections, *(name.partition("+")[2] for name in strategies)) if select != "none" else ():
+        if name in VARIANTS:
+            raise UsageError(f"--select {select}: takes federated corrections with their usual options; got {name!r}")
+        if select == "calibration" and name in FEDERATED:
+            raise UsageError(
+                f"--select calibration measures on the server's data, and {name!r} asks the clients; "
+                "give --select clients"
+            )
 
 
 def label_of(name: str) -> str:
@@ -131,8 +141,8 @@ def make_strategy(
         Batches of inputs, with labels for a matching that needs them; only strategies that use data get them.
     correction : str
         For re-basin strategies whose name has no ``+CORRECTION``; with ``select`` several, with commas between.
-    select : {"none", "calibration"}
-        Whether re-basin strategies keep the best of a round's models.
+    select : {"none", "calibration", "clients"}
+        Whether re-basin strategies keep the best of a round's models, and who measures them.
     server_lr : float
         FedAdam's, FedYogi's and FedAdagrad's eta.
     """
@@ -150,15 +160,15 @@ def make_strategy(
         "seed": seed,
         "device": device,
     }
-    federated = chosen in FEDERATED or chosen in VARIANTS
     corrections = [name for name in chosen.split(",") if name != "none"]
+    on_server = any(name not in FEDERATED and name not in VARIANTS for name in corrections)
     if select != "none":
         options |= {"select": select, "correction": corrections}
     elif chosen in VARIANTS:
         options["correction"], options["federated"] = VARIANTS[chosen]
     elif corrections or METHODS[matching].inputs:
         options["correction"] = corrections[0] if corrections else None
-    if select != "none" or METHODS[matching].inputs or (corrections and not federated):
+    if select == "calibration" or METHODS[matching].inputs or on_server:
         options["calibration"] = calibration
     if METHODS[matching].targets:
         options["loss"] = F.cross_entropy

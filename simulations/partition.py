@@ -14,6 +14,8 @@ from fedrebasin.errors import UsageError
 from fedrebasin.simulations.ends import disjoint_halves
 
 KINDS = ("biased:HELD", "dirichlet:ALPHA", "iid")
+#: one row of so many is held apart
+HELD_APART = 5
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,26 @@ def partition_rows(labels: Tensor, classes: int, nodes: int, partition: Partitio
     if empty:
         raise UsageError(f"--partition {partition}: node {empty[0]} of {nodes} gets no row; use fewer --nodes")
     return rows
+
+
+def hold_apart(rows: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Split a node's rows into those that it trains on and a fifth, at least one, that it only measures on.
+
+    Raises
+    ------
+    UsageError
+        If there is one row alone.
+
+    Examples
+    --------
+    >>> [len(part) for part in hold_apart(torch.arange(12))]
+    [10, 2]
+    """
+    if len(rows) < 2:
+        raise UsageError("a node with one row has none to measure on; use a larger alpha or fewer --nodes")
+    drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    count = max(1, len(rows) // HELD_APART)
+    return drawn[count:], drawn[:count]
 
 
 def _biased(labels: Tensor, classes: int, nodes: int, held: float, seed: int) -> list[Tensor]:

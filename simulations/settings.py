@@ -149,8 +149,8 @@ def resolve(settings: Settings) -> Settings:
             raise UsageError(f"--{name}: expected a positive number; got {number}")
     parse_partition(settings.partition)
     parse_seeds(settings.seeds)
-    parse_strategies(settings.strategies)
-    check_words(settings.reference, settings.matching, settings.correction, settings.select)
+    strategies = parse_strategies(settings.strategies)
+    check_words(settings.reference, settings.matching, settings.correction, settings.select, strategies)
     chosen = settings.model or model
     return replace(
         settings,

@@ -12,11 +12,29 @@ from torch import Tensor, nn
 
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.models import build_model
+from fedrebasin.simulations.partition import hold_apart, parse_partition, partition_rows
 from fedrebasin.simulations.settings import Settings
 from fedrebasin.simulations.training import RECIPES, Progress, Recipe, select_device, train
 
 #: purposes that random numbers are drawn for, so that no two share a seed
 _INITIAL, _TRAINING = 0, 1
+
+
+def rows_of_nodes(settings: Settings, data: Dataset, nodes: int, *, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows that each node trains on, and those that it measures merged models on: none unless nodes select.
+
+    Examples
+    --------
+    >>> from fedrebasin.simulations.data import load_dataset
+    >>> rows, held = rows_of_nodes(Settings(select="clients"), load_dataset("digits"), 2, seed=0)
+    >>> [len(part) for part in (*rows, *held)]
+    [546, 533, 136, 132]
+    """
+    dealt = partition_rows(data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed)
+    if settings.select != "clients":
+        return dealt, [part[:0] for part in dealt]
+    rows, held = zip(*(hold_apart(part, seed=seed) for part in dealt), strict=True)
+    return list(rows), list(held)
 
 
 def initial_model(settings: Settings, data: Dataset, *, seed: int, owner: int = -1) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fedrebasin.simulations.alone import epochs_alone
 from fedrebasin.simulations.competitors import label_of
 from fedrebasin.simulations.report import Table
@@ -9,6 +11,7 @@ from fedrebasin.simulations.results import summarise
 from fedrebasin.simulations.settings import Settings
 from fedrebasin.simulations.summary import Results, baseline_rows, by_round, megabytes, percent, plain, strategies
 from fedrebasin.simulations.summary_words import spread_note
+from fedrebasin.strategies.selection import CLIENT, names_of_candidates
 
 
 def round_table(results: Results, key: str, caption: str, *, as_percent: bool) -> Table:
@@ -48,11 +51,28 @@ def alignment_table(results: Results) -> Table | None:
             values = {key: by_round(results, name, metric, number) for key, metric in keys.items()}
             if None in values["moved"]:
                 continue
-            rows.append(
-                [label_of(name), str(number), percent(values["moved"]), plain(values["gain"]), plain(values["seconds"])]
-            )
-    columns = ["Strategy", "Round", "Units moved, %", "Gain of the objective", "Seconds"]
+            cells = [
+                percent(values["moved"]),
+                plain(values["gain"]),
+                plain(values["seconds"]),
+                _kept(results, name, number),
+            ]
+            rows.append([label_of(name), str(number), *cells])
+    columns = ["Strategy", "Round", "Units moved, %", "Gain of the objective", "Seconds", "Model kept"]
+    if all(row[-1] == "" for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return Table("Alignment", columns, rows) if rows else None
+
+
+def _kept(results: Results, strategy: str, number: int) -> str:
+    """The models that the selection kept in a round, by seeds, or nothing where none was made."""
+    corrections = (strategy.partition("+")[2] or results["settings"]["correction"]).split(",")
+    names = (*names_of_candidates([name for name in corrections if name != "none"]), CLIENT)
+    places = [place for place in by_round(results, strategy, "rebasin-selected", number) if place is not None]
+    kept = Counter(names[int(place)] for place in places)
+    if len(places) == 1:
+        return next(iter(kept))
+    return ", ".join(f"{name} {count} of {len(places)}" for name, count in kept.most_common())
 
 
 def bytes_table(results: Results) -> Table | None:

@@ -89,11 +89,18 @@ def method_of(results: Results) -> str:
         text += f" Absent with probability {settings['absent']:g}: drawn for each seed and round; at least two stay."
     names = strategies(results)
     used = {name.partition("+")[2] or settings["correction"] for name in names if "rebasin" in name} - {"none"}
+    used = {name for several in used for name in several.split(",")}
     if any(name.startswith("federated-") for name in used):
         text += f" Federated corrections used up to {settings['calibration']} of each client's own training images."
     if not all(name.startswith("federated-") for name in used):
         text += f" Corrections used {settings['calibration']} training images without labels on the server."
-    if settings.get("select", "none") != "none":  # files of earlier versions have no such setting
+    select = settings.get("select", "none")  # files of earlier versions have no such setting
+    if select == "clients":
+        text += (
+            " Re-basin strategies kept the model of each round with the lowest loss on a fifth of each node's rows, "
+            "on which nothing was trained or corrected, by any strategy."
+        )
+    if select == "calibration":
         text += (
             " Re-basin strategies kept the best of each round's models by agreement with the clients' ensemble, on a "
             f"quarter of {settings['calibration']} training images that no correction used."

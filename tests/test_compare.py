@@ -79,12 +79,25 @@ def test_every_rebasin_strategy_selects_from_the_corrections_that_are_named() ->
     assert strategy._finish.selector.loss is None
     bare: Any = strategy_named("rebasin:fedadam", select="calibration")
     assert bare._finish.selector.corrections == ()
-    with pytest.raises(UsageError, match="--select: expected one of none, calibration; got 'labels'"):
+    with pytest.raises(UsageError, match="--select: expected one of none, calibration, clients; got 'labels'"):
         resolve(Settings(select="labels"))
-    with pytest.raises(UsageError, match="--correction: several need --select calibration; got 'repair,regmean'"):
+    with pytest.raises(UsageError, match="--correction: several need --select calibration or clients; got"):
         resolve(Settings(correction="repair,regmean"))
     with pytest.raises(UsageError, match=r"--correction: expected one of none, repair, .*; got 'mend'"):
         resolve(Settings(correction="repair,mend", select="calibration"))
+
+
+def test_clients_select_from_federated_corrections_and_the_servers() -> None:
+    both: Any = strategy_named("fedrebasin", correction="federated-repair,federated-regmean", select="clients")
+    assert (both.select, both.correction) == ("clients", ["federated-repair", "federated-regmean"])
+    one: Any = strategy_named("fedrebasin+repair", select="clients")
+    assert (one.select, one.correction) == ("clients", ["repair"])
+    strategies = "fedavg,fedrebasin+federated-repair"
+    assert resolve(Settings(strategies=strategies, select="clients")).select == "clients"
+    with pytest.raises(UsageError, match="'federated-repair' asks the clients; give --select clients"):
+        resolve(Settings(strategies=strategies, select="calibration"))
+    with pytest.raises(UsageError, match="--select clients: takes federated corrections with their usual options"):
+        resolve(Settings(correction="federated-repair-at-once", select="clients"))
 
 
 def strategy_named(name: str, correction: str = "none", select: str = "none") -> object:

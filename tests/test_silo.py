@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from fedrebasin.errors import UsageError
 from fedrebasin.simulations.baselines import client_baselines, correct_prior
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.handover import TENSORS, hand_over, take_over
+from fedrebasin.simulations.partition import hold_apart
 from fedrebasin.simulations.settings import Settings
-from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+from fedrebasin.simulations.silo import initial_model, load_end, rows_of_nodes, save_end, train_round
 
 
 def test_a_data_set_that_is_handed_over_is_the_same(tmp_path: Path) -> None:
@@ -21,6 +24,18 @@ def test_a_data_set_that_is_handed_over_is_the_same(tmp_path: Path) -> None:
     for key in TENSORS:
         assert torch.equal(getattr(copy, key), getattr(data, key))
     assert (copy.mean, copy.std, copy.classes, copy.name) == (data.mean, data.std, data.classes, data.name)
+
+
+def test_rows_to_measure_on_are_a_fifth_of_each_nodes_own_and_trained_on_by_none() -> None:
+    data = load_dataset("digits")
+    usual, none = rows_of_nodes(Settings(), data, 3, seed=1)
+    rows, held = rows_of_nodes(Settings(select="clients"), data, 3, seed=1)
+    assert [len(part) for part in none] == [0, 0, 0]
+    for whole, trained, apart in zip(usual, rows, held, strict=True):
+        assert torch.equal(torch.cat([trained, apart]).sort().values, whole.sort().values)
+        assert len(apart) == len(whole) // 5
+    with pytest.raises(UsageError, match="a node with one row has none to measure on"):
+        hold_apart(torch.tensor([4]), seed=0)
 
 
 def test_a_silo_depends_on_seed_and_owner_alone(tmp_path: Path) -> None:

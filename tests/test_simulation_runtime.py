@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import signal
 import subprocess
@@ -67,6 +68,28 @@ def test_every_strategy_merges_the_same_clients(compared: tuple[dict[str, Any], 
     assert [node["train-loss"] for node in first] == [node["train-loss"] for node in second]
     assert [node["train-loss"] for node in first] != [node["train-loss"] for node in common]
     assert [node["reused"] for node in first + second + common] == [False, False, True, True, False, False]
+
+
+@pytest.mark.slow
+def test_nodes_measure_and_keep_the_best_model_on_rows_that_nothing_was_trained_on(tmp_path: Path) -> None:
+    corrections = ["federated-repair", "federated-regmean"]
+    call = [*COMMAND, "--rounds", "2", "--later-epochs", "1", "--strategies", "fedrebasin", "--select", "clients"]
+    call += ["--correction", ",".join(corrections), "--output", str(tmp_path / "out")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment("SELECT=1", tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = load_results(tmp_path / "out" / "results.json")
+    names = [f"{path}{end}" for path in ("plain", "aligned") for end in ("", *(f"+{one}" for one in corrections))]
+    for run in results["runs"]:
+        for row in run["rounds"][1:]:
+            assert [node["examples"] for node in row["nodes"]] == [539, 540]
+    for row in results["runs"][0]["rounds"][1:]:
+        assert (row["rebasin-voters"], row["rebasin-query-left-out"]) == (2, 0)
+        losses = {name: row.get(f"rebasin-loss-{name}", float("inf")) for name in names}
+        assert names[int(row["rebasin-selected"])] == min(losses, key=losses.__getitem__)
+    assert len(losses) == len(names)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Model kept" in page
+    assert "lowest loss on a fifth of each node's rows" in html.unescape(page)
 
 
 @pytest.mark.skipif(not (PROC / "self" / "stat").exists(), reason="looks for processes in Linux's process table")

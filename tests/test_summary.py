@@ -18,7 +18,7 @@ from fedrebasin.simulations.results import save_results
 from fedrebasin.simulations.settings import Settings, resolve
 from fedrebasin.simulations.silo import initial_model
 from fedrebasin.simulations.summary import baseline_rows, megabytes
-from fedrebasin.simulations.summary_tables import baseline_table, bytes_table, presence_table
+from fedrebasin.simulations.summary_tables import alignment_table, baseline_table, bytes_table, presence_table
 from fedrebasin.simulations.summary_words import answer_of, method_of, question_of
 
 JOINS = resolve(Settings(strategies="fedavg", rounds=3, start="joins:2"))
@@ -154,3 +154,20 @@ def test_baselines_are_the_silos_own_ends_or_silos_trained_alone(start: str, dig
         assert (entry["joins"]["node"], entry["joins"]["accuracy"]) == (2, expected["accuracy"])
     first = initial_model(settings, digits, seed=1, owner=0).state_dict()
     assert not torch.equal(alone.silos[0].state_dict()["1.weight"], first["1.weight"])
+
+
+def test_the_page_names_the_model_that_was_kept_in_each_round() -> None:
+    results = made_up(resolve(Settings(strategies="fedrebasin", seeds="0,1,2", rounds=1, start="common")))
+    row = {"rebasin-moved-fraction": 0.5, "rebasin-objective-gain": 1.0, "rebasin-seconds": 1.0}
+    for run in results["runs"]:
+        run["rounds"][1] |= row
+    table = alignment_table(results)
+    assert table is not None
+    assert table.columns[-1] == "Seconds"
+    results["settings"] |= {"select": "clients", "correction": "federated-repair,federated-regmean"}
+    for run, place in zip(results["runs"], (4, 1, 4), strict=True):
+        run["rounds"][1]["rebasin-selected"] = place
+    table = alignment_table(results)
+    assert table is not None
+    assert table.rows[0][-1] == "aligned+federated-repair 2 of 3, plain+federated-repair 1 of 3"
+    assert "lowest loss on a fifth of each node's rows" in method_of(results)

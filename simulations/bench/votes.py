@@ -1,6 +1,6 @@
 """How often clients' votes keep the best model: ``python -m fedrebasin.simulations.bench.votes --output FILE``.
 
-Clients of digits train apart, each without a fifth of its rows; their models are merged as they are and aligned, and
+Clients train apart, each without a fifth of its rows; their models are merged as they are and aligned, and
 corrected by what they send of the rows that they trained on. Every client measures all on its fifth, as for
 ``select="clients"``, in one process. A row holds each model's test loss, test accuracy and loss by the votes.
 """
@@ -26,26 +26,20 @@ from fedrebasin.simulations.baselines import score
 from fedrebasin.simulations.bench.federated import clients
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
-from fedrebasin.simulations.partition import parse_partition, partition_rows
+from fedrebasin.simulations.partition import hold_apart, parse_partition, partition_rows
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.settings import Settings, resolve
 from fedrebasin.simulations.silo import initial_model
 from fedrebasin.simulations.training import predict
 
 State = dict[str, Tensor]
-SPLITS = ((2, "biased:0.05"), (5, "dirichlet:0.5"))
+SPLITS = ("2,biased:0.05", "5,dirichlet:0.5")
+#: images at once; a client of digits has fewer
+BATCH = 2000
 SETS = {
     "repair": ("federated-repair",),
     "all": ("federated-repair", "federated-regmean", "federated-least-squares"),
 }
-HELD = 5
-
-
-def held_apart(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """A client's rows to train on, and a fifth that it measures on."""
-    drawn = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    count = max(1, len(rows) // HELD)
-    return drawn[count:], drawn[:count]
 
 
 def candidates(case: Case, ends: dict[str, Sequence[State]], data: Sequence[Any]) -> dict[str, State]:
@@ -61,13 +55,14 @@ def candidates(case: Case, ends: dict[str, Sequence[State]], data: Sequence[Any]
 def measure(settings: Settings, data: Dataset, nodes: int, split: str, seed: int) -> dict[str, Any]:
     """One row."""
     parts = partition_rows(data.train_labels, data.classes, nodes, parse_partition(split), seed=seed)
-    own, held = zip(*(held_apart(rows, seed) for rows in parts), strict=True)
+    own, held = zip(*(hold_apart(rows, seed=seed) for rows in parts), strict=True)
     ends = clients(settings, data, own, seed)
     net, example = initial_model(settings, data, seed=seed), (data.normalise(data.train_images[:2]),)
     shares = [len(rows) / sum(map(len, own)) for rows in own]
 
     def batches(rows: Tensor) -> list[Any]:
-        return [(data.normalise(data.train_images[rows]), data.train_labels[rows])]
+        parts = torch.split(rows, BATCH)
+        return [(data.normalise(data.train_images[part]), data.train_labels[part]) for part in parts]
 
     spec = trace(net, example)
     perms = match_many(spec, ends, coefficients=shares, method="merge-many", seed=seed).perms
@@ -102,14 +97,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--data", help="folder of Parquet files")
+    parser.add_argument("--splits", nargs="+", default=SPLITS, help="CLIENTS,PARTITION")
     options = parser.parse_args()
-    started, settings, data = time.time(), resolve(Settings(data="digits")), load_dataset("digits", None)
+    started, settings = time.time(), resolve(Settings(data=options.dataset))
+    data = load_dataset(options.dataset, options.data)
     rows = []
     for seed in options.seeds:
-        for nodes, split in SPLITS:
-            rows.append(measure(settings, data, nodes, split, seed))
+        for nodes, split in (one.split(",") for one in options.splits):
+            rows.append(measure(settings, data, int(nodes), split, seed))
             print(json.dumps({key: value for key, value in rows[-1].items() if key != "figures"}), flush=True)
-        result = {"experiment": "bench-votes", "model": settings.model, "width": settings.width, "sets": SETS}
+        result: dict[str, Any] = {"experiment": "bench-votes", "data": settings.data, "sets": SETS}
+        result |= {"model": settings.model, "width": settings.width}
         about = provenance(bench_command("votes"), options.seeds, started)
         save_results(options.output, {**result, "rows": rows, "provenance": about})
 

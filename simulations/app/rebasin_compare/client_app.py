@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedrebasin.simulations.attendance import local_epochs, trains_apart
 from fedrebasin.simulations.events import emit
 from fedrebasin.simulations.handover import take_over
-from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.settings import from_run_config
-from fedrebasin.simulations.silo import initial_model, load_end, save_end, train_round
+from fedrebasin.simulations.silo import initial_model, load_end, rows_of_nodes, save_end, train_round
 from fedrebasin.simulations.training import select_device
 from fedrebasin.simulations.watch import ABOUT
 from fedrebasin.strategies import answer_queries
@@ -32,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
     progress_file = str(context.run_config["progress-file"])
 
     data = take_over(settings.data, str(context.run_config["data-file"]))
-    rows = partition_rows(data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed)[node]
+    rows = rows_of_nodes(settings, data, nodes, seed=seed)[0][node]
     here = {"seed": seed, "server_round": server_round}
     apart = config["start"] != "common" and trains_apart(settings, nodes, node, **here)
     epochs = local_epochs(settings, nodes, node, **here)
@@ -101,14 +102,18 @@ def query(message: Message, context: Context) -> Message:
     node, nodes = (int(str(context.node_config[key])) for key in ("partition-id", "num-partitions"))
     seed = int(str(message.content.config_records["config"]["seed"]))
     data = take_over(settings.data, str(context.run_config["data-file"]))
-    rows = partition_rows(data.train_labels, data.classes, nodes, parse_partition(settings.partition), seed=seed)[node]
+    rows, held = (parts[node] for parts in rows_of_nodes(settings, data, nodes, seed=seed))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    chosen = rows[order[: settings.calibration]]
+
+    def batches(chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
+        parts = torch.split(chosen, 250)
+        return [(data.normalise(data.train_images[part]), data.train_labels[part]) for part in parts]
+
     answer = answer_queries(
         model=lambda: initial_model(settings, data, seed=seed),
-        batches=lambda message, context: [
-            (data.normalise(data.train_images[part]), data.train_labels[part]) for part in torch.split(chosen, 250)
-        ],
+        batches=lambda message, context: batches(rows[order[: settings.calibration]]),
+        held_out=lambda message, context: batches(held),
+        loss=F.cross_entropy,
         device=select_device(settings.device),
     )
     return answer(message, context)

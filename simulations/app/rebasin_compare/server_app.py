@@ -22,10 +22,9 @@ from fedrebasin.simulations.competitors import COMMON_START, make_strategy
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.events import emit
 from fedrebasin.simulations.handover import take_over
-from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import save_results
 from fedrebasin.simulations.settings import Settings, from_run_config
-from fedrebasin.simulations.silo import initial_model
+from fedrebasin.simulations.silo import initial_model, rows_of_nodes
 from fedrebasin.simulations.training import predict, select_device
 from fedrebasin.simulations.watch import WatchedGrid, partitions_of
 
@@ -71,9 +70,7 @@ class Arena:
         self.nodes = len(partitions)
         self.seed = seed
         self.progress_file = progress_file
-        rows = partition_rows(
-            data.train_labels, data.classes, self.nodes, parse_partition(settings.partition), seed=seed
-        )
+        rows, _ = rows_of_nodes(settings, data, self.nodes, seed=seed)
         self.device = select_device(settings.device)
         self.model = initial_model(settings, data, seed=seed)
         self.initial = ArrayRecord(self.model.state_dict())
