@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:calibration")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("calibration")
     words = "digits --width 6 --epochs 1 --nodes 2,3 --seeds 0,1 --images 20,90 --other-images 30".split()
-    words += ["--skip", "distill,least-squares+distill"]
+    words += ["--skip", "distill,least-squares+distill", "--priors"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["x", *words, "--ends", str(folder / "ends"), "--output", str(folder)])
         calibration.main()
@@ -40,8 +40,8 @@ def test_every_correction_is_measured_on_every_calibration_set_aligned_and_not(r
         "regmean",
         "least-squares-probabilities",
     }
-    assert len(results["rows"]) == 2 * 2 * 2 * (1 + 3 * 7)
-    assert len({json.dumps(row["loss"]) for row in results["rows"] if not row["correction"]}) == 8
+    assert len(results["rows"]) == 2 * 2 * 3 * (1 + 3 * 7)
+    assert len({json.dumps(row["loss"]) for row in results["rows"] if not row["correction"]}) == 12
     for one in results["references"]:
         assert len(one["examples"]) == one["clients"] and sum(one["examples"]) == 1347
         best = min(one["rows"][f"client {place}"]["loss"] for place in range(one["clients"]))
@@ -67,5 +67,5 @@ def test_the_table_has_a_column_for_each_set_and_the_references_below(results: d
 
 def test_the_command_names_no_local_folder(results: dict[str, dict[str, str]]) -> None:
     command = results["provenance"]["command"]
-    assert command.endswith("--other-images 30 --skip distill,least-squares+distill --ends FOLDER --output FOLDER")
+    assert command.endswith("--other-images 30 --skip distill,least-squares+distill --priors --ends FOLDER --output FOLDER")
     assert str(Path.home()) not in command and "/" not in command

@@ -3,6 +3,7 @@
 from fedrebasin.corrections.bias_normalisation import bias_normalisation
 from fedrebasin.corrections.closed_form import closed_form
 from fedrebasin.corrections.distill import distill
+from fedrebasin.corrections.label_prior import remove_label_prior
 from fedrebasin.corrections.least_squares import least_squares
 from fedrebasin.corrections.regmean import input_grams, regmean
 from fedrebasin.corrections.repair import repair
@@ -17,6 +18,7 @@ __all__ = [
     "input_grams",
     "least_squares",
     "regmean",
+    "remove_label_prior",
     "repair",
     "rescale",
     "reset_batchnorm",

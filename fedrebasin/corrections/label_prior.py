@@ -1,15 +1,71 @@
-"""A node's label shares, which may come off the goals of its last layer."""
+"""A client's label shares, which may come off its model, or off the goals of its last layer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedrebasin.corrections.privacy import source_of_noise
 from fedrebasin.corrections.queries import Node
-from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.errors import CalibrationError, RebasinError, UsageError
+from fedrebasin.permute import like_state
+
+
+def remove_label_prior(
+    state: Mapping[str, Tensor], label_counts: Sequence[float] | Tensor, *, bias: str
+) -> dict[str, Tensor]:
+    """Take the logarithm of a client's label shares off the bias of its last layer.
+
+    A classifier learns how often it saw each class, and clients that saw different classes pull an average of their
+    logits, and each other's hidden layers, towards their own. A client may do this before it sends its model; what is
+    merged then is meant for classes that are equally frequent (logit adjustment, with the model's own prior).
+
+    Parameters
+    ----------
+    state : dict of str to Tensor
+        The client's state dict; it is not changed.
+    label_counts : sequence of float or Tensor, shape (classes,)
+        How many examples of each class the client trained on, at least 0. A class without any counts as one.
+    bias : str
+        Name of the bias that is added to the logits last.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Keys, order, dtypes and devices of ``state``.
+
+    Raises
+    ------
+    UsageError
+        If ``bias`` is no floating tensor of ``state``, or the counts do not fit it.
+
+    References
+    ----------
+    Menon, Jayasumana, Rawat, Jain, Veit, Kumar (2021), "Long-tail learning via logit adjustment", arXiv 2007.07314.
+
+    Examples
+    --------
+    >>> net = torch.nn.Linear(3, 2)
+    >>> state = remove_label_prior(net.state_dict(), [30, 10], bias="bias")
+    >>> state["bias"] - net.bias.detach()
+    tensor([0.2877, 1.3863])
+    """
+    tensor = state.get(bias)
+    if tensor is None or not tensor.is_floating_point() or tensor.ndim != 1:
+        fitting = [name for name, one in state.items() if one.is_floating_point() and one.ndim == 1][-3:]
+        raise UsageError(f"bias: expected the name of the last layer's bias, such as {fitting}; got {bias!r}")
+    counts = torch.as_tensor(label_counts, dtype=torch.float64, device=tensor.device)
+    if counts.shape != tensor.shape:
+        raise UsageError(
+            f"label_counts: expected a number for each of the {len(tensor)} entries of {bias!r}; "
+            f"got shape {tuple(counts.shape)}"
+        )
+    if not bool((counts.isfinite() & (counts >= 0)).all()) or not bool(counts.any()):
+        raise UsageError("label_counts: expected numbers of examples, from 0 up and not all 0; got others")
+    return like_state(state, {**state, bias: (tensor.double() - _log_shares(counts)).to(tensor.dtype)})
 
 
 def log_prior(node: Node, classes: int) -> Tensor:
@@ -42,5 +98,9 @@ def log_prior(node: Node, classes: int) -> Tensor:
         raise RebasinError("privacy: label_prior takes one target an example; got targets with further axes")
     if node.privacy is not None:  # one example replaced takes from one count and adds to another
         counts = counts + node.privacy.noise * math.sqrt(2) * source_of_noise(None)(counts)
+    return _log_shares(counts)
+
+
+def _log_shares(counts: Tensor) -> Tensor:
     counts = counts.clamp_min(1)
     return (counts / counts.sum()).log()

@@ -3,7 +3,8 @@
 ``python -m fedrebasin.simulations.bench.calibration digits --output FOLDER``, for example. Two clients hold the 20/80
 halves of ``fedrebasin reproduce disjoint`` and share its trained ends; more hold Dirichlet parts (alpha 0.5), which a
 seed draws anew. Calibration images are training images without their labels (``own``), another data set's
-(``--other cifar100``), and noise with the training images' mean and standard deviation.
+(``--other cifar100``), and noise with the training images' mean and standard deviation. With ``--priors`` aligned
+clients are merged a second time, after each one's label prior has been removed from its model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from fedrebasin import match_many, merge, permute
+from fedrebasin import match_many, merge, permute, remove_label_prior
 from fedrebasin.corrections import methods
 from fedrebasin.simulations.bench.clients import Clients, Options, Row, calibrations, measure_all, options_of, parser_of
 from fedrebasin.simulations.disjoint_bench import CORRECTIONS, Bench
@@ -31,7 +32,13 @@ def corrected(clients: Clients, options: Options) -> Iterator[Row]:
         perms = match_many(bench.spec, clients.states, coefficients=shares).perms
         aligned = [permute(bench.spec, one, state) for one, state in zip(perms, clients.states, strict=True)]
     sets = list(calibrations(clients, options))
-    for alignment, ends in (("plain", clients.states), ("aligned", aligned)):
+    merges = {"plain": clients.states, "aligned": aligned}
+    if options.priors:
+        merges["aligned, priors removed"] = [
+            remove_label_prior(state, labels.bincount(minlength=bench.data.classes), bias=_last_bias(state))
+            for state, labels in zip(aligned, clients.labels, strict=True)
+        ]
+    for alignment, ends in merges.items():
         merged = merge(ends, coefficients=shares)
         yield {"alignment": alignment, "correction": "", "source": "", "images": 0, **_score(bench, merged)}
         for source, batches in sets:
@@ -46,6 +53,11 @@ def corrected(clients: Clients, options: Options) -> Iterator[Row]:
                 yield row | _score(bench, state) | {"seconds": seconds}
 
 
+def _last_bias(state: Mapping[str, Tensor]) -> str:
+    """The networks of the simulations end in a linear layer."""
+    return next(name for name in reversed(list(state)) if name.endswith(".bias"))
+
+
 def _score(bench: Bench, state: Mapping[str, Tensor]) -> dict[str, float]:
     return measure(bench.logits(dict(state), ["test"])["test"], bench.labels["test"])
 
@@ -58,6 +70,7 @@ def main() -> None:
     parser.add_argument("--other-data", help="its folder")
     parser.add_argument("--other-images", type=int, default=1000, help="images of each other source")
     parser.add_argument("--skip", default="", help="corrections with commas between")
+    parser.add_argument("--priors", action="store_true", help="also merge models without their label priors")
     given = parser.parse_args()
     options = options_of(
         given,
@@ -66,6 +79,7 @@ def main() -> None:
         other_path=given.other_data,
         other_images=given.other_images,
         skip=given.skip.split(","),
+        priors=given.priors,
     )
     left_out = ("path", "other_path", "ends")  # where files lay decides no number
     config = {key: value for key, value in asdict(options).items() if key not in left_out}

@@ -45,6 +45,7 @@ class Options:
     other_path: str | None = None
     other_images: int = 0
     skip: Sequence[str] = ()
+    priors: bool = False
     split: str | None = None
 
     def split_of(self, nodes: int) -> str:
@@ -102,6 +103,7 @@ def references(clients: Clients) -> dict[str, dict[str, float]]:
     for name, several in (("best client", logits), ("best client, prior corrected", corrected)):
         found[name] = min((measure(one, test) for one in several), key=lambda one: one["loss"])
     found["ensemble of logits"] = measure(torch.stack(logits).mean(0), test)
+    found["ensemble of logits, priors corrected"] = measure(torch.stack(corrected).mean(0), test)
     found["ensemble of probabilities"] = measure(mean_of_probabilities(logits), test)
     return found
 

@@ -142,9 +142,10 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
             columns[place] = str(row["clients"])
     rows = []
     for (alignment, correction), found in cells.items():
-        label = f"{alignment} average" + (f" + {correction}" if correction else "")
+        path, comma, more = alignment.partition(",")
+        label = f"{path} average{comma}{more}" + (f" + {correction}" if correction else "")
         whole = {column: found.get(column, found.get(f"{clients} clients, 0 ")) for column, clients in columns.items()}
-        rows.append([f"**{label}**" if alignment == "aligned" else label, *map(_scores, whole.values())])
+        rows.append([f"**{label}**" if path == "aligned" else label, *map(_scores, whole.values())])
     for name in [name for name in result["references"][0]["rows"] if not name.startswith("client ")]:
         found = {
             clients: [one["rows"][name] for one in result["references"] if str(one["clients"]) == clients]
