@@ -67,5 +67,6 @@ def test_the_table_has_a_column_for_each_set_and_the_references_below(results: d
 
 def test_the_command_names_no_local_folder(results: dict[str, dict[str, str]]) -> None:
     command = results["provenance"]["command"]
-    assert command.endswith("--other-images 30 --skip distill,least-squares+distill --priors --ends FOLDER --output FOLDER")
+    assert "--other-images 30 --skip distill,least-squares+distill --priors" in command
+    assert command.endswith("--ends FOLDER --output FOLDER")
     assert str(Path.home()) not in command and "/" not in command
