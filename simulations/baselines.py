@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedrebasin.simulations.measures import correct_prior, label_prior
+
 Score = dict[str, float]
 
 
@@ -21,18 +23,6 @@ def score(logits: Tensor, labels: Tensor) -> Score:
         "loss": float(F.cross_entropy(logits, labels)),
         "accuracy": float((logits.argmax(1) == labels).double().mean()),
     }
-
-
-def correct_prior(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Take the log of the client's own label shares off its logits; a class that it never saw counts as one row.
-
-    Examples
-    --------
-    >>> correct_prior(torch.zeros(1, 2), torch.tensor([0, 0, 0, 1]), 2)
-    tensor([[0.2877, 1.3863]])
-    """
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1).double()
-    return logits - (counts / counts.sum()).log().to(logits.dtype)
 
 
 def client_baselines(
@@ -64,7 +54,7 @@ def client_baselines(
     numbers = range(len(client_logits)) if nodes is None else nodes
     for node, logits, labels in zip(numbers, client_logits, client_labels, strict=True):
         alone = score(logits, test_labels)
-        corrected = score(correct_prior(logits, labels, classes), test_labels)
+        corrected = score(correct_prior(logits, label_prior(labels, classes)), test_labels)
         row = {"node": node, "examples": len(labels), **alone}
         clients.append(row | {f"corrected_{key}": value for key, value in corrected.items()})
     ensemble = score(torch.stack(list(client_logits)).mean(0), test_labels)

@@ -90,12 +90,13 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
 
 
 def label_prior(labels: Tensor, classes: int) -> Tensor:
-    """Share of each class among ``labels``: float64 ``(classes,)``.
+    """Share of each class among ``labels``, where one without an example counts as one: float64 ``(classes,)``.
 
     >>> label_prior(torch.tensor([0, 0, 0, 1]), 2)
     tensor([0.7500, 0.2500], dtype=torch.float64)
     """
-    return torch.bincount(labels, minlength=classes).double() / len(labels)
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1).double()
+    return counts / counts.sum()
 
 
 def correct_prior(logits: Tensor, prior: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def correct_prior(logits: Tensor, prior: Tensor) -> Tensor:
     Raises
     ------
     UsageError
-        If a class has prior 0: the model never saw it, and no correction brings it back.
+        If a class has prior 0, which no correction brings back.
 
     Examples
     --------

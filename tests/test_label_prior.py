@@ -10,7 +10,7 @@ from torch import nn
 
 from fedrebasin import remove_label_prior
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.baselines import correct_prior
+from fedrebasin.simulations.measures import correct_prior, label_prior
 
 
 def small() -> nn.Module:
@@ -25,7 +25,7 @@ def test_the_logits_lose_the_log_of_the_label_shares_and_nothing_else_changes() 
     state = remove_label_prior(net.state_dict(), labels.bincount(minlength=3), bias="2.bias")
     assert list(state) == list(before) and hasattr(state, "_metadata")
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
-    wanted = correct_prior(net(images), labels, 3).detach()
+    wanted = correct_prior(net(images), label_prior(labels, 3)).detach()
     net.load_state_dict(state)
     assert torch.allclose(net(images), wanted, atol=1e-6)
 

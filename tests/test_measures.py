@@ -96,9 +96,15 @@ def test_correcting_a_flat_prior_changes_no_probability(logits):
     torch.testing.assert_close(correct_prior(logits, flat).softmax(1), logits.softmax(1))
 
 
-def test_a_class_that_the_model_never_saw_is_named():
+def test_a_class_without_an_example_counts_as_one():
+    prior = label_prior(torch.tensor([0, 2, 2]), 3)
+    assert prior.tolist() == [0.25, 0.25, 0.5]
+    assert correct_prior(torch.zeros(2, 3), prior).isfinite().all()
+
+
+def test_a_class_of_share_zero_is_named():
     with pytest.raises(UsageError, match=r"classes \[1\] have none"):
-        correct_prior(torch.zeros(2, 3), label_prior(torch.tensor([0, 2, 2]), 3))
+        correct_prior(torch.zeros(2, 3), torch.tensor([0.4, 0.0, 0.6]))
 
 
 def test_the_ensemble_of_probabilities_is_their_mean(logits):

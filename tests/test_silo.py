@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.baselines import client_baselines, correct_prior
+from fedrebasin.simulations.baselines import client_baselines
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.handover import TENSORS, hand_over, take_over
 from fedrebasin.simulations.partition import hold_apart
@@ -57,14 +57,6 @@ def test_a_silo_depends_on_seed_and_owner_alone(tmp_path: Path) -> None:
     assert torch.equal(kept[0]["1.weight"], end(0, 1))
     assert load_end(str(tmp_path), 0, 2) is None
     assert load_end("", 0, 1) is None
-
-
-def test_correcting_the_label_prior_recovers_the_balanced_classifier() -> None:
-    balanced = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
-    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
-    skewed = balanced + torch.tensor([0.7, 0.2, 0.1]).double().log()
-    torch.testing.assert_close(correct_prior(skewed, labels, 3).softmax(1), balanced.softmax(1))
-    assert correct_prior(skewed, torch.tensor([0, 0]), 3).isfinite().all()
 
 
 def test_two_clients_that_err_apart_make_a_better_ensemble() -> None:

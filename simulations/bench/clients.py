@@ -97,7 +97,7 @@ def references(clients: Clients) -> dict[str, dict[str, float]]:
     logits = [bench.logits(state, ["test"])["test"] for state in clients.states]
     found = {f"client {place}": measure(one, test) for place, one in enumerate(logits)}
     corrected = [
-        correct_prior(one, label_prior(torch.cat([labels, torch.arange(bench.data.classes)]), bench.data.classes))
+        correct_prior(one, label_prior(labels, bench.data.classes))
         for one, labels in zip(logits, clients.labels, strict=True)
     ]
     for name, several in (("best client", logits), ("best client, prior corrected", corrected)):
