@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedrebasin.check import check_spec
 from fedrebasin.coefficients import check_coefficients
-from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import CalibrationError, RebasinError, SpecMismatchError
 from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import match_many, weight_matching
@@ -189,7 +189,7 @@ def merge_modules(
     merged: Mapping[str, Tensor] = merge(aligned, coefficients=weights)
     if select is not None and calibration is not None:
         fit, held_out = split_calibration(modules[0], calibration, seed=seed)
-        setting = Setting(modules[0], fit, weights, example_inputs, seed)
+        setting = CorrectionSetting(modules[0], fit, weights, example_inputs, seed)
         candidates = corrected("plain", merge(states, coefficients=weights), states, setting, corrections)
         candidates |= corrected("aligned", merged, aligned, setting, corrections)
         alone = {f"model {place}": state for place, state in enumerate(states)}
@@ -197,7 +197,7 @@ def merge_modules(
             *(modules[0], candidates, held_out), ends=states, coefficients=weights, alone=alone, loss=loss
         ).state
     elif corrections and (calibration is not None or not CORRECTIONS[corrections[0]].inputs):
-        setting = Setting(modules[0], calibration, weights, example_inputs, seed)
+        setting = CorrectionSetting(modules[0], calibration, weights, example_inputs, seed)
         merged = correct(corrections[0], setting, merged, aligned)
     result = copy.deepcopy(modules[0])
     result.load_state_dict(merged)

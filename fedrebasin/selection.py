@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedrebasin.batches import Batches, count_inputs
 from fedrebasin.coefficients import check_coefficients
-from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError, first_line
 from fedrebasin.yardsticks import ByAgreement, ByLoss, Loss
@@ -138,14 +138,14 @@ def select_candidate(
 
 
 def corrected(
-    name: str, merged: State, ends: Sequence[State], setting: Setting, corrections: Sequence[str]
+    name: str, merged: State, ends: Sequence[State], setting: CorrectionSetting, corrections: Sequence[str]
 ) -> dict[str, Candidate]:
     """``name``, the average as it is, and ``name+correction`` for each correction, made when its turn has come.
 
     Examples
     --------
     >>> state = nn.Linear(2, 2).state_dict()
-    >>> list(corrected("aligned", state, [state], Setting(nn.Linear(2, 2)), ["repair", "least-squares"]))
+    >>> list(corrected("aligned", state, [state], CorrectionSetting(nn.Linear(2, 2)), ["repair", "least-squares"]))
     ['aligned', 'aligned+repair', 'aligned+least-squares']
     """
     made = {f"{name}+{one}": partial(correct, one, setting, merged, ends) for one in corrections}

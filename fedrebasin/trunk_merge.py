@@ -83,7 +83,7 @@ def merge_trunks(
             )
         # with one head for all, so that the activations of the trunks alone differ
         ends = [{**aligned[0], **trunk} for trunk in trunks]
-        setting = methods.Setting(net, calibration, weights, device=device)
+        setting = methods.CorrectionSetting(net, calibration, weights, device=device)
         corrected = methods.correct(correction, setting, {**aligned[0], **shared}, ends)
         shared = {name: corrected[name] for name in names}
     return [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedrebasin import Matching, check_spec, interpolate, trace
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_barrier
 from fedrebasin.corrections import methods as corrections
-from fedrebasin.matching.methods import METHODS, Setting, find_matching
+from fedrebasin.matching.methods import METHODS, MatchingSetting, find_matching
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.ends import EndConfig, make_model
 from fedrebasin.simulations.measures import measure
@@ -103,7 +103,7 @@ class Bench:
         if method.targets:
             batches = list(zip(batches, torch.split(self.labels["calibration"], self.batch), strict=True))
         loss = F.cross_entropy if method.targets else None
-        setting = Setting(self.spec, self.net, batches, loss=loss, seed=seed, device=self.device)
+        setting = MatchingSetting(self.spec, self.net, batches, loss=loss, seed=seed, device=self.device)
         return find_matching(self.effort.matching, setting, a, b)
 
     def measure(self, logits: Logits) -> dict[str, dict[str, float]]:
@@ -117,7 +117,7 @@ class Bench:
             return state
         chosen = self.images["calibration"][:images]
         calibration = [self.data.normalise(chunk) for chunk in torch.split(chosen, self.batch)]
-        setting = corrections.Setting(self.net, calibration, [1 - lam, lam], device=self.device)
+        setting = corrections.CorrectionSetting(self.net, calibration, [1 - lam, lam], device=self.device)
         return corrections.correct(CORRECTIONS[correction], setting, state, [a, b])
 
     def curve(self, a: State, b: State, correction: str) -> dict[str, Any]:

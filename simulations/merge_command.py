@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fedrebasin.allocator import keep_nothing_freed
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.connectivity import loss_along_path, loss_barrier
-from fedrebasin.corrections.methods import Setting as CorrectionSetting
-from fedrebasin.corrections.methods import correct
+from fedrebasin.corrections.methods import CorrectionSetting, correct
 from fedrebasin.errors import UsageError
 from fedrebasin.perms import Perms
 from fedrebasin.permute import permute

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.many import MANY_METHODS, match_many
-from fedrebasin.matching.methods import JOINT_METHOD, METHODS, Setting, find_matching
+from fedrebasin.matching.methods import JOINT_METHOD, METHODS, MatchingSetting, find_matching
 from fedrebasin.perms import Perms, identity_perms
 from fedrebasin.spec import PermutationSpec
 
@@ -103,7 +103,7 @@ def match(
         many = match_many(spec, states, coefficients=weights, method=plan.joint, seed=seed)
         return Found(many.perms, many.objective, many.objective_before, {})
     loss = nn.functional.cross_entropy if labelled else None
-    setting = Setting(spec, net, calibration, loss, seed)
+    setting = MatchingSetting(spec, net, calibration, loss, seed)
     perms: list[Perms] = []
     measures: dict[str, float] = {}
     objective = before = 0.0

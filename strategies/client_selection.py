@@ -22,7 +22,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from fedrebasin.corrections.federated import FEDERATED
-from fedrebasin.corrections.methods import Setting
+from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.strategies.alignment import shares
 from fedrebasin.strategies.correction import correct
 from fedrebasin.strategies.federated import Queries
@@ -75,7 +75,9 @@ class ClientSelector:
 
     def _candidates(self, found: Round) -> Iterator[tuple[str, State]]:
         coefficients, nodes = shares(found.replies), [reply.node for reply in found.replies]
-        setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
+        setting = CorrectionSetting(
+            self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device
+        )
         for path, (merged, ends) in found.paths().items():
             yield path, merged
             for name in self.corrections:

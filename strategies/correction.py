@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedrebasin.batches import Batches
 from fedrebasin.corrections import methods
 from fedrebasin.corrections.federated import FEDERATED
-from fedrebasin.corrections.methods import CORRECTIONS, Setting
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.strategies.federated import Queries
 from fedrebasin.strategies.records import cast_arrays, record_to_state, state_to_record
@@ -86,7 +86,7 @@ def check_calibration(
             "or correction=None"
         )
     state, first = model.state_dict(), None if calibration is None else [next(iter(calibration))]
-    setting = Setting(model, first, [1.0], example_inputs, device=device)
+    setting = CorrectionSetting(model, first, [1.0], example_inputs, device=device)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of few observations: the first batch is not all
@@ -110,7 +110,7 @@ def needs_ends(correction: str | None) -> bool:
 
 def correct_record(
     correction: str | None,
-    setting: Setting,
+    setting: CorrectionSetting,
     model: ArrayRecord,
     ends: Sequence[State],
     nodes: Sequence[int],
@@ -133,7 +133,7 @@ def correct_record(
     return None if corrected is None else cast_arrays(state_to_record(corrected), model)
 
 
-def correct(correction: str, setting: Setting, merged: State, ends: Sequence[State]) -> State | None:
+def correct(correction: str, setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> State | None:
     """Correct the merged model, or log why not and return ``None``.
 
     Parameters

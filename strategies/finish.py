@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from torch import nn
 
 from fedrebasin.corrections.federated import FEDERATED, FederatedOptions
-from fedrebasin.corrections.methods import CORRECTIONS, Setting
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
 from fedrebasin.selection import names_of
 from fedrebasin.strategies.client_selection import ClientSelector
 from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
@@ -57,7 +57,7 @@ class Finish:
         """Tell whether it looks at the aligned replies."""
         return self.selector is not None or needs_ends(self.single)
 
-    def run(self, setting: Setting | None, found: Round) -> tuple[ArrayRecord | None, dict[str, float]]:
+    def run(self, setting: CorrectionSetting | None, found: Round) -> tuple[ArrayRecord | None, dict[str, float]]:
         """The model instead of the round's, ``None`` to keep that, and metrics."""
         if self.selector is not None:
             return self.selector.choose(found)

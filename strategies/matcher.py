@@ -15,7 +15,7 @@ from fedrebasin.allocator import return_freed_memory, size_of
 from fedrebasin.batches import Batches
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.matching.many import ON_DATA
-from fedrebasin.matching.methods import METHODS, Setting, find_matching
+from fedrebasin.matching.methods import METHODS, MatchingSetting, find_matching
 
 State = Mapping[str, Tensor]
 
@@ -25,7 +25,7 @@ class Matcher:
     """A matching method that is ready to be called with a reference and a model."""
 
     name: str
-    setting: Setting
+    setting: MatchingSetting
 
     def __call__(self, reference: State, model: State) -> Matching:
         """Match ``model`` to ``reference``."""
@@ -103,7 +103,7 @@ def build_matcher(
             f"loss: only matching={users}, reference={ON_DATA!r} and select='calibration' use it; leave it out with "
             f"matching={name!r}"
         )
-    matcher = Matcher(name, Setting(spec, seed=seed, device=device))
+    matcher = Matcher(name, MatchingSetting(spec, seed=seed, device=device))
     if not method.inputs:
         return matcher
     if calibration is None:

@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedrebasin.corrections.methods import Setting
+from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
 from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, rewrite_replies
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
@@ -128,7 +128,9 @@ class Rounds(Around):
             return None, metrics
         setting = None
         if self.model is not None:
-            setting = Setting(self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device)
+            setting = CorrectionSetting(
+                self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device
+            )
         corrected, figures = self._finish.run(setting, Round(model, plain, aligned.ends, screened.replies))
         if outside or corrected is not None:
             model = model if corrected is None else corrected

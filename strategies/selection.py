@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from torch import Tensor, nn
 
 from fedrebasin import merge, split_calibration
-from fedrebasin.corrections.methods import Setting
+from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import CalibrationError, UsageError
 from fedrebasin.selection import Candidate, Selection, corrected, select_candidate
 from fedrebasin.strategies.alignment import shares
@@ -115,7 +115,7 @@ class Selector:
 
     def _select(self, found: Round) -> Selection:
         coefficients = shares(found.replies)
-        setting = Setting(self.model, self.fit, coefficients, self.example_inputs, self.seed, self.device)
+        setting = CorrectionSetting(self.model, self.fit, coefficients, self.example_inputs, self.seed, self.device)
         candidates: dict[str, Candidate] = {}
         for path, (merged, ends) in found.paths().items():
             candidates |= corrected(path, merged, ends, setting, self.corrections)

@@ -1,9 +1,12 @@
-"""A folder with a user's modules in it, where `fedrebasin inspect` is called."""
+"""Folders with a user's modules in them, where `fedrebasin inspect` and `fedrebasin merge` are called."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import merge_cases
 import pytest
 from inspected import USER_CODE
 
@@ -19,3 +22,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "merged_nets.py").write_text(merge_cases.USER_CODE)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("merged_nets", None)

@@ -18,7 +18,7 @@ from fedrebasin import (
 )
 from fedrebasin.layout import Fixed, Free, Product, Sum
 from fedrebasin.matching.correlation import parts_of
-from fedrebasin.matching.methods import Setting, find_matching
+from fedrebasin.matching.methods import MatchingSetting, find_matching
 from fedrebasin.matching.similarity import measure_similarity
 
 
@@ -80,7 +80,7 @@ def test_planted_permutations_of_a_noisy_copy_are_recovered(noise: float) -> Non
 @pytest.mark.parametrize("name", ["vgg11", "encoder", "resnet20-batchnorm"])
 def test_weights_mend_what_noise_that_adds_up_with_depth_hides_from_activations(name: str, noise: float) -> None:
     spec, net, state, planted, moved, data = planted_case({**networks.NETWORKS, **KINDS}[name], noise)
-    found = find_matching("activation+weight", Setting(spec, net, data), state, moved)
+    found = find_matching("activation+weight", MatchingSetting(spec, net, data), state, moved)
     assert_recovered(spec, planted, found.perms)
     assert found.objective >= activation_matching(spec, net, state, moved, data).objective
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import fedrebasin
 from fedrebasin import CalibrationError, RebasinError, merge, merge_modules
-from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import FedRebasin, Rebasin
 from fedrebasin.strategies.options import VALUES
@@ -42,7 +42,7 @@ def test_a_name_is_its_function_with_the_coefficients(name: str) -> None:
     merged = merge(ends, coefficients=shares)
     function = getattr(fedrebasin, name.replace("-", "_"))
     expected = function(net, merged, ends, DATA if CORRECTIONS[name].inputs else DATA[0], coefficients=shares)
-    found = correct(name, Setting(net, DATA, shares), merged, ends)
+    found = correct(name, CorrectionSetting(net, DATA, shares), merged, ends)
     assert all(torch.equal(found[key], expected[key]) for key in merged)
     assert any(not torch.equal(found[key], merged[key]) for key in merged)
     parameters = list(inspect.signature(function).parameters)
@@ -91,8 +91,8 @@ def test_what_a_name_lacks_is_refused() -> None:
     net = network()
     state = net.state_dict()
     with pytest.raises(RebasinError, match=r"correction: expected one of repair, .*; got 'magic'"):
-        correct("magic", Setting(net, DATA), state, [state])
+        correct("magic", CorrectionSetting(net, DATA), state, [state])
     with pytest.raises(CalibrationError, match="correction='regmean' needs calibration"):
-        correct("regmean", Setting(net), state, [state])
+        correct("regmean", CorrectionSetting(net), state, [state])
     with pytest.raises(RebasinError, match="correction='bias-normalisation' needs example_inputs"):
-        correct("bias-normalisation", Setting(net), state, [state])
+        correct("bias-normalisation", CorrectionSetting(net), state, [state])

@@ -21,15 +21,8 @@ from fedrebasin.simulations import merge_command
 from fedrebasin.simulations.merge_memory import resident
 from fedrebasin.stored import StoredState
 
+pytestmark = pytest.mark.usefixtures("folder")
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "merged_nets.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("merged_nets", None)
 
 
 def spec_of() -> PermutationSpec:

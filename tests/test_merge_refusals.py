@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,8 @@ FILES = "a.safetensors b.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "merged_nets.py").write_text(USER_CODE)
-    plant(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("merged_nets", None)
+def planted(folder: Path) -> None:
+    plant(folder)
 
 
 def refused(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:

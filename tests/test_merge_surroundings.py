@@ -5,26 +5,18 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from merge_cases import NET, USER_CODE, hidden_files, load, output_of, plant, run
+from merge_cases import NET, hidden_files, load, output_of, plant, run
 
 from fedrebasin.simulations import cli, merge_command
 
+pytestmark = pytest.mark.usefixtures("folder")
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "merged_nets.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("merged_nets", None)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(

@@ -26,7 +26,7 @@ from fedrebasin import (
     weight_matching,
 )
 from fedrebasin.matching.doubly_stochastic import GRADIENTS
-from fedrebasin.matching.methods import Setting, find_matching
+from fedrebasin.matching.methods import MatchingSetting, find_matching
 from fedrebasin.matching.result import inner_product
 from fedrebasin.matching.sinkhorn import _Logits
 
@@ -180,10 +180,12 @@ def test_a_loss_that_breaks_in_training_leaves_the_best_so_far(caplog: pytest.Lo
 
 def test_by_name_it_uses_data_only_if_there_is_a_loss() -> None:
     spec, net, a, b = case(4, 3)
-    assert not find_matching("sinkhorn", Setting(spec, net, data()), a, b).measures
-    assert find_matching("sinkhorn", Setting(spec, net, data(), loss=F.cross_entropy), a, b).measures["loss"] > 0
+    assert not find_matching("sinkhorn", MatchingSetting(spec, net, data()), a, b).measures
+    assert (
+        find_matching("sinkhorn", MatchingSetting(spec, net, data(), loss=F.cross_entropy), a, b).measures["loss"] > 0
+    )
     with pytest.raises(RebasinError, match="matching='sinkhorn' needs the network's module"):
-        find_matching("sinkhorn", Setting(spec, calibration=data(), loss=F.cross_entropy), a, b)
+        find_matching("sinkhorn", MatchingSetting(spec, calibration=data(), loss=F.cross_entropy), a, b)
 
 
 def test_a_net_without_perms_is_matched_by_nothing() -> None:

@@ -28,7 +28,7 @@ from fedrebasin import (
     trace,
     weight_matching,
 )
-from fedrebasin.matching.methods import METHODS, Setting, find_matching
+from fedrebasin.matching.methods import METHODS, MatchingSetting, find_matching
 
 State = dict[str, Tensor]
 Data = list[tuple[Tensor, Tensor]]
@@ -205,17 +205,17 @@ def test_a_loss_that_breaks_in_training_leaves_the_best_so_far(caplog: pytest.Lo
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_name_and_says_what_it_needs(name: str) -> None:
     spec, net, a, b = case(16, 12)
-    setting = Setting(spec, net, data(), loss=F.cross_entropy)
+    setting = MatchingSetting(spec, net, data(), loss=F.cross_entropy)
     found = find_matching(name, setting, a, b)
     assert loss_at(net, a, permute(spec, found.perms, b), 0.5) < loss_at(net, a, b, 0.5)
     if METHODS[name].inputs:
         with pytest.raises(RebasinError, match="needs the network's module"):
-            find_matching(name, Setting(spec, calibration=data(), loss=F.cross_entropy), a, b)
+            find_matching(name, MatchingSetting(spec, calibration=data(), loss=F.cross_entropy), a, b)
         with pytest.raises(RebasinError, match="needs calibration batches"):
-            find_matching(name, Setting(spec, net, loss=F.cross_entropy), a, b)
+            find_matching(name, MatchingSetting(spec, net, loss=F.cross_entropy), a, b)
     if METHODS[name].targets:
         with pytest.raises(RebasinError, match="needs loss=, a function of output and target"):
-            find_matching(name, Setting(spec, net, data()), a, b)
+            find_matching(name, MatchingSetting(spec, net, data()), a, b)
     with pytest.raises(RebasinError, match=r"matching: expected one of weight, activation, .*; got 'magic'"):
         find_matching("magic", setting, a, b)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trained_replies import WIDTH, accuracy, data, fresh, nearest, trained
 
 from fedrebasin import merge, permute, random_perms
-from fedrebasin.matching.methods import METHODS, Setting, find_matching
+from fedrebasin.matching.methods import METHODS, MatchingSetting, find_matching
 from fedrebasin.simulations.competitors import make_strategy
 from fedrebasin.strategies import FedRebasin, Rebasin
 from fedrebasin.strategies.records import record_to_state
@@ -41,9 +41,9 @@ def strategy_with(matching: str, inner: Any = FedAvg, **options: Any) -> Rebasin
     )
 
 
-def setting_of(strategy: Rebasin, matching: str) -> Setting:
+def setting_of(strategy: Rebasin, matching: str) -> MatchingSetting:
     loss = F.cross_entropy if METHODS[matching].targets else None
-    return Setting(strategy.spec, small_net(WIDTH, norm=False), BATCHES, loss=loss)
+    return MatchingSetting(strategy.spec, small_net(WIDTH, norm=False), BATCHES, loss=loss)
 
 
 @pytest.mark.parametrize("matching", [name for name in METHODS if name != "weight"])

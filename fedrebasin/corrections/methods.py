@@ -28,7 +28,7 @@ GENTLE_LR = 3e-4
 
 
 @dataclass(frozen=True)
-class Setting:
+class CorrectionSetting:
     """What a correction may use; ``calibration`` is for those that need inputs, ``example_inputs`` for the others."""
 
     net: nn.Module
@@ -43,12 +43,12 @@ class Setting:
 class Correction:
     """How a correction is called, whether it needs calibration inputs, and whether it looks at the ends."""
 
-    run: Callable[[Setting, State, Sequence[State]], dict[str, Tensor]]
+    run: Callable[[CorrectionSetting, State, Sequence[State]], dict[str, Tensor]]
     inputs: bool = True
     ends: bool = True
 
 
-def correct(name: str, setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+def correct(name: str, setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
     """Correct ``merged``, the average of the aligned ``ends``, by the method that is called ``name``.
 
     Raises
@@ -60,7 +60,7 @@ def correct(name: str, setting: Setting, merged: State, ends: Sequence[State]) -
     --------
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> state = net.state_dict()
-    >>> list(correct("least-squares", Setting(net, [torch.randn(200, 4)]), state, [state, state]))
+    >>> list(correct("least-squares", CorrectionSetting(net, [torch.randn(200, 4)]), state, [state, state]))
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     if name not in CORRECTIONS:
@@ -76,7 +76,7 @@ def correct(name: str, setting: Setting, merged: State, ends: Sequence[State]) -
 
 
 def _with_data(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    def run(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    def run(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
         return function(
             *(setting.net, merged, ends, setting.calibration),
             coefficients=setting.coefficients,
@@ -86,13 +86,13 @@ def _with_data(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict
     return run
 
 
-def _reset(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+def _reset(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
     del ends
     assert setting.calibration is not None
     return reset_batchnorm(setting.net, merged, setting.calibration, device=setting.device)
 
 
-def _bias_normalisation(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+def _bias_normalisation(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
     example = setting.example_inputs
     if example is None:
         assert setting.calibration is not None
@@ -104,13 +104,13 @@ def _bias_normalisation(setting: Setting, merged: State, ends: Sequence[State]) 
 
 
 def _trained(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    def run(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+    def run(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
         return _with_data(partial(function, seed=setting.seed))(setting, merged, ends)
 
     return run
 
 
-def _solved_and_distilled(setting: Setting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+def _solved_and_distilled(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
     solved = _with_data(least_squares)(setting, merged, ends)
     return _trained(partial(distill, lr=GENTLE_LR))(setting, solved, ends)
 

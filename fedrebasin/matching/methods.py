@@ -24,7 +24,7 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Setting:
+class MatchingSetting:
     """What a method may use: data only if it needs data."""
 
     spec: PermutationSpec
@@ -42,7 +42,7 @@ class Method:
     With ``choice`` it needs nothing, unless it is given a loss: then inputs and targets, too.
     """
 
-    find: Callable[[Setting, State, State], Matching]
+    find: Callable[[MatchingSetting, State, State], Matching]
     inputs: bool = False
     targets: bool = False
     choice: bool = False
@@ -56,7 +56,7 @@ class Method:
         return replace(self, inputs=True, targets=True) if self.choice and loss is not None else self
 
 
-def find_matching(name: str, setting: Setting, reference: State, model: State) -> Matching:
+def find_matching(name: str, setting: MatchingSetting, reference: State, model: State) -> Matching:
     """Match ``model`` to ``reference`` by the method that is called ``name``.
 
     Raises
@@ -68,7 +68,7 @@ def find_matching(name: str, setting: Setting, reference: State, model: State) -
     --------
     >>> from fedrebasin import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> setting = Setting(trace(net, (torch.randn(2, 4),)), net, [torch.randn(50, 4)])
+    >>> setting = MatchingSetting(trace(net, (torch.randn(2, 4),)), net, [torch.randn(50, 4)])
     >>> find_matching("activation+weight", setting, net.state_dict(), net.state_dict()).moved_fraction
     0.0
     """
@@ -85,18 +85,18 @@ def find_matching(name: str, setting: Setting, reference: State, model: State) -
     return method.find(setting, reference, model)
 
 
-def _weight(setting: Setting, reference: State, model: State) -> Matching:
+def _weight(setting: MatchingSetting, reference: State, model: State) -> Matching:
     return weight_matching(setting.spec, reference, model, seed=setting.seed, device=setting.device)
 
 
-def _activation(setting: Setting, reference: State, model: State) -> Matching:
+def _activation(setting: MatchingSetting, reference: State, model: State) -> Matching:
     assert setting.net is not None and setting.calibration is not None
     return activation_matching(
         *(setting.spec, setting.net, reference, model, setting.calibration), seed=setting.seed, device=setting.device
     )
 
 
-def _activation_weight(setting: Setting, reference: State, model: State) -> Matching:
+def _activation_weight(setting: MatchingSetting, reference: State, model: State) -> Matching:
     """Weight matching from where activation matching ends: never below it."""
     start = _activation(setting, reference, model)
     found = weight_matching(setting.spec, reference, model, init=start.perms, seed=setting.seed, device=setting.device)
@@ -108,7 +108,7 @@ def _activation_weight(setting: Setting, reference: State, model: State) -> Matc
     )
 
 
-def _straight_through(setting: Setting, reference: State, model: State) -> Matching:
+def _straight_through(setting: MatchingSetting, reference: State, model: State) -> Matching:
     assert setting.net is not None and setting.calibration is not None and setting.loss is not None
     return straight_through_matching(
         *(setting.spec, setting.net, reference, model, setting.calibration),
@@ -118,7 +118,7 @@ def _straight_through(setting: Setting, reference: State, model: State) -> Match
     )
 
 
-def _sinkhorn(setting: Setting, reference: State, model: State) -> Matching:
+def _sinkhorn(setting: MatchingSetting, reference: State, model: State) -> Matching:
     """On data if there is a loss."""
     if setting.loss is None:
         return sinkhorn_matching(setting.spec, reference, model, seed=setting.seed, device=setting.device)
@@ -132,7 +132,7 @@ def _sinkhorn(setting: Setting, reference: State, model: State) -> Matching:
     )
 
 
-def _frank_wolfe(setting: Setting, reference: State, model: State) -> Matching:
+def _frank_wolfe(setting: MatchingSetting, reference: State, model: State) -> Matching:
     return frank_wolfe_matching(setting.spec, reference, model, seed=setting.seed, device=setting.device)
 
 

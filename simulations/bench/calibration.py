@@ -42,7 +42,7 @@ def corrected(clients: Clients, options: Options) -> Iterator[Row]:
         merged = merge(ends, coefficients=shares)
         yield {"alignment": alignment, "correction": "", "source": "", "images": 0, **_score(bench, merged)}
         for source, batches in sets:
-            setting = methods.Setting(bench.net, batches, shares)
+            setting = methods.CorrectionSetting(bench.net, batches, shares)
             for name in bench.corrections:
                 if not name or name in options.skip:
                     continue

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin import merge, repair, reset_batchnorm
-from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.results import provenance, save_results
@@ -64,7 +64,7 @@ def jobs(model: str, images: int, names: Sequence[str]) -> dict[str, Callable[[]
     """``evaluation`` and the corrections by name; REPAIR all at once is ``repair, all at once``."""
     net, ends, batches = case(model, images)
     merged = merge(ends)
-    setting = Setting(net, batches)
+    setting = CorrectionSetting(net, batches)
     found: dict[str, Callable[[], Any]] = {"evaluation": lambda: evaluate(net, [merged, *ends], batches)}
     for name in names:
         found[name] = partial(correct, name, setting, merged, ends)

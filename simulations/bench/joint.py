@@ -75,7 +75,7 @@ def _rows(
     about: Row, bench: Bench, average: State, ends: Sequence[State], shares: Sequence[float], batches: Sequence[Tensor]
 ) -> Iterator[Row]:
     """The average's scores, and those after the correction, if there are ends to correct by."""
-    setting = methods.Setting(bench.net, batches, shares)
+    setting = methods.CorrectionSetting(bench.net, batches, shares)
     for correction in ("", CORRECTION) if ends else ("",):
         state = methods.correct(correction, setting, average, ends) if correction else average
         scores = measure(bench.logits(dict(state), ["test"])["test"], bench.labels["test"])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedrebasin import check_spec, match_many, merge, permute, select_candidate, split_calibration, trace
-from fedrebasin.corrections.methods import CORRECTIONS, Setting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.simulations.bench.selection_rounds import FEDERATIONS, VARIANTS, play
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
@@ -99,7 +99,7 @@ class Bench:
         spec = check_spec(self.net, trace(self.net, example), example)
         found = match_many(spec, self.states, seed=self.seed)
         aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, self.states, strict=True)]
-        setting = Setting(self.net, self.fit, None, example, self.seed)
+        setting = CorrectionSetting(self.net, self.fit, None, example, self.seed)
         made = {}
         for path, ends in (("plain", self.states), ("aligned", aligned)):
             made[path] = merge(ends)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrebasin import merge, select_candidate, split_calibration
-from fedrebasin.corrections.methods import Setting
+from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.selection import Candidate, corrected
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.models import build_model
@@ -67,7 +67,7 @@ def play(data: Dataset, federation: Federation, variant: str, seed: int) -> dict
             alone |= {"sent": sent} if "sent" in variant else {}
             found = select_candidate(
                 net,
-                corrected("aligned", average, states, Setting(net, fit, coefficients), ["repair"]),
+                corrected("aligned", average, states, CorrectionSetting(net, fit, coefficients), ["repair"]),
                 held_out,
                 alone=alone,
                 loss=F.cross_entropy,
