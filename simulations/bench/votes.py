@@ -110,7 +110,7 @@ def main() -> None:
             print(json.dumps({key: value for key, value in rows[-1].items() if key != "figures"}), flush=True)
         result: dict[str, Any] = {"experiment": "bench-votes", "data": settings.data, "sets": SETS}
         result |= {"model": settings.model, "width": settings.width}
-        about = provenance(bench_command("votes"), options.seeds, started)
+        about = provenance(bench_command("votes", {"--data": "FOLDER"}), options.seeds, started)
         save_results(options.output, {**result, "rows": rows, "provenance": about})
 
 
