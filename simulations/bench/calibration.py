@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrebasin import match_many, merge, permute, remove_label_prior
 from fedrebasin.corrections import methods
@@ -35,7 +35,7 @@ def corrected(clients: Clients, options: Options) -> Iterator[Row]:
     merges = {"plain": clients.states, "aligned": aligned}
     if options.priors:
         merges["aligned, priors removed"] = [
-            remove_label_prior(state, labels.bincount(minlength=bench.data.classes), bias=_last_bias(state))
+            remove_label_prior(state, labels.bincount(minlength=bench.data.classes), bias=_last_bias(bench.net))
             for state, labels in zip(aligned, clients.labels, strict=True)
         ]
     for alignment, ends in merges.items():
@@ -53,9 +53,9 @@ def corrected(clients: Clients, options: Options) -> Iterator[Row]:
                 yield row | _score(bench, state) | {"seconds": seconds}
 
 
-def _last_bias(state: Mapping[str, Tensor]) -> str:
-    """The networks of the simulations end in a linear layer."""
-    return next(name for name in reversed(list(state)) if name.endswith(".bias"))
+def _last_bias(net: nn.Module) -> str:
+    """The networks of the simulations end in a linear layer; kept ends do not keep its place among their keys."""
+    return [name for name in net.state_dict() if name.endswith(".bias")][-1]
 
 
 def _score(bench: Bench, state: Mapping[str, Tensor]) -> dict[str, float]:
