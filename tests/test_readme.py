@@ -91,6 +91,20 @@ def test_the_optimizer_example_relabels_what_a_client_keeps() -> None:
     assert torch.equal(net[0].bias, before[[2, 0, 1]])
 
 
+def test_the_example_of_the_label_prior_changes_the_last_bias_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 10)
+
+    net = Net()
+    names: dict[str, Any] = {"net": net, "torch": torch, "labels": torch.tensor([0] * 12 + [1] * 4)}
+    exec(compile(next(block for block in BLOCKS if "remove_label_prior" in block), "README.md", "exec"), names)
+    change = names["state"]["fc.bias"] - net.fc.bias
+    assert torch.allclose(change[0] - change[1], -torch.tensor(3.0).log())
+    assert torch.equal(names["state"]["fc.weight"], net.fc.weight)
+
+
 def test_the_example_of_plain_dicts_finds_a_planted_order() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 1))
