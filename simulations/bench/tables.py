@@ -9,6 +9,7 @@ from typing import Any
 from fedrebasin.simulations.bench import selection_tables
 from fedrebasin.simulations.bench.clients import default_split
 from fedrebasin.simulations.bench.tables_client import correction_cost, secure, server_cost
+from fedrebasin.simulations.bench.tables_nodes import heads, widths_rounds
 from fedrebasin.simulations.disjoint_numbers import spread_text
 from fedrebasin.simulations.summary import percent, plain
 from fedrebasin.simulations.sweep_numbers import table as sweep_table
@@ -205,19 +206,6 @@ def merging(result: Result) -> tuple[Sequence[str], Rows]:
     return columns, rows
 
 
-def heads(result: Result) -> tuple[Sequence[str], Rows]:
-    """``heads.py``: loss and accuracy, means of both tasks, by the layer up to which the trunk is shared."""
-    layers = list(dict.fromkeys(row["until"] for row in result["rows"] if row["until"] != "-"))
-    cells: dict[str, dict[str, str]] = {}
-    for row in result["rows"]:
-        cell = f"{spread_text(row['loss'])} / {percent(row['accuracy'])}"
-        cells.setdefault(row["merge"], {}).update(
-            dict.fromkeys(layers if row["until"] == "-" else [row["until"]], cell)
-        )
-    rows = [[f"**{how}**" if how == "zipped" else how, *(own[layer] for layer in layers)] for how, own in cells.items()]
-    return ["test loss / top-1 %", *(f"shared up to hidden layer {n}" for n in range(1, len(layers) + 1))], rows
-
-
 def learned(result: Result) -> tuple[Sequence[str], Rows]:
     """``learned.py``: gain, barrier and milliseconds of every start, one column a population."""
     columns = list(dict.fromkeys(row["population"] for row in result["rows"]))
@@ -231,6 +219,7 @@ def learned(result: Result) -> tuple[Sequence[str], Rows]:
 TABLES = {
     "learned": learned,
     "heads": heads,
+    "widths-rounds": widths_rounds,
     "merging": merging,
     "calibration": calibration,
     "own-data": own_data,
