@@ -98,7 +98,9 @@ def play(federation: Federation) -> list[dict[str, Any]]:
             train_metrics_aggr_fn=keep,
         )
         # one round more than is reported: a node scores what a round gave it when the next one begins
-        strategy.start(grid, ArrayRecord(wide.state_dict()), federation.rounds + 1, train_config=ConfigRecord({}))
+        run = strategy.start(grid, ArrayRecord(wide.state_dict()), federation.rounds + 1, train_config=ConfigRecord({}))
+        for number, metrics in run.train_metrics_clientapp.items():
+            found[number - 1]["left-out"] = metrics["rebasin-left-out"]
 
     run_simulation(server, client, num_supernodes=2, backend_config={"client_resources": {"num_cpus": 1}})
     return found
