@@ -30,6 +30,8 @@ class Alone:
 
     def __init__(self, settings: Settings, data: Dataset, rows: Sequence[Tensor], seed: int) -> None:
         self.settings, self.data, self.rows, self.seed = settings, data, rows, seed
+        #: what all silos train on, in the data set's order
+        self.all_rows = torch.cat(list(rows)).sort().values
         self.device = select_device(settings.device)
         # made here, not in the thread that trains: fresh weights are drawn from torch's one global generator
         own = [] if settings.start == "apart" else range(len(rows))
@@ -42,7 +44,7 @@ class Alone:
         """Train what no node trains, and score the model of all rows."""
         for node, model in enumerate(self.silos):
             self._train(model, self.rows[node], node)
-        self._train(self.model_of_all, torch.cat(list(self.rows)).sort().values, len(self.rows))
+        self._train(self.model_of_all, self.all_rows, len(self.rows))
         return score(self.logits(self.model_of_all), self.data.test_labels)
 
     def _train(self, model: nn.Module, rows: Tensor, owner: int) -> None:

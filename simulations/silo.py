@@ -37,6 +37,16 @@ def rows_of_nodes(settings: Settings, data: Dataset, nodes: int, *, seed: int) -
     return list(rows), list(held)
 
 
+def batches_of(data: Dataset, rows: Tensor, size: int = 250) -> list[tuple[Tensor, Tensor]]:
+    """Training images of these rows as a network takes them, and their labels, in batches.
+
+    >>> from fedrebasin.simulations.data import load_dataset
+    >>> [len(labels) for _, labels in batches_of(load_dataset("digits"), torch.arange(300))]
+    [250, 50]
+    """
+    return [(data.normalise(data.train_images[part]), data.train_labels[part]) for part in torch.split(rows, size)]
+
+
 def initial_model(settings: Settings, data: Dataset, *, seed: int, owner: int = -1) -> nn.Module:
     """The network with fresh weights: the server's (owner -1) or a node's own.
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.app.rebasin_compare.server_app import Arena
 from fedrebasin.simulations.compare import APP, Options, compare
 from fedrebasin.simulations.competitors import FLOWER, label_of, make_strategy
 from fedrebasin.simulations.console import Lines
@@ -16,7 +17,7 @@ from fedrebasin.simulations.events import Follower, emit
 from fedrebasin.simulations.results import load_results
 from fedrebasin.simulations.runtime import RunError
 from fedrebasin.simulations.settings import Settings, from_run_config, resolve, to_run_config
-from fedrebasin.simulations.silo import initial_model
+from fedrebasin.simulations.silo import initial_model, rows_of_nodes
 from fedrebasin.simulations.site import Site
 from fedrebasin.simulations.summary_tables import round_table
 from fedrebasin.simulations.summary_words import answer_of
@@ -233,3 +234,13 @@ def test_results_are_not_written_over(no_flower: dict[str, Any], tmp_path: Path)
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         compare(Options(Settings(rounds=1), output=tmp_path))
     assert no_flower["sites"] == []
+
+
+def test_the_server_corrects_by_no_row_that_nodes_measure_on() -> None:
+    settings, data = resolve(Settings(select="clients", calibration=2000)), load_dataset("digits")
+    arena = Arena(settings, data, {1: 0, 2: 1}, 0, "")
+    _, held = rows_of_nodes(settings, data, 2, seed=0)
+    used = {image.numpy().tobytes() for batch in arena.calibration() for image in batch}
+    assert sum(map(len, arena.calibration())) == len(data.train_labels) - sum(map(len, held))
+    measured = {data.normalise(image[None])[0].numpy().tobytes() for rows in held for image in data.train_images[rows]}
+    assert not used & measured

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from fedrebasin.simulations.attendance import local_epochs, trains_apart
 from fedrebasin.simulations.events import emit
 from fedrebasin.simulations.handover import take_over
 from fedrebasin.simulations.settings import from_run_config
-from fedrebasin.simulations.silo import initial_model, load_end, rows_of_nodes, save_end, train_round
+from fedrebasin.simulations.silo import batches_of, initial_model, load_end, rows_of_nodes, save_end, train_round
 from fedrebasin.simulations.training import select_device
 from fedrebasin.simulations.watch import ABOUT
 from fedrebasin.strategies import answer_queries
@@ -104,15 +103,10 @@ def query(message: Message, context: Context) -> Message:
     data = take_over(settings.data, str(context.run_config["data-file"]))
     rows, held = (parts[node] for parts in rows_of_nodes(settings, data, nodes, seed=seed))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-
-    def batches(chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
-        parts = torch.split(chosen, 250)
-        return [(data.normalise(data.train_images[part]), data.train_labels[part]) for part in parts]
-
     answer = answer_queries(
         model=lambda: initial_model(settings, data, seed=seed),
-        batches=lambda message, context: batches(rows[order[: settings.calibration]]),
-        held_out=lambda message, context: batches(held),
+        batches=lambda message, context: batches_of(data, rows[order[: settings.calibration]]),
+        held_out=lambda message, context: batches_of(data, held),
         loss=F.cross_entropy,
         device=select_device(settings.device),
     )

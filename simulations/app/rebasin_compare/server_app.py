@@ -24,7 +24,7 @@ from fedrebasin.simulations.events import emit
 from fedrebasin.simulations.handover import take_over
 from fedrebasin.simulations.results import save_results
 from fedrebasin.simulations.settings import Settings, from_run_config
-from fedrebasin.simulations.silo import initial_model, rows_of_nodes
+from fedrebasin.simulations.silo import batches_of, initial_model, rows_of_nodes
 from fedrebasin.simulations.training import predict, select_device
 from fedrebasin.simulations.watch import WatchedGrid, partitions_of
 
@@ -127,12 +127,10 @@ class Arena:
 
     def calibration(self) -> list[Any]:
         """Training images, the same for every strategy of a seed; with labels only for a matching that needs them."""
-        order = torch.randperm(len(self.data.train_labels), generator=torch.Generator().manual_seed(self.seed))
-        batches = torch.split(order[: self.settings.calibration], 250)
-        inputs = [self.data.normalise(self.data.train_images[rows]) for rows in batches]
-        if not METHODS[self.settings.matching].targets:
-            return inputs
-        return [(images, self.data.train_labels[rows]) for images, rows in zip(inputs, batches, strict=True)]
+        rows = self.alone.all_rows  # not those that nodes measure on
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        batches = batches_of(self.data, rows[order[: self.settings.calibration]])
+        return batches if METHODS[self.settings.matching].targets else [images for images, _ in batches]
 
     def score_model(self, arrays: ArrayRecord) -> dict[str, float]:
         return score(self.logits(arrays), self.data.test_labels)
