@@ -89,7 +89,9 @@ def check_words(
         if word not in known:
             raise UsageError(f"--{option}: expected one of {', '.join(known)}; got {word!r}")
     check_joint(matching, reference)
-    for name in (*corrections, *(name.partition("+")[2] for name in strategies)) if select != "none" else ():
+    if select == "none":
+        return
+    for name in (*corrections, *(one for strategy in strategies for one in corrections_of(strategy, correction))):
         if name in VARIANTS:
             raise UsageError(f"--select {select}: takes federated corrections with their usual options; got {name!r}")
         if select == "calibration" and name in FEDERATED:
@@ -97,6 +99,16 @@ def check_words(
                 f"--select calibration measures on the server's data, and {name!r} asks the clients; "
                 "give --select clients"
             )
+
+
+def corrections_of(name: str, correction: str) -> list[str]:
+    """What a re-basin strategy corrects by: its own ``+CORRECTION``, or the comparison's, without ``none``.
+
+    >>> corrections_of("fedrebasin+repair", "regmean"), corrections_of("fedrebasin", "repair,regmean")
+    (['repair'], ['repair', 'regmean'])
+    """
+    chosen = name.partition("+")[2] or correction
+    return [one for one in chosen.split(",") if one != "none"]
 
 
 def label_of(name: str) -> str:
@@ -146,12 +158,11 @@ def make_strategy(
     server_lr : float
         FedAdam's, FedYogi's and FedAdagrad's eta.
     """
-    plain, _, own = name.removesuffix("@common").partition("+")
+    plain = name.removesuffix("@common").partition("+")[0]
     if plain in FLOWER:
         return _flower(plain, nodes, server_lr, proximal_mu)
     from fedrebasin.strategies import FedRebasin, Rebasin
 
-    chosen = own or correction
     options: dict[str, Any] = {
         "model": model,
         "example_inputs": example_inputs,
@@ -160,12 +171,12 @@ def make_strategy(
         "seed": seed,
         "device": device,
     }
-    corrections = [name for name in chosen.split(",") if name != "none"]
-    on_server = any(name not in FEDERATED and name not in VARIANTS for name in corrections)
+    corrections = corrections_of(name, correction)
+    on_server = any(one not in FEDERATED and one not in VARIANTS for one in corrections)
     if select != "none":
         options |= {"select": select, "correction": corrections}
-    elif chosen in VARIANTS:
-        options["correction"], options["federated"] = VARIANTS[chosen]
+    elif corrections and corrections[0] in VARIANTS:
+        options["correction"], options["federated"] = VARIANTS[corrections[0]]
     elif corrections or METHODS[matching].inputs:
         options["correction"] = corrections[0] if corrections else None
     if select == "calibration" or METHODS[matching].inputs or on_server:

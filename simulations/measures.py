@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedrebasin.corrections.label_prior import label_shares
 from fedrebasin.errors import UsageError
 
 
@@ -95,8 +96,7 @@ def label_prior(labels: Tensor, classes: int) -> Tensor:
     >>> label_prior(torch.tensor([0, 0, 0, 1]), 2)
     tensor([0.7500, 0.2500], dtype=torch.float64)
     """
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1).double()
-    return counts / counts.sum()
+    return label_shares(torch.bincount(labels, minlength=classes).double())
 
 
 def correct_prior(logits: Tensor, prior: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fedrebasin.simulations.alone import epochs_alone
-from fedrebasin.simulations.competitors import label_of
+from fedrebasin.simulations.competitors import corrections_of, label_of
 from fedrebasin.simulations.report import Table
 from fedrebasin.simulations.results import summarise
 from fedrebasin.simulations.settings import Settings
@@ -66,8 +66,7 @@ def alignment_table(results: Results) -> Table | None:
 
 def _kept(results: Results, strategy: str, number: int) -> str:
     """The models that the selection kept in a round, by seeds, or nothing where none was made."""
-    corrections = (strategy.partition("+")[2] or results["settings"]["correction"]).split(",")
-    names = (*names_of_candidates([name for name in corrections if name != "none"]), CLIENT)
+    names = (*names_of_candidates(corrections_of(strategy, results["settings"]["correction"])), CLIENT)
     places = [place for place in by_round(results, strategy, "rebasin-selected", number) if place is not None]
     kept = Counter(names[int(place)] for place in places)
     if len(places) == 1:

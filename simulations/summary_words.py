@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedrebasin.matching.methods import METHODS
-from fedrebasin.simulations.competitors import label_of
+from fedrebasin.simulations.competitors import corrections_of, label_of
 from fedrebasin.simulations.settings import join_round
 from fedrebasin.simulations.summary import Results, baseline_rows, by_round, percent, strategies
 
@@ -88,8 +88,7 @@ def method_of(results: Results) -> str:
     if settings.get("absent", 0.0):
         text += f" Absent with probability {settings['absent']:g}: drawn for each seed and round; at least two stay."
     names = strategies(results)
-    used = {name.partition("+")[2] or settings["correction"] for name in names if "rebasin" in name} - {"none"}
-    used = {name for several in used for name in several.split(",")}
+    used = {one for name in names if "rebasin" in name for one in corrections_of(name, settings["correction"])}
     if any(name.startswith("federated-") for name in used):
         text += f" Federated corrections used up to {settings['calibration']} of each client's own training images."
     if not all(name.startswith("federated-") for name in used):

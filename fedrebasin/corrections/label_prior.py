@@ -65,7 +65,7 @@ def remove_label_prior(
         )
     if not bool((counts.isfinite() & (counts >= 0)).all()) or not bool(counts.any()):
         raise UsageError("label_counts: expected numbers of examples, from 0 up and not all 0; got others")
-    return like_state(state, {**state, bias: (tensor.double() - _log_shares(counts)).to(tensor.dtype)})
+    return like_state(state, {**state, bias: (tensor.double() - label_shares(counts).log()).to(tensor.dtype)})
 
 
 def log_prior(node: Node, classes: int) -> Tensor:
@@ -98,9 +98,14 @@ def log_prior(node: Node, classes: int) -> Tensor:
         raise RebasinError("privacy: label_prior takes one target an example; got targets with further axes")
     if node.privacy is not None:  # one example replaced takes from one count and adds to another
         counts = counts + node.privacy.noise * math.sqrt(2) * source_of_noise(None)(counts)
-    return _log_shares(counts)
+    return label_shares(counts).log()
 
 
-def _log_shares(counts: Tensor) -> Tensor:
+def label_shares(counts: Tensor) -> Tensor:
+    """The share of each class, where one without an example counts as one; its logarithm is the label prior's.
+
+    >>> label_shares(torch.tensor([3.0, 0.0]))
+    tensor([0.7500, 0.2500])
+    """
     counts = counts.clamp_min(1)
-    return (counts / counts.sum()).log()
+    return counts / counts.sum()

@@ -37,7 +37,7 @@ from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.partition import parse_partition, partition_rows
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.settings import Settings, resolve
-from fedrebasin.simulations.silo import initial_model, train_round
+from fedrebasin.simulations.silo import batches_of, initial_model, train_round
 from fedrebasin.simulations.training import predict
 
 State = dict[str, Tensor]
@@ -71,7 +71,7 @@ def merged_models(settings: Settings, data: Dataset, nodes: int, split: str, see
     ends = clients(settings, data, parts, seed)
     net, example = initial_model(settings, data, seed=seed), (data.normalise(data.train_images[:2]),)
     coefficients = [len(rows) / len(data.train_labels) for rows in parts]
-    batches = [[(data.normalise(data.train_images[rows]), data.train_labels[rows])] for rows in parts]
+    batches = [batches_of(data, rows, len(rows)) for rows in parts]
     spec = trace(net, example)
     perms = match_many(spec, ends, coefficients=coefficients, method="merge-many", seed=seed).perms
     aligned = [permute(spec, one, end) for one, end in zip(perms, ends, strict=True)]

@@ -29,6 +29,7 @@ from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, make_model, trained_end
 from fedrebasin.simulations.results import provenance, save_results
+from fedrebasin.simulations.silo import batches_of
 
 State = dict[str, Tensor]
 #: width, share of the classes that go to the other half, whose images calibrate, how many
@@ -90,7 +91,7 @@ class Bench:
         self.net = make_model(config, data)
         rows = order[:SERVERS] if own else clients
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))][:images]
-        batches = [(data.normalise(data.train_images[part]), data.train_labels[part]) for part in torch.split(rows, 64)]
+        batches = batches_of(data, rows, 64)
         self.fit, self.held_out = split_calibration(self.net, batches, seed=seed)
 
     def merges(self) -> dict[str, State]:

@@ -16,6 +16,7 @@ from fedrebasin.selection import Candidate, corrected
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.models import build_model
 from fedrebasin.simulations.partition import parse_partition, partition_rows
+from fedrebasin.simulations.silo import batches_of
 from fedrebasin.simulations.training import RECIPES, predict, train
 
 #: what is chosen from, besides nothing: merges with and without REPAIR, each client, the model before the round
@@ -47,7 +48,7 @@ def play(data: Dataset, federation: Federation, variant: str, seed: int) -> dict
     partition = parse_partition(federation.partition)
     parts = partition_rows(data.train_labels[clients], data.classes, federation.nodes, partition, seed=seed)
     net = _start(data, clients, federation, seed)
-    batches = [(data.normalise(data.train_images[rows]), data.train_labels[rows]) for rows in torch.split(server, 64)]
+    batches = batches_of(data, server, 64)
     fit, held_out = split_calibration(net, batches, seed=seed)
     scores, kept = [_score(net, data)], []
     for server_round in range(1, ROUNDS + 1):

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ from fedrebasin.simulations.baselines import score
 from fedrebasin.simulations.bench.federated import clients
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
-from fedrebasin.simulations.partition import hold_apart, parse_partition, partition_rows
 from fedrebasin.simulations.results import provenance, save_results
 from fedrebasin.simulations.settings import Settings, resolve
-from fedrebasin.simulations.silo import initial_model
+from fedrebasin.simulations.silo import batches_of, initial_model, rows_of_nodes
 from fedrebasin.simulations.training import predict
 
 State = dict[str, Tensor]
@@ -54,25 +54,20 @@ def candidates(case: Case, ends: dict[str, Sequence[State]], data: Sequence[Any]
 
 def measure(settings: Settings, data: Dataset, nodes: int, split: str, seed: int) -> dict[str, Any]:
     """One row."""
-    parts = partition_rows(data.train_labels, data.classes, nodes, parse_partition(split), seed=seed)
-    own, held = zip(*(hold_apart(rows, seed=seed) for rows in parts), strict=True)
+    own, held = rows_of_nodes(replace(settings, partition=split, select="clients"), data, nodes, seed=seed)
     ends = clients(settings, data, own, seed)
     net, example = initial_model(settings, data, seed=seed), (data.normalise(data.train_images[:2]),)
     shares = [len(rows) / sum(map(len, own)) for rows in own]
-
-    def batches(rows: Tensor) -> list[Any]:
-        parts = torch.split(rows, BATCH)
-        return [(data.normalise(data.train_images[part]), data.train_labels[part]) for part in parts]
 
     spec = trace(net, example)
     perms = match_many(spec, ends, coefficients=shares, method="merge-many", seed=seed).perms
     aligned = [permute(spec, one, end) for one, end in zip(perms, ends, strict=True)]
     case = Case(net, ends[0], ends, shares, example)
-    made = candidates(case, {"plain": ends, "aligned": aligned}, [batches(rows) for rows in own])
+    made = candidates(case, {"plain": ends, "aligned": aligned}, [batches_of(data, rows, BATCH) for rows in own])
 
     def votes(names: Sequence[str]) -> Votes:
         def ask(query: Any) -> dict[int, Any]:
-            voters = [Node(net, query.merged, {}, batches(rows), loss=F.cross_entropy) for rows in held]
+            voters = [Node(net, query.merged, {}, batches_of(data, rows, BATCH), loss=F.cross_entropy) for rows in held]
             return {place: query.read(answer(query.kind, query.about, one)) for place, one in enumerate(voters)}
 
         return drive(vote({name: made[name] for name in names}), ask)

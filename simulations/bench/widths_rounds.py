@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -48,10 +48,6 @@ class Federation:
         """The node's own."""
         return resolve(Settings(data="digits", partition=SPLIT, width=self.widths[node]))
 
-    def score_of(self, net: torch.nn.Module, data: Dataset) -> Score:
-        """On the test images."""
-        return score(predict(net, data, data.test_images, device=torch.device("cpu")), data.test_labels)
-
     def train(self, node: int, server_round: int, received: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, Row]:
         """A node's round: from its own start in the first, then from what it received."""
         settings, data = self.settings(node), load_dataset("digits", None)
@@ -59,10 +55,10 @@ class Federation:
         net, row = initial_model(settings, data, seed=self.seed, owner=node), {}
         if server_round > 1:
             net.load_state_dict(received)
-            row = {f"sent-{key}": value for key, value in self.score_of(net, data).items()}
+            row = {f"sent-{key}": value for key, value in _score(net, data).items()}
         epochs = settings.epochs if server_round == 1 else settings.later_epochs
         train_round(net, settings, data, rows, seed=self.seed, owner=node, server_round=server_round, epochs=epochs)
-        row |= {f"trained-{key}": value for key, value in self.score_of(net, data).items()}
+        row |= {f"trained-{key}": value for key, value in _score(net, data).items()}
         return net, {**row, "node": node, "num-examples": len(rows)}
 
 
@@ -98,7 +94,7 @@ def play(federation: Federation) -> list[dict[str, Any]]:
             train_metrics_aggr_fn=keep,
         )
         # one round more than is reported: a node scores what a round gave it when the next one begins
-        run = strategy.start(grid, ArrayRecord(wide.state_dict()), federation.rounds + 1, train_config=ConfigRecord({}))
+        run = strategy.start(grid, ArrayRecord(wide.state_dict()), federation.rounds + 1)
         for number, metrics in run.train_metrics_clientapp.items():
             found[number - 1]["left-out"] = metrics["rebasin-left-out"]
 
@@ -122,6 +118,10 @@ def rows_of(federation: Federation, played: Sequence[dict[str, Any]]) -> list[di
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
+
+
+def _score(net: torch.nn.Module, data: Dataset) -> Score:
+    return score(predict(net, data, data.test_images, device=torch.device("cpu")), data.test_labels)
 
 
 def _node(row: dict[str, Any]) -> int:
