@@ -26,6 +26,7 @@ def fused(device: torch.device) -> bool | None:
 
 def compiled(model: nn.Module, *, wanted: bool) -> nn.Module:
     """``model`` or its compiled form, which shares its weights."""
+    # torch.compile is typed as giving a callable; of a module it gives a module
     return torch.compile(model) if wanted else model  # type: ignore[return-value]
 
 

@@ -34,10 +34,11 @@ def measured_once(
         earlier = load_results(path)
         if (earlier.get("config"), earlier.get("code")) == (json.loads(json.dumps(config)), facts["code"]):
             progress(f"{label}: measured earlier, used again")
-            found: dict[str, Any] = earlier["result"]
-            return found
+            kept: dict[str, Any] = earlier["result"]
+            return kept
     save_results(path, {**facts, "result": measure()})
-    return load_results(path)["result"]  # type: ignore[no-any-return]
+    found: dict[str, Any] = load_results(path)["result"]
+    return found
 
 
 def measuring_code() -> str:

@@ -145,7 +145,7 @@ def _biased(labels: Tensor, classes: int, nodes: int, held: float, seed: int) ->
 def _from_flower(labels: tuple[int, ...], nodes: int, partition: Partition, seed: int) -> list[Tensor]:
     try:
         from datasets import Dataset as Table
-        from flwr_datasets.partitioner import (  # type: ignore[import-untyped]
+        from flwr_datasets.partitioner import (  # type: ignore[import-untyped]  # it ships no types
             DirichletPartitioner,
             IidPartitioner,
         )

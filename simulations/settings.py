@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.competitors import COMMON_START, check_words, parse_strategies
@@ -177,4 +178,5 @@ def from_run_config(config: Mapping[str, object]) -> Settings:
     10
     """
     known = {field.name.replace("_", "-"): field.name for field in fields(Settings)}
-    return resolve(Settings(**{known[key]: value for key, value in config.items() if key in known}))  # type: ignore[arg-type]
+    values: dict[str, Any] = {known[key]: value for key, value in config.items() if key in known}
+    return resolve(Settings(**values))
