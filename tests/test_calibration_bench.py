@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fedrebasin.simulations.bench import calibration, tables
+from fedrebasin.simulations.bench.clients import calibrations
+from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.results import load_results
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibration")
@@ -70,3 +74,26 @@ def test_the_command_names_no_local_folder(results: dict[str, dict[str, str]]) -
     assert "--other-images 30 --skip distill,least-squares+distill --priors" in command
     assert command.endswith("--ends FOLDER --output FOLDER")
     assert str(Path.home()) not in command and "/" not in command
+
+
+def test_copies_are_augmented_images_of_the_own_ones() -> None:
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10)
+    data = Dataset("cifar10", "made", 10, True, images, labels, images, labels, (128.0,) * 3, (64.0,) * 3)
+    bench = SimpleNamespace(data=data, images={"calibration": images[:8]}, batch=4)
+    clients = SimpleNamespace(bench=bench)
+    options = SimpleNamespace(images=[4, 8], copies=3, sources=[])
+    sets = list(calibrations(clients, options))  # type: ignore[arg-type]
+    assert [(source, sum(map(len, batches))) for source, batches in sets] == [("own", 4), ("own", 8), ("augmented", 24)]
+    own, copies = (torch.cat(batches) for _, batches in sets[1:])
+    assert not torch.equal(copies[:8], copies[8:16])
+    centres = {tuple(image.flatten().tolist()) for image in own}
+    assert not centres.issuperset(tuple(image.flatten().tolist()) for image in copies)
+    assert set(copies.unique().tolist()) <= {*own.unique().tolist(), 0.0}
+
+
+def test_copies_of_a_data_set_that_is_not_augmented_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["x", "digits", "--copies", "2", "--output", "nowhere"])
+        calibration.main()
+    assert "--copies: digits is not augmented; choose cifar10 or cifar100" in capsys.readouterr().err

@@ -3,8 +3,9 @@
 ``python -m fedrebasin.simulations.bench.calibration digits --output FOLDER``, for example. Two clients hold the 20/80
 halves of ``fedrebasin reproduce disjoint`` and share its trained ends; more hold Dirichlet parts (alpha 0.5), which a
 seed draws anew. Calibration images are training images without their labels (``own``), another data set's
-(``--other cifar100``), and noise with the training images' mean and standard deviation. With ``--priors`` aligned
-clients are merged a second time, after each one's label prior has been removed from its model.
+(``--other cifar100``), and noise with the training images' mean and standard deviation. ``--copies 4`` adds four
+augmented copies of the most own images (``augmented``). With ``--priors`` aligned clients are merged a second time,
+after each one's label prior has been removed from its model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fedrebasin import match_many, merge, permute, remove_label_prior
 from fedrebasin.corrections import methods
 from fedrebasin.simulations.bench.clients import Clients, Options, Row, calibrations, measure_all, options_of, parser_of
+from fedrebasin.simulations.data import CATALOGUE
 from fedrebasin.simulations.disjoint_bench import CORRECTIONS, Bench
 from fedrebasin.simulations.measures import measure
 
@@ -71,7 +73,10 @@ def main() -> None:
     parser.add_argument("--other-images", type=int, default=1000, help="images of each other source")
     parser.add_argument("--skip", default="", help="corrections with commas between")
     parser.add_argument("--priors", action="store_true", help="also merge models without their label priors")
+    parser.add_argument("--copies", type=int, default=0, help="augmented copies of each own image, as a set of its own")
     given = parser.parse_args()
+    if given.copies and not CATALOGUE[given.dataset][4]:
+        parser.error(f"--copies: {given.dataset} is not augmented; choose cifar10 or cifar100")
     options = options_of(
         given,
         [int(word) for word in given.images.split(",")],
@@ -80,6 +85,7 @@ def main() -> None:
         other_images=given.other_images,
         skip=given.skip.split(","),
         priors=given.priors,
+        copies=given.copies,
     )
     left_out = ("path", "other_path", "ends")  # where files lay decides no number
     config = {key: value for key, value in asdict(options).items() if key not in left_out}

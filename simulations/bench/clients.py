@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.augment import BatchMaker
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.disjoint_bench import Bench, Effort
@@ -46,6 +47,7 @@ class Options:
     other_images: int = 0
     skip: Sequence[str] = ()
     priors: bool = False
+    copies: int = 0
     split: str | None = None
 
     def split_of(self, nodes: int) -> str:
@@ -114,6 +116,9 @@ def calibrations(clients: Clients, options: Options) -> Iterator[tuple[str, list
     size = clients.bench.batch
     for count in dict.fromkeys(min(count, len(own)) for count in options.images):
         yield "own", [data.normalise(chunk) for chunk in torch.split(own[:count], size)]
+    if options.copies:
+        maker = BatchMaker(data, own[: max(options.images)], seed=0)
+        yield "augmented", [maker.batch(rows) for _ in range(options.copies) for rows in maker.rows(size)]
     for source in options.sources:
         count = min(options.other_images, len(own))
         if source == "noise":
