@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.matching.methods import METHODS
 from fedrebasin.simulations.competitors import corrections_of, label_of
 from fedrebasin.simulations.settings import join_round
@@ -77,7 +78,7 @@ def method_of(results: Results) -> str:
         text += (
             " FedAvg from a common start trains for the same epochs, but from the one model that the server sent."
             " In round 1 apart nothing that a server sends enters a client's training, so each client was trained once "
-            "and every strategy merged the same weights. FedProx's term is off in that round."
+            "and every strategy merged the same weights."
         )
     if joins:
         text += (
@@ -91,7 +92,7 @@ def method_of(results: Results) -> str:
     used = {one for name in names if "rebasin" in name for one in corrections_of(name, settings["correction"])}
     if any(name.startswith("federated-") for name in used):
         text += f" Federated corrections used up to {settings['calibration']} of each client's own training images."
-    if not all(name.startswith("federated-") for name in used):
+    if any(name in CORRECTIONS and CORRECTIONS[name].inputs for name in used):
         text += f" Corrections used {settings['calibration']} training images without labels on the server."
     select = settings.get("select", "none")  # files of earlier versions have no such setting
     if select == "clients":
@@ -112,5 +113,6 @@ def method_of(results: Results) -> str:
     if any(name.endswith(("fedadam", "fedyogi", "fedadagrad")) for name in names):
         text += f" Server learning rate of the adaptive optimizers: {settings['server_lr']:g}."
     if "fedprox" in " ".join(names):
-        text += f" FedProx's mu: {settings['proximal_mu']:g}."
+        off = ", its term off in round 1" if settings["start"] == "apart" else ""
+        text += f" FedProx's mu: {settings['proximal_mu']:g}{off}."
     return text

@@ -171,3 +171,20 @@ def test_the_page_names_the_model_that_was_kept_in_each_round() -> None:
     assert table is not None
     assert table.rows[0][-1] == "aligned+federated-repair 2 of 3, plain+federated-repair 1 of 3"
     assert "lowest loss on a fifth of each node's rows" in method_of(results)
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "not_says"),
+    [
+        ({"strategies": "fedavg"}, ["from the one model"], ["FedProx", "Corrections used"]),
+        ({"strategies": "fedprox"}, ["FedProx's mu: 0.01, its term off in round 1."], []),
+        ({"strategies": "fedprox", "start": "common"}, ["FedProx's mu: 0.01."], ["its term off"]),
+        ({"correction": "bias-normalisation"}, [], ["Corrections used", "corrections used"]),
+        ({"correction": "federated-repair"}, ["Federated corrections used up to 1000"], ["on the server."]),
+        ({"correction": "repair"}, ["Corrections used 1000 training images without labels on the server."], []),
+    ],
+)
+def test_the_page_tells_only_what_took_part(options: dict[str, Any], says: list[str], not_says: list[str]) -> None:
+    text = method_of(made_up(resolve(Settings(rounds=1, **options))))
+    assert all(one in text for one in says), text
+    assert not any(one in text for one in not_says), text
