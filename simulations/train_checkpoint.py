@@ -45,6 +45,7 @@ class TrainCheckpoint:
             kept = file.metadata() or {}
             if kept.get("described") != self.described:
                 return 0, 0
+            # an open file has keys() but cannot be iterated
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         model.load_state_dict(_below(tensors, "model."))
         for number, parameter in enumerate(_parameters(optimizer)):

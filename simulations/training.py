@@ -166,7 +166,7 @@ class Trainer:
             loss = F.cross_entropy(self.forward(x).float(), self.labels[rows])
         if self.start:
             loss = loss + _proximal_term(self.model, self.start, self.recipe.prox)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.steps += 1
         return loss.detach()
