@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrebasin.simulations.bench.tables import TABLES
+from fedrebasin.simulations.bench.tables_distance import distance
 from fedrebasin.simulations.competitors import label_of
 from fedrebasin.simulations.disjoint_numbers import ROWS, per_seed, spread_text
 from fedrebasin.simulations.results import load_results, summarise, write_whole
@@ -29,8 +30,9 @@ def render(text: str, folder: Path = RESULTS) -> str:
 
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
     other, ``attendance`` all rounds of those where nodes come and go, ``federated`` first rounds side by side with the
-    bytes of queries, ``zoo`` some rows of ``fedrebasin inspect --zoo``, and each kind of ``bench/tables.py`` the runs
-    of one benchmark; every NAME is a folder of ``simulations/results/``.
+    bytes of queries, ``zoo`` some rows of ``fedrebasin inspect --zoo``, ``distance`` how far corrected merges are from
+    the ensemble, and each kind of ``bench/tables.py`` the runs of one benchmark; every NAME is a folder of
+    ``simulations/results/``.
 
     Examples
     --------
@@ -163,6 +165,10 @@ def _zoo(results: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
+def _distance(results: Sequence[Mapping[str, Any]]) -> str:
+    return _markdown(*distance(results))
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -175,6 +181,7 @@ _KINDS = {
     "ends": _ends,
     "federated": _federated,
     "zoo": _zoo,
+    "distance": _distance,
 }
 
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedrebasin.simulations.bench import calibration, tables
+from fedrebasin.simulations.bench import calibration, tables, tables_distance
 from fedrebasin.simulations.bench.clients import calibrations
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.disjoint_bench import CORRECTIONS
 from fedrebasin.simulations.results import load_results
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibration")
@@ -67,6 +68,39 @@ def test_the_table_has_a_column_for_each_set_and_the_references_below(results: d
         and (row["source"], row["images"]) == ("own", 90)
     ]
     assert table["**aligned average + regmean**"][3].startswith(f"{sum(losses) / 2:.3f} ± ")
+
+
+def test_the_distance_is_to_the_better_ensemble_seed_by_seed_and_the_first_of_equal_rows_counts() -> None:
+    def run(top1: float) -> dict[str, object]:
+        cases = [{"clients": 2, "seed": seed} for seed in (0, 1)]
+        row = {"alignment": "aligned", "correction": "least-squares", "source": "own", "images": 100}
+        references = [
+            {"ensemble of logits": {"top1": logits}, "ensemble of probabilities": {"top1": probabilities}}
+            for logits, probabilities in ((0.9, 0.95), (0.8, 0.7))
+        ]
+        return {
+            "config": {"dataset": "cifar10", "width": 8},
+            "rows": [{**case, **row, "top1": top1 + case["seed"] / 100} for case in cases],
+            "references": [{**case, "rows": rows} for case, rows in zip(cases, references, strict=True)],
+        }
+
+    columns, (plain, aligned) = tables_distance.distance([run(0.6), run(0.1)])
+    assert columns[1] == "100 own" and plain[1] == "- / -"
+    assert aligned[:2] == ["**cifar10, conv of width 8, 2 clients, aligned**", "24.5 ± 7.8 / -"]
+
+
+def test_the_model_may_be_another_than_the_data_sets_usual_one(tmp_path: Path) -> None:
+    words = "digits --model conv --width 4 --epochs 1 --nodes 2 --seeds 0 --images 30 --other-images 10".split()
+    skipped = ",".join(name for name in CORRECTIONS if name and name != "reset")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["x", *words, "--skip", skipped, "--ends", str(tmp_path / "ends"), "--output", str(tmp_path)]
+        )
+        calibration.main()
+    found = load_results(tmp_path / "results.json")
+    assert found["config"]["model"] == "conv"
+    assert {row["correction"] for row in found["rows"]} == {"", "reset"}  # BatchNorm, which the mlp has not
+    assert len(list((tmp_path / "ends").glob("*-conv4-*"))) == 2
 
 
 def test_the_command_names_no_local_folder(results: dict[str, dict[str, str]]) -> None:

@@ -36,6 +36,7 @@ class Options:
 
     dataset: str
     path: str | None
+    model: str
     width: int
     epochs: int
     nodes: Sequence[int]
@@ -78,9 +79,8 @@ def train_clients(data: Dataset, options: Options, nodes: int, seed: int) -> Cli
     """Train what is not trained yet."""
     kind = options.split_of(nodes)
     parts = partition_rows(data.train_labels, data.classes, nodes, parse_partition(kind), seed=seed)
-    model = DEFAULTS[options.dataset][0]
-    fixed: Row = {"held": 0.2, "model": model, "width": options.width, "norm": "batch", "epochs": options.epochs}
-    config = EndConfig(dataset=options.dataset, source=data.source, seed=seed, end="a", **fixed)
+    fixed: Row = {"held": 0.2, "width": options.width, "norm": "batch", "epochs": options.epochs}
+    config = EndConfig(dataset=options.dataset, source=data.source, model=options.model, seed=seed, end="a", **fixed)
     halves = (nodes, kind) == (2, HALVES)  # the ends of the disjoint experiment
     names = "ab" if halves else [f"{kind.replace(':', '')}-{nodes}-{node}" for node in range(nodes)]
     cpu = torch.device("cpu")
@@ -136,6 +136,7 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text.splitlines()[0] if text else "")
     parser.add_argument("dataset", choices=sorted(DEFAULTS))
     parser.add_argument("--data", help="folder of Parquet files")
+    parser.add_argument("--model", choices=sorted(DEFAULT_WIDTHS), help="by default the data set's usual one")
     parser.add_argument("--width", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--nodes", default="2,5,10")
@@ -157,11 +158,14 @@ def _split(text: str) -> str:
 
 def options_of(given: argparse.Namespace, images: Sequence[int], **more: Any) -> Options:
     """What was given, with the data set's defaults; ``more`` are further fields of the options."""
+    usual, epochs = DEFAULTS[given.dataset]
+    model = given.model or usual
     return Options(
         dataset=given.dataset,
         path=given.data,
-        width=given.width or DEFAULT_WIDTHS[DEFAULTS[given.dataset][0]],
-        epochs=given.epochs or DEFAULTS[given.dataset][1],
+        model=model,
+        width=given.width or DEFAULT_WIDTHS[model],
+        epochs=given.epochs or epochs,
         nodes=[int(word) for word in given.nodes.split(",")],
         seeds=[int(word) for word in given.seeds.split(",")],
         images=images,

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="calibration images")
     given = parser.parse_args()
     options = options_of(given, [given.images])
-    chosen = ("dataset", "width", "epochs", "nodes", "split", "seeds", "images")
+    chosen = ("dataset", "model", "width", "epochs", "nodes", "split", "seeds", "images")
     measure_all(
         *("joint", options, lambda clients, seed: merged(clients, options, seed), given.output),
         config={key: getattr(options, key) for key in chosen},

@@ -1,0 +1,54 @@
+"""The table of how far corrected merges are from the ensemble, over several runs of ``calibration.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedrebasin.simulations.disjoint_options import DEFAULTS
+from fedrebasin.simulations.summary import percent
+
+Result = Mapping[str, Any]
+CORRECTIONS = ("least-squares", "least-squares+distill")
+ENSEMBLES = ("ensemble of logits", "ensemble of probabilities")
+COLUMNS = {
+    "100 own": [("own", 100)],
+    "1,000 own": [("own", 1000)],
+    "5,000 own, or all": [("own", 5000), ("own", 1347)],
+    "1,000 cifar100": [("cifar100", 1000)],
+    "1,000 noise": [("noise", 1000)],
+}
+
+
+def distance(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]:
+    """Points of top-1 below the better of both ensembles: least squares / with distillation, by calibration images.
+
+    Runs may share rows; of rows that differ in nothing but the run the first counts.
+    """
+    scores: dict[tuple[str, int], dict[tuple[str, str, str, int, int], float]] = {}
+    ensembles: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
+    for one in results:
+        config = one["config"]
+        model = config.get("model") or DEFAULTS[config["dataset"]][0]
+        where = f"{config['dataset']}, {model} of width {config['width']}"
+        for row in one["references"]:
+            both = {name: row["rows"][name]["top1"] for name in ENSEMBLES}
+            ensembles.setdefault((where, row["clients"]), {}).setdefault(row["seed"], both)
+        for row in one["rows"]:
+            key = row["alignment"], row["correction"], row["source"], row["images"], row["seed"]
+            scores.setdefault((where, row["clients"]), {}).setdefault(key, row["top1"])
+    lines = []
+    for (where, clients), found in scores.items():
+        goals = ensembles[where, clients]
+        best = max(ENSEMBLES, key=lambda name: sum(both[name] for both in goals.values()))
+        for alignment in ("plain", "aligned"):
+            cells = []
+            for sets in COLUMNS.values():
+                far = {name: list[float]() for name in CORRECTIONS}
+                for (path, correction, source, images, seed), top1 in found.items():
+                    if path == alignment and correction in far and (source, images) in sets:
+                        far[correction].append(goals[seed][best] - top1)
+                cells.append(" / ".join(percent(one) if one else "-" for one in far.values()))
+            label = f"{where}, {clients} clients, {alignment}"
+            lines.append([f"**{label}**" if alignment == "aligned" else label, *cells])
+    return ["points below the better ensemble", *COLUMNS], lines
