@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.moments import Moments, all_moments, input_moments, output_moments, site_moments
+from fedrebasin.corrections.moments import Moments, all_moments, output_moments, site_moments
 from fedrebasin.corrections.sites import Site, find_sites
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import RebasinError
@@ -84,31 +83,23 @@ def correct_sites(
     load(model, merged)
     measured = {} if sequential else all_moments(model, batches, work.sites)
     for site in work.sites:
-        if not sequential:
-            moments = measured[site.name]
-        elif isinstance(model.get_submodule(site.name), _BatchNorm):
-            moments = input_moments(model, batches, site)
-        else:
-            moments = site_moments(model, batches, site)
+        moments = site_moments(model, batches, site) if sequential else measured[site.name]
         apply_affine(model, site, moments, goals[site.name], affine)
     return extract(model, merged)
 
 
 def apply_affine(model: nn.Module, site: Site, moments: Moments, goal: tuple[Tensor, Tensor], affine: Affine) -> None:
     """Correct one site by the moments of its output; of its input, if it is a BatchNorm."""
-    module = model.get_submodule(site.name)
-    if isinstance(module, _BatchNorm):
-        moments = refresh(module, moments)
-    if module.weight is not None:
-        goal_mean, goal_std = goal
-        fuse(
-            module,
-            site,
-            moments,
-            goal_mean if affine.shift else moments.mean,
-            goal_std if affine.scale else moments.std,
-            affine.max_gain,
-        )
+    if site.running is not None:
+        count, variance = moments.count, moments.std.square()
+        moments = refresh(model, site, moments, variance, variance * count / max(1, count - 1))
+    goal_mean, goal_std = goal
+    fuse(
+        *(model, site, moments),
+        goal_mean if affine.shift else moments.mean,
+        goal_std if affine.scale else moments.std,
+        affine.max_gain,
+    )
 
 
 def goals_of(
@@ -131,30 +122,36 @@ def goals_of(
     return {site.name: (means[site.name], stds[site.name]) for site in sites}
 
 
-def refresh(module: nn.Module, into: Moments) -> Moments:
-    """Give a BatchNorm the statistics of its input; the moments of its output follow."""
-    assert isinstance(module, _BatchNorm)
-    variance = into.std.square()
-    output = Moments()
-    output.count = into.count
-    output.mean = torch.zeros_like(into.mean) if module.bias is None else module.bias.detach().double()
-    scale = torch.ones_like(variance) if module.weight is None else module.weight.detach().double().abs()
-    if module.running_mean is not None and module.running_var is not None:
-        module.running_mean.copy_(into.mean)
-        module.running_var.copy_(variance * into.count / max(1, into.count - 1))
-    output.squares = scale.square() * variance / (variance + module.eps) * into.count
-    return output
+def refresh(model: nn.Module, site: Site, into: Moments, variance: Tensor, running: Tensor) -> Moments:
+    """Give a BatchNorm ``running`` as the variance of its input, and its mean; the moments of its output.
+
+    Parameters
+    ----------
+    into : Moments
+        Of the input; for several nodes, the mean of theirs.
+    variance : Tensor
+        Of the input over all examples, by which the BatchNorm divides.
+    """
+    assert site.running is not None
+    own = model.state_dict()
+    own[site.running[0]].copy_(into.mean)
+    own[site.running[1]].copy_(running)
+    scale = torch.ones_like(variance) if site.weight is None else own[site.weight].double().abs()
+    mean = torch.zeros_like(variance) if site.bias is None else own[site.bias].double()
+    return Moments.of(into.count, mean, scale.square() * into.squares / (variance + site.eps))
 
 
-def fuse(module: nn.Module, site: Site, moments: Moments, goal_mean: Tensor, goal_std: Tensor, max_gain: float) -> None:
+def fuse(model: nn.Module, site: Site, moments: Moments, goal_mean: Tensor, goal_std: Tensor, max_gain: float) -> None:
+    """Change weight and bias so that the output's moments become the goals; without a weight nothing can be."""
+    if site.weight is None:
+        return
     std = moments.std
     alive = (std > _DEAD * std.max()) & (goal_std > _DEAD * goal_std.max())
     gain = torch.where(alive, goal_std / std, 1.0).clamp(1 / max_gain, max_gain)
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    with torch.no_grad():
-        shape = [-1 if dim == site.weight_dim else 1 for dim in range(weight.ndim)]
-        weight.mul_(gain.view(shape).to(weight.dtype))
-        if isinstance(bias, Tensor):
-            repaired = (bias.double() - moments.mean) * gain + goal_mean
-            bias.copy_(torch.where(alive, repaired, bias.double()))
+    own = model.state_dict()
+    weight = own[site.weight]
+    weight.mul_(gain.view([-1 if dim == site.weight_dim else 1 for dim in range(weight.ndim)]).to(weight.dtype))
+    if site.bias is not None:
+        bias = own[site.bias]
+        repaired = (bias.double() - moments.mean) * gain + goal_mean
+        bias.copy_(torch.where(alive, repaired, bias.double()))

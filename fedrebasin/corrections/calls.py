@@ -1,4 +1,4 @@
-"""The calls that layers and BatchNorms make, and the tensors in them."""
+"""The calls that layers and norms make, and the tensors in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,20 @@ ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.addmm: ("bias", "input", "weight"),
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
 }
-
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.batch_norm: ARGUMENTS[F.batch_norm],
+    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias"),
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias"),
+    F.group_norm: ("input", "num_groups", "weight", "bias"),
+    F.rms_norm: ("input", "normalized_shape", "weight"),
+}
+#: all calls whose output may take an affine map per channel, with their arguments' names
+AFFINE: dict[Callable[..., Any], tuple[str, ...]] = {
+    **ARGUMENTS,
+    **NORMS,
+    **dict.fromkeys(TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")),
+}
 
 #: ``F.multi_head_attention_forward`` as it would run under no function mode: a mode sees the calls inside, where torch
 #: would show it the whole as one call.
@@ -31,10 +44,21 @@ attention_inside = FunctionType(
 )
 
 
-def arguments_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments by name if ``func`` is one that layers or BatchNorms call, otherwise ``None``."""
-    names = ARGUMENTS.get(func)
+def arguments_of(
+    func: Any,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    known: Mapping[Callable[..., Any], tuple[str, ...]] = ARGUMENTS,
+) -> dict[str, Any] | None:
+    """Arguments by name if ``func`` is one of those that are known, otherwise ``None``."""
+    names = known.get(func)
     return None if names is None else {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def key_of(func: Any, given: Mapping[str, Any]) -> Any:
+    """The tensor by which a call is known: the weight, or a BatchNorm's running mean."""
+    mean = given.get("running_mean") if func is F.batch_norm else None
+    return given.get("weight") if mean is None else mean
 
 
 def names_of_tensors(model: nn.Module) -> dict[int, str]:

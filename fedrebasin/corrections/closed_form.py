@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.affine import Affine, apply_affine, begin_at_sites, goals_of
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.sites import Site
+from fedrebasin.corrections.taps import tap
 from fedrebasin.corrections.working import extract, working_copy
 
 
@@ -62,29 +62,22 @@ def average_moments(
 ) -> dict[str, Moments]:
     """Moments of ``sum_k c_k x_k`` at each site: of a BatchNorm's input, of another site's output."""
     found = {site.name: Moments() for site in sites}
-    dims = {site.name: site.dim for site in sites}
     total: dict[str, Tensor] = {}
 
-    def hook(name: str, weight: float) -> Any:
-        def add(module: nn.Module, args: Any, output: Tensor) -> None:
-            seen = args[0] if isinstance(module, _BatchNorm) else output
-            total[name] = total[name] + weight * seen if name in total else weight * seen
+    def add(weight: float) -> Callable[[Site, Tensor, Tensor], None]:
+        def see(site: Site, into: Tensor, output: Tensor) -> None:
+            part = weight * (into if site.running else output)
+            total[site.name] = total[site.name] + part if site.name in total else part
 
-        return add
+        return see
 
-    handles = [
-        model.get_submodule(site.name).register_forward_hook(hook(site.name, weight))
-        for model, weight in zip(models, weights, strict=True)
-        for site in sites
-    ]
     for args, kwargs, _ in batches:
         total.clear()
-        for model in models:
-            model(*args, **kwargs)
-        for name, average in total.items():
-            found[name].add(average, dims[name])
-    for handle in handles:
-        handle.remove()
+        for model, weight in zip(models, weights, strict=True):
+            with tap(model, sites, add(weight)):
+                model(*args, **kwargs)
+        for site in sites:
+            found[site.name].add(total[site.name], site.dim)
     for name, moments in found.items():
         moments.check(name)
     return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.corrections.affine import Affine, fuse
+from fedrebasin.corrections.affine import Affine, fuse, refresh
 from fedrebasin.corrections.first_uses import read_until
-from fedrebasin.corrections.moments import Moments, all_moments, input_moments, output_moments, site_moments
+from fedrebasin.corrections.moments import Moments, all_moments, output_moments, site_moments
 from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
 from fedrebasin.corrections.sites import Site, find_sites
@@ -78,7 +78,7 @@ def federated_repair(case: Case) -> Correction:
     for group in [[site] for site in sites] if case.options.sequential else [sites]:
         asked = [] if goals else sites
         state = extract(model, case.merged)
-        needed = read_until(uses, _names(model, group), state) if case.options.sequential else tuple(state)
+        needed = read_until(uses, _keys(group), state) if case.options.sequential else tuple(state)
         query = Query(
             KIND,
             {
@@ -87,8 +87,8 @@ def federated_repair(case: Case) -> Correction:
                 **({"end-sites": [site.name for site in asked]} if asked else {}),
             },
             {name: state[name] for name in needed},
-            read_until(uses, _names(model, asked), state) if asked else (),
-            _reader(model, group, asked),
+            read_until(uses, _keys(asked), state) if asked else (),
+            _reader(group, asked, next(iter(state.values())).device),
             lambda measured: rms_of([*measured[0].values(), *measured[1].values()]),
         )
         answers: dict[int, tuple[Measured, Measured]] = yield query
@@ -122,8 +122,6 @@ def measure(about: About, node: Node) -> Answer:
                     "others give; have the server ask with sequential=True"
                 )
             measured = all_moments(model, batches, sites, make)
-        elif isinstance(model.get_submodule(sites[0].name), _BatchNorm):
-            measured = {names[0]: input_moments(model, batches, sites[0], make)}
         else:
             measured = {names[0]: site_moments(model, batches, sites[0], make)}
         for name, moments in measured.items():
@@ -159,17 +157,15 @@ def correct_site(
     >>> def of(mean: float, std: float) -> Moments:
     ...     return Moments.of(1, torch.tensor([mean]).double(), torch.tensor([std**2]).double())
     >>> ours, theirs = {0: of(0, 1), 1: of(0, 3)}, {0: of(1, 2), 1: of(3, 6)}
-    >>> correct_site(net, Site("0", 1), ours, theirs, {0: 0.5, 1: 0.5}, Affine())
+    >>> correct_site(net, Site("0", 1, 1, "0.weight", "0.bias"), ours, theirs, {0: 0.5, 1: 0.5}, Affine())
     >>> net[0].weight.item(), net[0].bias.item()
     (2.0, 2.0)
     """
-    module = model.get_submodule(site.name)
     now = _average(ours, shares)
-    if isinstance(module, _BatchNorm):
-        now = _refresh(module, ours, shares)
-    if module.weight is not None:
-        goal = _average(theirs, shares)
-        fuse(module, site, now, goal.mean, goal.std, affine.max_gain)
+    if site.running is not None:
+        now = _refresh(model, site, ours, shares)
+    goal = _average(theirs, shares)
+    fuse(model, site, now, goal.mean, goal.std, affine.max_gain)
 
 
 def _average(parts: dict[int, Moments], shares: dict[int, float]) -> Moments:
@@ -181,7 +177,7 @@ def _average(parts: dict[int, Moments], shares: dict[int, float]) -> Moments:
     return Moments.of(1, mean, std.square())
 
 
-def _refresh(module: _BatchNorm, into: dict[int, Moments], shares: dict[int, float]) -> Moments:
+def _refresh(model: nn.Module, site: Site, into: dict[int, Moments], shares: dict[int, float]) -> Moments:
     """Give a BatchNorm the statistics of the mixture of the nodes' inputs; the average moments of its output."""
     average = _average(into, shares)
     biased = unbiased = torch.zeros_like(average.mean)
@@ -189,24 +185,18 @@ def _refresh(module: _BatchNorm, into: dict[int, Moments], shares: dict[int, flo
         between, within = (moments.mean - average.mean).square(), moments.squares / max(1, moments.count)
         biased = biased + shares[place] * (within + between)
         unbiased = unbiased + shares[place] * (within * moments.count / max(1, moments.count - 1) + between)
-    if module.running_mean is not None and module.running_var is not None:
-        module.running_mean.copy_(average.mean)
-        module.running_var.copy_(unbiased)
-    scale = torch.ones_like(biased) if module.weight is None else module.weight.detach().double().abs()
-    bias = torch.zeros_like(biased) if module.bias is None else module.bias.detach().double()
-    return Moments.of(1, bias, (scale * average.std).square() / (biased + module.eps))
+    return refresh(model, site, average, biased, unbiased)
 
 
-def _reader(model: nn.Module, ours: list[Site], theirs: list[Site]) -> Callable[[Answer], tuple[Measured, Measured]]:
-    sizes = {site.name: _channels(model.get_submodule(site.name), site) for site in {*ours, *theirs}}
-    device = next(iter(model.state_dict().values())).device
-
+def _reader(
+    ours: list[Site], theirs: list[Site], device: torch.device
+) -> Callable[[Answer], tuple[Measured, Measured]]:
     def read(answer: Answer) -> tuple[Measured, Measured]:
         found: list[Measured] = []
         for whose, sites in (("merged", ours), ("end", theirs)):
             measured: Measured = {}
             for site in sites:
-                name, size = f"{whose}.{site.name}", (sizes[site.name],)
+                name, size = f"{whose}.{site.name}", (site.channels,)
                 check_tensors(answer, {f"{name}.count": (), f"{name}.mean": size, f"{name}.squares": size})
                 count, mean, squares = (answer[f"{name}.{part}"] for part in ("count", "mean", "squares"))
                 if int(count) < 1 or bool((squares < 0).any()):
@@ -218,19 +208,6 @@ def _reader(model: nn.Module, ours: list[Site], theirs: list[Site]) -> Callable[
     return read
 
 
-def _channels(module: nn.Module, site: Site) -> int:
-    if isinstance(module, _BatchNorm):
-        return module.num_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    groups = getattr(module, "groups", 1) if site.weight_dim == 1 else 1
-    return int(weight.shape[site.weight_dim]) * int(groups)
-
-
-def _names(model: nn.Module, sites: list[Site]) -> list[str]:
+def _keys(sites: list[Site]) -> list[str]:
     """Keys of the sites' own tensors."""
-    return [
-        f"{site.name}.{name}" if site.name else name
-        for site in sites
-        for name in model.get_submodule(site.name).state_dict()
-    ]
+    return [key for site in sites for key in site.keys]

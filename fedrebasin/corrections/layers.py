@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.corrections.calls import (
@@ -105,6 +106,8 @@ class _Watch(TorchFunctionMode):
         self._uses: Counter[int] = Counter()
         self._sources: dict[int, frozenset[int]] = {}
         self._alive: list[Any] = []  # so that neither ids nor addresses are given out twice
+        norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+        self._norms = {id(module.running_mean) for module in norms}  # of one written by hand nothing is rewritten
         self._tied = Counter(id(tensor) for tensor in model.state_dict(keep_vars=True).values())
         for tensor in (*leaves(inputs), *model.parameters(), *model.buffers()):
             self._sources[address_of(tensor)] = frozenset()
@@ -129,7 +132,8 @@ class _Watch(TorchFunctionMode):
         self._alive += [*read, *written]
         given = arguments_of(func, args, kwargs)
         key = None if given is None else given.get("running_mean" if func is F.batch_norm else "weight")
-        if given is not None and id(key) in self._names and isinstance(result, Tensor):
+        known = id(key) in self._names and (func is not F.batch_norm or id(key) in self._norms)
+        if given is not None and known and isinstance(result, Tensor):
             self._calls.append(_Call(func, given, result, sources))
             sources = frozenset({len(self._calls) - 1})
         for tensor in written:  # by storage: what is written in place, or through a view, has been read as well

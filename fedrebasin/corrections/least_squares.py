@@ -66,8 +66,8 @@ def least_squares(
     Every linear and convolution layer that runs once is solved, however it is called; a BatchNorm right behind one is
     folded in (the pre-activation is what it gives) and gets the statistics of its input and an affine map that give
     the same; a BatchNorm elsewhere gets the statistics of its input. Other norms stay. Grouped and transposed
-    convolutions, layers that run twice, tied weights, recurrent layers and the projections inside
-    ``nn.MultiheadAttention`` stay averaged: the log names them.
+    convolutions, layers that run twice, tied weights, recurrent layers, and attention's ingoing projections of several
+    tensors stay averaged: the log names them.
 
     Parameters
     ----------

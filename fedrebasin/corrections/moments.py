@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.passes import Stop
 from fedrebasin.corrections.sites import Site
+from fedrebasin.corrections.taps import tap
 from fedrebasin.errors import CalibrationError
 
 
@@ -77,7 +76,7 @@ def output_moments(
     model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker = Moments
 ) -> dict[str, Moments]:
     """Moments of every site's output, in one pass."""
-    return _measure(model, batches, sites, make, of_input=frozenset(), stop=False)
+    return _measure(model, batches, sites, make, outputs=True)
 
 
 def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker = Moments) -> dict[str, Moments]:
@@ -86,57 +85,41 @@ def all_moments(model: nn.Module, batches: Batches, sites: Sequence[Site], make:
     In that pass BatchNorms go by the batch's statistics, so that what lies behind one does not see those of another
     network's activations.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    counters = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # its own statistics stay
-        norm.train()
-    names = frozenset(site.name for site in sites if isinstance(model.get_submodule(site.name), _BatchNorm))
     try:
-        return _measure(model, batches, sites, make, of_input=names, stop=False)
+        return _measure(model, batches, sites, make, by_batch=True)
     except ValueError as error:
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(f"calibration: BatchNorm needs batches of more than one example ({error})") from error
-    finally:
-        for norm, momentum, counter in zip(norms, momenta, counters, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, counter
-            norm.eval()
-
-
-def input_moments(model: nn.Module, batches: Batches, site: Site, make: Maker = Moments) -> Moments:
-    """Moments of one site's input along its channels; the pass stops there."""
-    return _measure(model, batches, [site], make, of_input=frozenset({site.name}), stop=True)[site.name]
 
 
 def site_moments(model: nn.Module, batches: Batches, site: Site, make: Maker = Moments) -> Moments:
-    """Moments of one site's output; the pass stops there."""
-    return _measure(model, batches, [site], make, of_input=frozenset(), stop=True)[site.name]
+    """Moments of one site's output, of a BatchNorm's input; the pass stops there."""
+    return _measure(model, batches, [site], make, stop=True)[site.name]
 
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, batches: Batches, sites: Sequence[Site], make: Maker, *, of_input: frozenset[str], stop: bool
+    model: nn.Module,
+    batches: Batches,
+    sites: Sequence[Site],
+    make: Maker,
+    *,
+    outputs: bool = False,
+    stop: bool = False,
+    by_batch: bool = False,
 ) -> dict[str, Moments]:
     found = {site.name: make() for site in sites}
 
-    def record(site: Site) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            found[site.name].add(args[0] if site.name in of_input else output, site.dim)
-            if stop:
-                raise Stop
+    def see(site: Site, into: Tensor, output: Tensor) -> None:
+        found[site.name].add(into if site.running and not outputs else output, site.dim)
+        if stop:
+            raise Stop
 
-        return hook
-
-    handles = [model.get_submodule(site.name).register_forward_hook(record(site)) for site in sites]
-    try:
+    with tap(model, sites, see, by_batch=by_batch):
         for args, kwargs, _ in batches:
             with suppress(Stop):
                 model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, moments in found.items():
         moments.check(name)
     return found

@@ -29,6 +29,10 @@ def repair(
     map, ``goal_std / std * (x - mean) + goal_mean``, is fused into the layer's weight and bias, so that the keys
     of the state dict stay. A BatchNorm gets the statistics of its input first.
 
+    Corrected are the outputs of norms with weight and bias, and of linear and convolution layers with a bias, modules
+    or functions alike, that are neither the model's outputs nor go straight into a norm. The log (INFO) names what
+    takes no affine map of its own, with the reason.
+
     Parameters
     ----------
     net : nn.Module
