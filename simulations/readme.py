@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrebasin.simulations.bench.tables import TABLES
-from fedrebasin.simulations.bench.tables_distance import distance
+from fedrebasin.simulations.bench.tables_distance import attempts, distance
 from fedrebasin.simulations.competitors import label_of
 from fedrebasin.simulations.disjoint_numbers import ROWS, per_seed, spread_text
 from fedrebasin.simulations.results import load_results, summarise, write_whole
@@ -31,8 +31,8 @@ def render(text: str, folder: Path = RESULTS) -> str:
     ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
     other, ``attendance`` all rounds of those where nodes come and go, ``federated`` first rounds side by side with the
     bytes of queries, ``zoo`` some rows of ``fedrebasin inspect --zoo``, ``distance`` how far corrected merges are from
-    the ensemble, and each kind of ``bench/tables.py`` the runs of one benchmark; every NAME is a folder of
-    ``simulations/results/``.
+    the ensemble, ``attempts`` what might bring them nearer, and each kind of ``bench/tables.py`` the runs of one
+    benchmark; every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
@@ -169,6 +169,10 @@ def _distance(results: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(*distance(results))
 
 
+def _attempts(results: Sequence[Mapping[str, Any]]) -> str:
+    return _markdown(*attempts(results))
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -182,6 +186,7 @@ _KINDS = {
     "federated": _federated,
     "zoo": _zoo,
     "distance": _distance,
+    "attempts": _attempts,
 }
 
 

@@ -1,4 +1,4 @@
-"""The table of how far corrected merges are from the ensemble, over several runs of ``calibration.py``."""
+"""Tables of how far corrected merges are from the ensemble, over several runs of ``calibration.py`` or ``goals.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedrebasin.simulations.disjoint_options import DEFAULTS
-from fedrebasin.simulations.summary import percent
+from fedrebasin.simulations.summary import percent, plain
 
 Result = Mapping[str, Any]
 CORRECTIONS = ("least-squares", "least-squares+distill")
@@ -29,8 +29,7 @@ def distance(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]
     ensembles: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     for one in results:
         config = one["config"]
-        model = config.get("model") or DEFAULTS[config["dataset"]][0]
-        where = f"{config['dataset']}, {model} of width {config['width']}"
+        where = _where(config)
         for row in one["references"]:
             both = {name: row["rows"][name]["top1"] for name in ENSEMBLES}
             ensembles.setdefault((where, row["clients"]), {}).setdefault(row["seed"], both)
@@ -52,3 +51,29 @@ def distance(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]
             label = f"{where}, {clients} clients, {alignment}"
             lines.append([f"**{label}**" if alignment == "aligned" else label, *cells])
     return ["points below the better ensemble", *COLUMNS], lines
+
+
+def attempts(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]:
+    """One column for each run and number of clients: loss and top-1 of every attempt, and of both ensembles."""
+    columns, cells = ["test loss / top-1 %"], dict[str, dict[int, str]]()
+    for one in results:
+        for clients in dict.fromkeys(row["clients"] for row in one["rows"]):
+            columns.append(f"{_where(one['config'])}, {clients} clients, {one['config']['images']:,} images")
+            found: dict[str, list[Result]] = {}
+            for row in one["rows"]:
+                if row["clients"] == clients:
+                    found.setdefault(row["attempt"], []).append(row)
+            for row in one["references"]:
+                if row["clients"] == clients:
+                    for name in ENSEMBLES:
+                        found.setdefault(name, []).append(row["rows"][name])
+            for name, scores in found.items():
+                loss, top1 = ([row[key] for row in scores] for key in ("loss", "top1"))
+                cells.setdefault(name, {})[len(columns) - 1] = f"{plain(loss)} / {percent(top1)}"
+    names = [*(name for name in cells if name not in ENSEMBLES), *ENSEMBLES]
+    return columns, [[name, *(cells[name].get(place, "-") for place in range(1, len(columns)))] for name in names]
+
+
+def _where(config: Mapping[str, Any]) -> str:
+    model = config.get("model") or DEFAULTS[config["dataset"]][0]
+    return f"{config['dataset']}, {model} of width {config['width']}"
