@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from corrections_ends import draw, random_ends
 from networks import Grouped
 from networks_by_hand import InPlace, Residual, deep, norm_free
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedrebasin import merge
+from fedrebasin import merge, repair
 from fedrebasin.corrections.least_squares import least_squares
 from fedrebasin.corrections.passes import Runner
+from fedrebasin.errors import RebasinError
 
 MAKERS = {"norm-free": norm_free, "residual": Residual, "groupnorm": Grouped, "in-place": InPlace}
 IMAGES = [draw(30, 3, 8, 8, seed=seed) for seed in range(4)]
@@ -29,14 +31,15 @@ class Shuffled:
         return iter(self.x[torch.randperm(len(self.x), generator=self.generator)].split(20))
 
 
+@pytest.mark.parametrize("correct", [partial(least_squares, ridge=1e-3), repair])
 @pytest.mark.parametrize("name", ["norm-free", "residual", "groupnorm", "in-place"])
-def test_memory_changes_the_cost_and_not_the_result(name: str) -> None:
+def test_memory_changes_the_cost_and_not_the_result(name: str, correct: Callable[..., dict[str, Tensor]]) -> None:
     net = InPlace().double() if name == "in-place" else MAKERS[name]().double()
     batches = [draw(60, 4), draw(50, 4, seed=1)] if name == "in-place" else IMAGES
     ends = random_ends(net)
     inputs = sum(batch.numel() * 8 for batch in batches)
     results = [
-        least_squares(net, merge(ends), ends, batches, ridge=1e-3, memory=memory)
+        correct(net, merge(ends), ends, batches, memory=memory)
         for memory in (2**30, 0, inputs, inputs + 6000, inputs + 100_000)
     ]
     for key in results[0]:
@@ -70,3 +73,29 @@ def test_with_memory_no_layer_is_computed_again(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(Runner, "keep", counted)
     least_squares(net, merge(ends), ends, [draw(100, 4)], memory=memory)
     assert len(computed) == expected
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_with_memory_repair_computes_no_layer_again(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    # a corrected layer runs as it was, and again with what was fused in if another one reads it; a layer in front of a
+    # BatchNorm runs once, for the BatchNorm's input
+    net = nn.Sequential(
+        *(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()),
+        *(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)),
+    ).double()
+    ends = random_ends(net, [draw(100, 4)])
+    computed, keep = [], Runner.keep
+
+    def counted(self: Runner, index: int, number: int, output: Tensor, *, final: bool = True) -> None:
+        computed.append(index)
+        keep(self, index, number, output, final=final)
+
+    monkeypatch.setattr(Runner, "keep", counted)
+    repair(net, merge(ends), ends, [draw(100, 4)], memory=memory)
+    assert computed == ([0, 0, 1, 1, 2, 3, 4] if memory else [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4])
+
+
+def test_negative_memory_is_refused() -> None:
+    net = deep()
+    with pytest.raises(RebasinError, match="memory: expected a number of bytes from 0; got -1"):
+        repair(net, net.state_dict(), [net.state_dict()], [draw(100, 4)], memory=-1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.moments import Moments, all_moments, output_moments, site_moments
-from fedrebasin.corrections.sites import Site, find_sites
+from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
+from fedrebasin.corrections.sites import Site, find_calls
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import RebasinError
 
@@ -39,12 +40,17 @@ class Affine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a correction works on: a private network, its sites in order, the data, the ends' coefficients."""
+    """What a correction works on: a private network, its layers and norms, the data, the ends' coefficients."""
 
     model: nn.Module
-    sites: list[Site]
+    calls: list[Site]
     batches: Batches
     weights: list[float]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Those that are corrected, in order."""
+        return [site for site in self.calls if site.corrected]
 
 
 def begin_at_sites(
@@ -57,12 +63,12 @@ def begin_at_sites(
 ) -> Work:
     """Check what a caller gave and find the sites; ``model`` holds ``merged``."""
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
-    sites = find_sites(model, batches)
-    if not sites:
+    work = Work(model, find_calls(model, batches), batches, weights)
+    if not work.sites:
         raise RebasinError(
             "net: expected a norm, or a hidden linear or convolution layer with a bias, to repair; found none"
         )
-    return Work(model, sites, batches, weights)
+    return work
 
 
 def correct_sites(
@@ -73,19 +79,42 @@ def correct_sites(
     *,
     affine: Affine,
     sequential: bool,
+    memory: int,
     coefficients: Sequence[float] | None,
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """Measure the ends, then correct every site of the merged network towards them; see :func:`repair`."""
+    budget = Memory(memory)
     work = begin_at_sites(net, merged, ends, calibration, coefficients, device)
     model, batches = work.model, work.batches
     goals = goals_of(model, ends, work.weights, batches, work.sites)
     load(model, merged)
     measured = {} if sequential else all_moments(model, batches, work.sites)
-    for site in work.sites:
-        moments = site_moments(model, batches, site) if sequential else measured[site.name]
+    held = hold(batches, budget) if sequential else None
+    runner = Runner(model, work.calls, budget, keep=held is not None)
+    for index, site in enumerate(work.calls):
+        if not site.corrected:
+            continue
+        if not sequential:
+            moments = measured[site.name]
+        elif site.by_module:
+            moments = site_moments(model, batches, site)
+        else:
+            moments = _moments_at(runner, index, site, held or ((args, kwargs) for args, kwargs, _ in batches))
         apply_affine(model, site, moments, goals[site.name], affine)
     return extract(model, merged)
+
+
+def _moments_at(runner: Runner, index: int, site: Site, source: Iterable[Batch]) -> Moments:
+    """What :func:`site_moments` gives, in passes that go on from what earlier ones have kept."""
+    moments = Moments()
+    for number, batch in enumerate(source):
+        if site.running is not None:
+            moments.add(runner.input(index, number, batch), site.dim)
+        else:
+            moments.add(runner.output(index, number, batch, final=False), site.dim)
+    moments.check(site.name)
+    return moments
 
 
 def apply_affine(model: nn.Module, site: Site, moments: Moments, goal: tuple[Tensor, Tensor], affine: Affine) -> None:

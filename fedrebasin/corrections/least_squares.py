@@ -125,12 +125,10 @@ def least_squares(
     """
     if ridge is not None and not 0 <= ridge < float("inf"):
         raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
-    if memory < 0:
-        raise RebasinError(f"memory: expected a number of bytes from 0; got {memory}")
+    budget = Memory(memory)
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")
     check_goals(goals, model, steps, batches)
-    budget = Memory(memory)
     held = hold(batches, budget)
     ours = Runner(model, steps, budget, keep=held is not None)
     theirs = [

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.calls import arguments_of, attention_inside, leaves, names_of_tensors
-from fedrebasin.corrections.layers import Layer, Step
+from fedrebasin.corrections.calls import AFFINE, arguments_of, attention_inside, key_of, leaves, names_of_tensors
+from fedrebasin.corrections.layers import Norm, Step
+from fedrebasin.corrections.sites import Site
+from fedrebasin.errors import RebasinError
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -22,6 +24,8 @@ class Memory:
     """How many bytes may still be kept."""
 
     def __init__(self, limit: int) -> None:
+        if limit < 0:
+            raise RebasinError(f"memory: expected a number of bytes from 0; got {limit}")
         self.free = limit
 
     def take(self, tensor: Tensor) -> bool:
@@ -55,7 +59,7 @@ class Runner:
     stands between layers, where memory allows, and a whole pass up to that step where not.
     """
 
-    def __init__(self, model: nn.Module, steps: Sequence[Step], memory: Memory, *, keep: bool) -> None:
+    def __init__(self, model: nn.Module, steps: Sequence[Step | Site], memory: Memory, *, keep: bool) -> None:
         self.model, self._steps, self._memory, self._keep = model, steps, memory, keep
         place = {step.key: index for index, step in enumerate(steps)}
         self._place = {tensor: place[name] for tensor, name in names_of_tensors(model).items() if name in place}
@@ -102,17 +106,15 @@ class Runner:
 
     def place_of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
         """Which step a call is."""
-        given = arguments_of(func, args, kwargs)
-        if given is None:
-            return None
-        return self._place.get(id(given.get("running_mean" if func is F.batch_norm else "weight")))
+        given = arguments_of(func, args, kwargs, AFFINE)
+        return None if given is None else self._place.get(id(key_of(func, given)))
 
     def result(self, index: int, number: int, needed: set[int], call: Any) -> Any:
         """A step's output on the way to a later one: kept, computed, or a stand-in."""
         kept = self._kept.get((index, number))
         if kept is not None:
             return kept.clone()  # what follows may write into it
-        like = self._like.get((index, number))  # layers alone have one: a BatchNorm runs
+        like = self._like.get((index, number))  # a ``Norm`` has none: it runs
         if index not in needed and like is not None:
             return torch.zeros(like.shape, dtype=like.dtype, device=self._device)
         output = call()
@@ -121,7 +123,7 @@ class Runner:
 
     def keep(self, index: int, number: int, output: Any, *, final: bool = True) -> None:
         """Note an output's shape, and keep the output if it is final, a later step reads it and memory is left."""
-        if not isinstance(self._steps[index], Layer):
+        if isinstance(self._steps[index], Norm):
             return
         self._like[index, number] = torch.empty_like(output, device="meta")
         self._device = output.device
@@ -151,7 +153,7 @@ class _Pass(TorchFunctionMode):
                 return attention_inside(*args, **kwargs)
         place = self._runner.place_of(func, args, kwargs)
         if place == self._index:
-            given = arguments_of(func, args, kwargs) or {}
+            given = arguments_of(func, args, kwargs, AFFINE) or {}
             self.seen = self.seen_input = given["input"]
             if self._output:
                 self.seen = func(*args, **kwargs)

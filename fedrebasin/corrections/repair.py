@@ -20,6 +20,7 @@ def repair(
     coefficients: Sequence[float] | None = None,
     max_gain: float = 10.0,
     sequential: bool = True,
+    memory: int = 2**30,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Set each pre-activation's mean and standard deviation to the average of the ends' (REPAIR).
@@ -42,14 +43,18 @@ def repair(
     ends : sequence of dict of str to Tensor
         The aligned state dicts.
     calibration : iterable of batches
-        Inputs, no labels; read once for each end, and once for each corrected layer or once in all.
+        Inputs, no labels; read once for each end, and once for each corrected layer or once in all; with ``memory``
+        for them, not again for a layer.
     coefficients : sequence of float, optional
         The merge's; equal by default.
     max_gain : float
         Gains are kept in ``[1 / max_gain, max_gain]``. Dead channels are left alone.
     sequential : bool
-        Measure each layer behind the corrected ones (a pass each), so that every goal is met. ``False`` measures
+        Measure each layer behind the corrected ones, so that every goal is met. ``False`` measures
         all at once, in one pass that normalises by batch statistics: cheaper, and exact in the first layer only.
+    memory : int
+        Bytes that may be kept between passes, besides a network and a batch: calibration inputs, and outputs of the
+        layers that later ones read. With enough of it a layer costs its own computation, without it a pass up to it.
     device : str, optional
         Where the network runs; by default where ``merged`` is.
 
@@ -63,7 +68,7 @@ def repair(
     CalibrationError
         If the data is empty, can be read only once, or activations are not finite.
     RebasinError
-        If coefficients do not fit, ``max_gain`` is below 1, or no layer can be corrected.
+        If coefficients do not fit, ``max_gain`` is below 1, ``memory`` is negative, or no layer can be corrected.
 
     Warns
     -----
@@ -83,5 +88,10 @@ def repair(
     """
     affine = Affine(max_gain=max_gain)
     return correct_sites(
-        net, merged, ends, calibration, affine=affine, sequential=sequential, coefficients=coefficients, device=device
+        *(net, merged, ends, calibration),
+        affine=affine,
+        sequential=sequential,
+        memory=memory,
+        coefficients=coefficients,
+        device=device,
     )

@@ -20,6 +20,7 @@ def rescale(
     coefficients: Sequence[float] | None = None,
     max_gain: float = 10.0,
     sequential: bool = True,
+    memory: int = 2**30,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Set each pre-activation's standard deviation to the average of the ends'; its mean stays.
@@ -40,5 +41,10 @@ def rescale(
     """
     affine = Affine(shift=False, max_gain=max_gain)
     return correct_sites(
-        net, merged, ends, calibration, affine=affine, sequential=sequential, coefficients=coefficients, device=device
+        *(net, merged, ends, calibration),
+        affine=affine,
+        sequential=sequential,
+        memory=memory,
+        coefficients=coefficients,
+        device=device,
     )

@@ -19,6 +19,7 @@ def reshift(
     *,
     coefficients: Sequence[float] | None = None,
     sequential: bool = True,
+    memory: int = 2**30,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Set each pre-activation's mean to the average of the ends'; its standard deviation stays.
@@ -39,5 +40,10 @@ def reshift(
     """
     affine = Affine(scale=False)
     return correct_sites(
-        net, merged, ends, calibration, affine=affine, sequential=sequential, coefficients=coefficients, device=device
+        *(net, merged, ends, calibration),
+        affine=affine,
+        sequential=sequential,
+        memory=memory,
+        coefficients=coefficients,
+        device=device,
     )

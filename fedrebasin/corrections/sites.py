@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.calls import (
-    AFFINE,
-    CONVOLUTIONS,
-    NORMS,
-    TRANSPOSED,
-    address_of,
-    arguments_of,
-    attention_inside,
-    key_of,
-    leaves,
-    names_of_tensors,
-)
+from fedrebasin.corrections.calls import CONVOLUTIONS, TRANSPOSED, key_of
+from fedrebasin.corrections.watch import Call, Watch, content_of, watch
 
 LOGGER = logging.getLogger("fedrebasin")
 
@@ -53,6 +38,11 @@ class Site:
         The BatchNorm's.
     by_module : bool
         The call is the module's; otherwise that of a function with the tensor ``key``.
+    corrected : bool
+        False for a layer that only passes on what it reads: it goes straight into a norm, is the model's output, or
+        has no bias.
+    after : frozenset of int
+        Places, in the list of all calls, of those whose outputs reach its input.
     """
 
     name: str
@@ -64,6 +54,8 @@ class Site:
     running: tuple[str, str] | None = None
     eps: float = 0.0
     by_module: bool = False
+    corrected: bool = True
+    after: frozenset[int] = frozenset()
 
     @property
     def key(self) -> str:
@@ -77,158 +69,90 @@ class Site:
 
 
 def find_sites(model: nn.Module, batches: Batches) -> list[Site]:
-    """Run one batch and list the sites in the order in which they run; the log names what is none, with the reason.
+    """The calls of :func:`find_calls` that are corrected."""
+    return [site for site in find_calls(model, batches) if site.corrected]
 
-    A site is a norm with weight and bias, a BatchNorm, or a linear or convolution layer with a bias whose output
-    is neither the model's nor goes straight into a norm. What runs more than once or is tied is left out.
+
+def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
+    """Run one batch and list the calls in their order; the log names what cannot be corrected, with the reason.
+
+    Corrected are norms with weight and bias, BatchNorms, and linear and convolution layers with a bias whose output
+    is neither the model's nor goes straight into a norm. What runs more than once or is tied is not in the list.
     """
     args, kwargs, _ = next(iter(batches))
-    watch = _Watch(model)
-    with torch.no_grad(), watch.hooks(), watch:
-        output = model(*args, **kwargs)
-    sites, left = watch.sites(output)
-    for name, reason in left.items():
+    seen = watch(model, args, kwargs)
+    left: dict[str, str] = {}
+    ends = {content_of(tensor) for tensor in seen.outputs}
+    by_hand = Counter(call.module for call in seen.calls if call.module is not None)
+    known, places = set[str](), dict[int, bool]()
+    for place, call in enumerate(seen.calls):
+        tensors = [x for x in call.given.values() if id(x) in seen.names]
+        known.update(seen.names[id(x)] for x in tensors)
+        runs = 1 if call.module is None else by_hand[call.module]
+        once = runs == 1 and all(seen.tied[id(x)] == 1 and (call.module or seen.uses[id(x)] == 1) for x in tensors)
+        passes = not call.norm and (call.content in ends or (*call.content, call.output.numel()) in seen.normed)
+        reason = "" if passes else _refuse(call, seen) if once else "it is used more than once"
+        if reason:
+            left[seen.names[id(key_of(call.func, call.given))]] = reason
+        if once and call.module is None:
+            places[place] = not passes and not reason
+        elif not reason:
+            places[place] = True
+    for name, reason in (left | seen.unread(known)).items():
         LOGGER.info("correction: %r takes no affine map of its own: %s", name, reason)
-    return sites
+    where = {place: index for index, place in enumerate(places)}
+    return [
+        _site(seen.calls[place], seen, corrected=corrected, after=seen.through(place, where))
+        for place, corrected in places.items()
+    ]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A layer's or norm's call; ``func`` is that of the module ``module`` if a norm computes by hand."""
-
-    func: Any
-    given: dict[str, Any]
-    output: Tensor
-    content: tuple[int, int]
-    module: str | None = None
-
-    @property
-    def norm(self) -> bool:
-        return self.module is not None or self.func in NORMS
-
-
-class _Watch(TorchFunctionMode):
-    """Keeps every call of a layer or norm with a tensor of the state dict."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model, self._names = model, names_of_tensors(model)
-        self._calls: list[_Call] = []
-        self._normed: set[tuple[int, int, int]] = set()  # what a norm has read: content and size
-        self._uses: Counter[int] = Counter()
-        self._tied = Counter(id(tensor) for tensor in model.state_dict(keep_vars=True).values())
-        self._alive: list[Any] = []  # so that neither ids nor addresses are given out twice
-
-    def hooks(self) -> ExitStack:
-        """Watch, inside a ``with``, the modules that look like a norm and may compute by hand."""
-        stack = ExitStack()
-        for name, module in self._model.named_modules():
-            own = {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
-            if set(own) == {"weight", "bias"} and all(tensor.ndim == 1 for tensor in own.values()):
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
-        return stack
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            known = any(call.module is None and call.given.get("weight") is module.weight for call in self._calls)
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and not known:
-                given = {"input": args[0], "weight": module.weight, "bias": module.bias}
-                self._calls.append(_Call(type(module).forward, given, output, _content(output), name))
-                self._normed.add((*_content(args[0]), args[0].numel()))
-
-        return note
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` and note it if it is a layer's or a norm's."""
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            with self:
-                return attention_inside(*args, **kwargs)
-        read, given = list(leaves((args, kwargs))), arguments_of(func, args, kwargs, AFFINE)
-        ours = given is not None and id(key_of(func, given)) in self._names
-        if given is not None and ours and func in NORMS:
-            self._normed.add((*_content(given["input"]), given["input"].numel()))
-        result = func(*args, **kwargs)
-        written = list(leaves(result))
-        if written:  # otherwise a shape or a number: no use of the tensors' values; nor is a cast that changes nothing
-            self._uses.update({id(x): 1 for x in read if all(x is not y for y in written)})
-            self._alive += [*read, *written]
-        if given is not None and ours and isinstance(result, Tensor):
-            self._calls.append(_Call(func, given, result, _content(result)))
-        return result
-
-    def sites(self, output: Any) -> tuple[list[Site], dict[str, str]]:
-        """The sites in order, and the tensors that are none's, each with the reason."""
-        left: dict[str, str] = {}
-        ends = {_content(tensor) for tensor in leaves(output)}
-        seen, sites = set[int](), list[Site]()
-        for call in self._calls:
-            key = self._names[id(key_of(call.func, call.given))]
-            seen.update(id(x) for x in call.given.values())
-            if not call.norm and (call.content in ends or (*call.content, call.output.numel()) in self._normed):
-                continue
-            reason = self._refuse(call)
-            if reason:
-                left[key] = reason
-            else:
-                sites.append(self._site(call, key))
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen and tensor.is_floating_point() and tensor.ndim > 1:
-                left[name] = "no linear or convolution layer reads it directly"
-        return [site for site in sites if not left.keys() & site.keys], left
-
-    def _refuse(self, call: _Call) -> str:
-        """Why a call is no site, or ``""``."""
-        given, weight, bias = call.given, call.given.get("weight"), call.given.get("bias")
-        own = [x for x in (weight, bias, given.get("running_mean")) if isinstance(x, Tensor)]
-        if any(id(tensor) not in self._names for tensor in own):
-            return "its bias is no tensor of the state dict"
-        runs = self._uses if call.module is None else Counter(id(c.given["weight"]) for c in self._calls if c.module)
-        if any(self._tied[id(tensor)] > 1 or runs[id(tensor)] > 1 for tensor in own):
-            return "it is used more than once"
-        if call.func is F.batch_norm and weight is None:
-            return ""  # nothing but its statistics
-        if weight is None or bias is None:
-            return "it has no bias"
-        if call.func in TRANSPOSED and given.get("groups", 1) != 1:
-            return "a grouped transposed convolution"
-        if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
-            return "a product that is no plain linear map"
-        single = bias.ndim == 1 and (weight.ndim == 1 or not call.norm)
-        return "" if single and self._dim(call) is not None else "it has other numbers than one a channel"
-
-    def _dim(self, call: _Call) -> int | None:
-        """Along which axis of the output channels lie."""
-        output, weight = call.output, call.given.get("weight")
-        if call.module is not None and weight is not None:
-            return next((dim for dim in (1, output.ndim - 1) if output.shape[dim : dim + 1] == weight.shape), None)
-        if call.func in (*CONVOLUTIONS, *TRANSPOSED) and weight is not None:
-            return output.ndim - int(weight.ndim) + 1
-        return 1 if call.func in (F.batch_norm, F.instance_norm, F.group_norm) else output.ndim - 1
-
-    def _site(self, call: _Call, key: str) -> Site:
-        dim = self._dim(call)
-        assert dim is not None
-        mean, variance, weight, bias = (
-            None if call.given.get(name) is None else self._names[id(call.given[name])]
-            for name in ("running_mean", "running_var", "weight", "bias")
-        )
-        running = None if call.func is not F.batch_norm or mean is None or variance is None else (mean, variance)
-        prefix, _, leaf = key.rpartition(".")
-        transposed = call.func in TRANSPOSED or (not call.norm and call.func not in (F.linear, *CONVOLUTIONS))
-        return Site(
-            name=prefix if leaf in ("weight", "running_mean") else key,
-            dim=dim,
-            channels=call.output.shape[dim],
-            weight=weight,
-            bias=bias,
-            weight_dim=int(transposed),
-            running=running,
-            eps=call.given.get("eps", 1e-5) if running else 0.0,
-            by_module=call.module is not None,
-        )
+def _refuse(call: Call, seen: Watch) -> str:
+    """Why a call cannot be corrected, or ``""``."""
+    given, weight, bias = call.given, call.given.get("weight"), call.given.get("bias")
+    own = [x for x in (weight, bias, given.get("running_mean")) if isinstance(x, Tensor)]
+    if any(id(tensor) not in seen.names for tensor in own):
+        return "its bias is no tensor of the state dict"
+    if call.func is F.batch_norm and weight is None:
+        return ""  # nothing but its statistics
+    if weight is None or bias is None:
+        return "it has no bias"
+    if call.func in TRANSPOSED and given.get("groups", 1) != 1:
+        return "a grouped transposed convolution"
+    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+        return "a product that is no plain linear map"
+    single = bias.ndim == 1 and (weight.ndim == 1 or not call.norm)
+    return "" if single and _dim(call) is not None else "it has other numbers than one a channel"
 
 
-def _content(tensor: Tensor) -> tuple[int, int]:
-    """A tensor's storage, and how often it had been written to: the same for all views of it until the next time."""
-    return address_of(tensor), 0 if tensor.is_inference() else tensor._version
+def _dim(call: Call) -> int | None:
+    """Along which axis of the output channels lie."""
+    output, weight = call.output, call.given.get("weight")
+    if call.module is not None and weight is not None:
+        return next((dim for dim in (1, output.ndim - 1) if output.shape[dim : dim + 1] == weight.shape), None)
+    if call.func in (*CONVOLUTIONS, *TRANSPOSED) and weight is not None:
+        return output.ndim - int(weight.ndim) + 1
+    return 1 if call.func in (F.batch_norm, F.instance_norm, F.group_norm) else output.ndim - 1
+
+
+def _site(call: Call, seen: Watch, *, corrected: bool, after: frozenset[int]) -> Site:
+    dim, key = _dim(call) or 0, seen.names[id(key_of(call.func, call.given))]
+    mean, variance, weight, bias = (
+        seen.names.get(id(call.given.get(name))) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    running = None if call.func is not F.batch_norm or mean is None or variance is None else (mean, variance)
+    prefix, _, leaf = key.rpartition(".")
+    transposed = call.func in TRANSPOSED or (not call.norm and call.func not in (F.linear, *CONVOLUTIONS))
+    return Site(
+        name=prefix if leaf in ("weight", "running_mean") else key,
+        dim=dim,
+        channels=call.output.shape[dim],
+        weight=weight,
+        bias=bias,
+        weight_dim=int(transposed),
+        running=running,
+        eps=call.given.get("eps", 1e-5) if running else 0.0,
+        by_module=call.module is not None,
+        corrected=corrected,
+        after=after,
+    )
