@@ -1,7 +1,7 @@
 """What corrections cost: ``python -m fedrebasin.simulations.bench.corrections --output FILE``.
 
 Two networks with random weights and images stand in for trained ones, because neither decides the cost. ``conv`` of
-width 128 is corrected by every method with 5,000 images, ResNet20 of width 4 by REPAIR, all at once, with 1,000. A row
+width 128 is corrected by every method with 5,000 images, ResNet20 of width 4 by REPAIR with 1,000. A row
 has the seconds, median over runs, and their ratio to the evaluation of three models (both ends and the merge) on the
 same images in the same process.
 """
@@ -61,13 +61,15 @@ def seconds(job: Callable[[], Any]) -> tuple[float, float]:
 
 
 def jobs(model: str, images: int, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """``evaluation`` and the corrections by name; REPAIR all at once is ``repair, all at once``."""
+    """``evaluation`` and the corrections by name; REPAIR also without memory, and all at once."""
     net, ends, batches = case(model, images)
     merged = merge(ends)
     setting = CorrectionSetting(net, batches)
     found: dict[str, Callable[[], Any]] = {"evaluation": lambda: evaluate(net, [merged, *ends], batches)}
     for name in names:
         found[name] = partial(correct, name, setting, merged, ends)
+    if "repair" in names:
+        found["repair, memory=0"] = lambda: repair(net, merged, ends, batches, memory=0)
     found["repair, all at once"] = lambda: repair(net, merged, ends, batches, sequential=False)
     return found
 
@@ -106,7 +108,9 @@ def main() -> None:
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
         rows += measure("conv", options.images, names, options.runs)
-        rows += measure("resnet20", min(1000, options.images), [], options.runs)
+        rows += measure(
+            "resnet20", min(1000, options.images), [name for name in names if name == "repair"], options.runs
+        )
     if options.output:
         result = {"experiment": "corrections-cost", "runs": options.runs, "rows": rows}
         save_results(options.output, {**result, "provenance": provenance(bench_command("corrections"), [0], started)})
