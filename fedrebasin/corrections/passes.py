@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.calls import AFFINE, arguments_of, attention_inside, key_of, leaves, names_of_tensors
@@ -55,8 +56,9 @@ class Runner:
     """One network that is run again and again, each time up to a later step.
 
     Outputs of layers are kept while a later step reads them; a layer that is kept is not computed again, and one
-    whose output reaches the step only through kept ones gives zeros of its shape. So one pass costs one layer and what
-    stands between layers, where memory allows, and a whole pass up to that step where not.
+    whose output reaches the step only through kept ones gives a tensor of its shape without entries (on torch's meta
+    device), as does all that reads it; zeros where the model cannot run on those. So one pass costs one layer and what
+    stands between it and those before it, where memory allows, and a whole pass up to that step where not.
     """
 
     def __init__(self, model: nn.Module, steps: Sequence[Step | Site], memory: Memory, *, keep: bool) -> None:
@@ -67,6 +69,7 @@ class Runner:
         self.last_input = torch.zeros(())
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._like: dict[tuple[int, int], Tensor] = {}
+        self._hollow = True
 
     def input(self, index: int, number: int, batch: Batch) -> Tensor:
         """Input of a step on a batch; ``number`` is the batch's place."""
@@ -79,8 +82,14 @@ class Runner:
     def _run(self, index: int, number: int, batch: Batch, *, output: bool, final: bool = True) -> Tensor:
         mode = _Pass(self, index, number, output=output, final=final)
         args, kwargs = batch
-        with torch.no_grad(), suppress(Stop), mode:
-            self.model(*args, **kwargs)
+        try:
+            with torch.no_grad(), suppress(Stop), mode:
+                self.model(*args, **kwargs)
+        except Exception:
+            if not self._hollow:
+                raise
+            self._hollow = False  # it looks at values, or has an op that needs them
+            return self._run(index, number, batch, output=output, final=final)
         if mode.seen is None:
             raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
         self.last_input = mode.seen_input
@@ -110,14 +119,18 @@ class Runner:
         return None if given is None else self._place.get(id(key_of(func, given)))
 
     def result(self, index: int, number: int, needed: set[int], call: Any) -> Any:
-        """A step's output on the way to a later one: kept, computed, or a stand-in."""
+        """A step's output on the way to a later one: a stand-in, kept, or computed."""
+        like = self._like.get((index, number))  # a ``Norm`` has none: it runs
+        if index not in needed and like is not None:
+            if self._hollow:
+                return torch.empty_like(like)
+            return torch.zeros(like.shape, dtype=like.dtype, device=self._device)
         kept = self._kept.get((index, number))
         if kept is not None:
             return kept.clone()  # what follows may write into it
-        like = self._like.get((index, number))  # a ``Norm`` has none: it runs
-        if index not in needed and like is not None:
-            return torch.zeros(like.shape, dtype=like.dtype, device=self._device)
         output = call()
+        if output.is_meta:
+            return output
         self.keep(index, number, output)
         return output.clone() if (index, number) in self._kept else output
 
@@ -129,6 +142,11 @@ class Runner:
         self._device = output.device
         if final and self._keep and self._read_from(index + 1, index) and self._memory.take(output):
             self._kept[index, number] = output
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor of its shape without entries."""
+    return torch.empty_like(tensor, device="meta")
 
 
 class Stop(Exception):  # noqa: N818  # it ends a forward pass, no error
@@ -152,8 +170,12 @@ class _Pass(TorchFunctionMode):
             with self:
                 return attention_inside(*args, **kwargs)
         place = self._runner.place_of(func, args, kwargs)
+        if any(x.is_meta for x in leaves((args, kwargs))):  # a stand-in: nothing has to be computed
+            args, kwargs = tree_map_only(Tensor, _hollow, (args, kwargs))
         if place == self._index:
             given = arguments_of(func, args, kwargs, AFFINE) or {}
+            if given["input"].is_meta:
+                raise RuntimeError(f"the input of step {place} is a stand-in")
             self.seen = self.seen_input = given["input"]
             if self._output:
                 self.seen = func(*args, **kwargs)
