@@ -99,3 +99,45 @@ def test_negative_memory_is_refused() -> None:
     net = deep()
     with pytest.raises(RebasinError, match="memory: expected a number of bytes from 0; got -1"):
         repair(net, net.state_dict(), [net.state_dict()], [draw(100, 4)], memory=-1)
+
+
+class Stream(nn.Module):
+    """Blocks that write to a stream, the second one with a shortcut through a layer, behind a look at the values."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.stem, self.short, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.first, self.second = (nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(2))
+        self.looks = looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (x + self.first(x)).relu_()
+        x = (self.second(x) + self.short(x)).relu_()
+        if self.looks and x.abs().max() > 1e6:
+            raise ValueError("too large")
+        return self.last(x)
+
+
+@pytest.mark.parametrize("correct", [partial(least_squares, ridge=1e-3), repair])
+@pytest.mark.parametrize("looks", [False, True])
+def test_streams_and_models_that_look_at_values_give_the_same_with_memory(
+    monkeypatch: pytest.MonkeyPatch, correct: Callable[..., dict[str, Tensor]], looks: bool
+) -> None:
+    net, data = Stream(looks).double(), [draw(60, 4), draw(50, 4, seed=1)]
+    ends = random_ends(net, data)
+    wanted = correct(net, merge(ends), ends, data, memory=0)
+    computed, result = [], Runner.result
+
+    def counted(self: Runner, index: int, number: int, needed: set[int], call: Callable[[], Tensor]) -> Tensor:
+        def call_and_count() -> Tensor:
+            output = call()
+            computed.append((id(self), index, number, output.is_meta))
+            return output
+
+        return result(self, index, number, needed, call_and_count)
+
+    monkeypatch.setattr(Runner, "result", counted)
+    found = correct(net, merge(ends), ends, data)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert len(set(computed)) == len(computed)  # no step runs twice on the way to others

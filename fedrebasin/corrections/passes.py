@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -94,7 +94,8 @@ class Runner:
             raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
         self.last_input = mode.seen_input
         done = index + 1 if output and final else index
-        for key in [key for key in self._kept if key[1] == number and not self._read_from(done, key[0])]:
+        alive = self._reached(range(done, len(self._steps)), number)
+        for key in [key for key in self._kept if key[1] == number and key[0] not in alive]:
             self._memory.give(self._kept.pop(key))
         return mode.seen
 
@@ -103,8 +104,12 @@ class Runner:
 
     def needed(self, index: int, number: int) -> set[int]:
         """Layers that must give their real output so that the step's input is right."""
+        return self._reached([index], number)
+
+    def _reached(self, indices: Iterable[int], number: int) -> set[int]:
+        """Layers that the inputs of the steps read, back to those that are kept."""
         found: set[int] = set()
-        stack = list(self._steps[index].after)
+        stack = [layer for index in indices for layer in self._steps[index].after]
         while stack:
             layer = stack.pop()
             if layer not in found:
