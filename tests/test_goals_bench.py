@@ -43,7 +43,7 @@ def test_every_attempt_is_measured_and_stands_in_the_table(folder: Path) -> None
     assert table["shares by layer"][0] != table["least squares"][0] and table["shares by layer"][1] == "-"
     for seed in (0, 1):  # no two attempts are the same
         losses = [row["loss"] for row in load_results(folder / "results.json")["rows"] if row["seed"] == seed]
-        assert len(set(losses)) == len(losses) == 9 + 8
+        assert len(set(losses)) == len(losses) == 12 + 11
 
 
 def test_equal_shares_in_every_layer_are_least_squares(clients: Clients) -> None:
@@ -56,19 +56,33 @@ def test_equal_shares_in_every_layer_are_least_squares(clients: Clients) -> None
     assert [name for name in wanted if not torch.equal(other[name], wanted[name])] == ["7.bias", "7.weight"]
 
 
-def test_ends_that_are_equally_sure_are_weighed_by_their_shares(clients: Clients) -> None:
+def test_the_last_layer_alone_is_solved_for_the_goal(clients: Clients) -> None:
     bench, images = clients.bench, goals._batches(clients.bench, torch.arange(300))
     end = clients.states[0]
-    same = goals.by_confidence(bench, end, [end, end], [0.5, 0.5], images)
+    same = goals.solve_last(bench, end, [end, end], images, goals.by_mean([0.5, 0.5]))
     assert all(torch.allclose(same[name], end[name], atol=1e-4) for name in end)
-    other = goals.by_confidence(bench, end, clients.states, [0.0, 1.0], images)
-    wanted = least_squares(bench.net, end, [clients.states[1]], images)
+    other = goals.solve_last(bench, end, clients.states, images, goals.by_mean([0.0, 1.0]))
+    assert [name for name in end if not torch.equal(other[name], end[name])] == ["7.bias", "7.weight"]
 
     def gap(state: dict[str, Any]) -> float:
         logits = bench.logits(dict(state), ["calibration"])["calibration"]
         return float((logits - bench.logits(clients.states[1], ["calibration"])["calibration"]).square().mean())
 
-    assert gap(wanted) < gap(other) < gap(end)
+    assert gap(other) < 0.8 * gap(end)
+
+
+def test_the_surer_end_weighs_more() -> None:
+    sure, unsure = torch.tensor([[8.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert goals.by_confidence([0.5, 0.5])([sure, sure]).equal(sure)
+    found = goals.by_confidence([0.5, 0.5])([sure, unsure])
+    torch.testing.assert_close(found, sure * (1 / 1.5), rtol=1e-3, atol=1e-3)
+
+
+def test_the_client_that_agrees_best_is_kept_but_for_its_last_layer(clients: Clients) -> None:
+    bench, images = clients.bench, goals._batches(clients.bench, torch.arange(300))
+    noise = {name: torch.randn_like(tensor) for name, tensor in clients.states[0].items()}
+    found = goals.one_client(bench, [noise, clients.states[1]], [0.0, 1.0], images, goals.by_mean([0.0, 1.0]))
+    assert torch.equal(found["1.weight"], clients.states[1]["1.weight"])
 
 
 def test_calibration_images_are_chosen_by_class(clients: Clients) -> None:

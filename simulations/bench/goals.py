@@ -3,12 +3,14 @@
 ``python -m fedrebasin.simulations.bench.goals digits --output FOLDER``, for example; clients and images as in
 ``calibration.py``, aligned. *Confidence* gives the last layer the ends' logits, each weighed by the largest of its
 probabilities; *shares by layer* tries, layer after layer, 0.3, 0.5 and 0.7 for the first of two clients, and keeps what
-agrees best with the ensemble on a quarter of the images that nothing is solved on.
+agrees best with the ensemble on a quarter of the images that nothing is solved on. *One client* is no merge: a client's
+own network, of which the last layer alone is solved for what all clients say, then distilled; whose, agreement decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from fedrebasin.corrections.least_squares import choose_ridge, layer_equations, 
 from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
 from fedrebasin.corrections.methods import GENTLE_LR
 from fedrebasin.corrections.normal_equations import NormalEquations
+from fedrebasin.corrections.output_goals import logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Memory, Runner, hold
 from fedrebasin.corrections.working import begin, extract, working_copy
 from fedrebasin.simulations.bench.clients import Clients, Options, Row, State, measure_all, options_of, parser_of
@@ -37,6 +40,7 @@ def tried(clients: Clients, options: Options) -> Iterator[Row]:
     merged, count = merge(ends, coefficients=shares), options.images[0]
     own, balanced, half = (_batches(bench, rows[:count]) for rows in _choices(bench))
     solved = least_squares(bench.net, merged, ends, own, coefficients=shares)
+    alone = one_client(bench, ends, shares, own, partial(logits_of_mean_probabilities, shares=shares))
     given: dict[str, Any] = {"coefficients": shares}
     attempts: dict[str, Callable[[], State]] = {
         "none": lambda: merged,
@@ -45,10 +49,13 @@ def tried(clients: Clients, options: Options) -> Iterator[Row]:
         "goals: mean probabilities": lambda: least_squares(
             bench.net, merged, ends, own, goals="probabilities", **given
         ),
-        "goals: by confidence": lambda: by_confidence(bench, solved, ends, shares, own),
+        "goals: by confidence": lambda: solve_last(bench, solved, ends, own, by_confidence(shares)),
         "images: equally many of each class": lambda: least_squares(bench.net, merged, ends, balanced, **given),
         "images: half of the classes": lambda: least_squares(bench.net, merged, ends, half, **given),
         "distillation": lambda: distill(bench.net, solved, ends, own, lr=GENTLE_LR, **given),
+        "one client, last layer solved": lambda: one_client(bench, ends, shares, own, by_mean(shares)),
+        "one client, last layer solved for mean probabilities": lambda: alone,
+        "one client, the same and distillation": lambda: distill(bench.net, alone, ends, own, lr=GENTLE_LR, **given),
     }
     if len(ends) == 2:
         attempts["shares by layer"] = lambda: by_layer(bench, merged, ends, own)
@@ -74,11 +81,15 @@ def _batches(bench: Bench, rows: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def by_confidence(
-    bench: Bench, solved: State, ends: Sequence[State], shares: Sequence[float], batches: Sequence[Tensor]
+def solve_last(
+    bench: Bench,
+    start: State,
+    ends: Sequence[State],
+    batches: Sequence[Tensor],
+    goal: Callable[[list[Tensor]], Tensor],
 ) -> State:
-    """Solve the last layer once more, for the ends' logits, each weighed by the largest of its probabilities."""
-    model, data, _ = begin(bench.net, solved, ends, batches, None, None)
+    """Solve the last layer of ``start`` for what ``goal`` makes of the ends' logits."""
+    model, data, _ = begin(bench.net, start, ends, batches, None, None)
     steps = steps_of(model, data, "goals")
     last = steps[-1]
     assert not isinstance(last, Norm)
@@ -87,17 +98,44 @@ def by_confidence(
     fit, check = NormalEquations(), NormalEquations()
     for number, (args, kwargs, _) in enumerate(data):
         place = (len(steps) - 1, number, (args, kwargs))
-        now = ours.output(*place)
-        logits = torch.stack([one.output(*place) for one in theirs])
-        weights = logits.softmax(-1).amax(-1, keepdim=True) * torch.tensor(shares).view(-1, 1, 1)
-        lacking = (logits * weights / weights.sum(0)).sum(0) - now
-        held = torch.arange(len(now)) % 5 == 4
+        lacking = goal([one.output(*place) for one in theirs]) - ours.output(*place)
+        held = torch.arange(len(lacking)) % 5 == 4
         for sums, mask in ((fit, ~held), (check, held)):
             sums.add(ours.last_input[mask].T, lacking[mask].T)
-    start, total = read_map(model, last), fit + check
+    matrix, total = read_map(model, last), fit + check
     D, d = total.solve(choose_ridge(fit, check, intercept=True), intercept=True)
-    write_map(model, last, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
-    return extract(model, solved)
+    write_map(model, last, LinearMap(matrix.matrix + D, matrix.shift + d), total.mean, total.covariance)
+    return extract(model, start)
+
+
+def by_confidence(shares: Sequence[float]) -> Callable[[list[Tensor]], Tensor]:
+    """The mean of logits, each weighed by the largest of its probabilities besides its share."""
+
+    def goal(logits: list[Tensor]) -> Tensor:
+        together = torch.stack(logits)
+        weights = together.softmax(-1).amax(-1, keepdim=True) * torch.tensor(shares).view(-1, 1, 1)
+        return (together * weights / weights.sum(0)).sum(0)
+
+    return goal
+
+
+def by_mean(shares: Sequence[float]) -> Callable[[list[Tensor]], Tensor]:
+    """The mean of logits."""
+    return lambda logits: sum((c * z for c, z in zip(shares, logits, strict=True)), torch.zeros(()))
+
+
+def one_client(
+    bench: Bench,
+    ends: Sequence[State],
+    shares: Sequence[float],
+    batches: Sequence[Tensor],
+    goal: Callable[[list[Tensor]], Tensor],
+) -> State:
+    """One end as it is, but for its last layer; which one agrees best with the ensemble on a part of the images."""
+    fit, held_out = split_calibration(bench.net, batches)
+    candidates = {str(place): solve_last(bench, end, ends, fit, goal) for place, end in enumerate(ends)}
+    best = select_candidate(bench.net, candidates, held_out, ends=ends, coefficients=shares).name
+    return solve_last(bench, ends[int(best)], ends, batches, goal)
 
 
 def by_layer(bench: Bench, merged: State, ends: Sequence[State], batches: Sequence[Tensor]) -> State:
