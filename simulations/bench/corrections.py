@@ -61,7 +61,7 @@ def seconds(job: Callable[[], Any]) -> tuple[float, float]:
 
 
 def jobs(model: str, images: int, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """``evaluation`` and the corrections by name; REPAIR also without memory, and all at once."""
+    """``evaluation`` and the corrections by name; REPAIR also without memory and with 4 GiB, and all at once."""
     net, ends, batches = case(model, images)
     merged = merge(ends)
     setting = CorrectionSetting(net, batches)
@@ -70,6 +70,7 @@ def jobs(model: str, images: int, names: Sequence[str]) -> dict[str, Callable[[]
         found[name] = partial(correct, name, setting, merged, ends)
     if "repair" in names:
         found["repair, memory=0"] = lambda: repair(net, merged, ends, batches, memory=0)
+        found["repair, memory=2**32"] = lambda: repair(net, merged, ends, batches, memory=2**32)
     found["repair, all at once"] = lambda: repair(net, merged, ends, batches, sequential=False)
     return found
 
