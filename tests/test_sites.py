@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedrebasin import closed_form, least_squares, merge, repair
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.moments import output_moments
-from fedrebasin.corrections.sites import find_sites
+from fedrebasin.corrections.sites import find_calls, find_sites
 from tests.corrections_ends import draw, random_ends
 
 
@@ -211,6 +211,29 @@ def test_what_is_no_site_is_named_with_its_reason(caplog: pytest.LogCaptureFixtu
         "'lstm.weight_ih_l0'": unread,
         "'lstm.weight_hh_l0'": unread,
     }
+
+
+class Shared(nn.Module):
+    """One layer that runs twice, each time straight into a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.first, self.second, self.last = (
+            nn.Linear(4, 4),
+            *(nn.BatchNorm1d(4) for _ in "12"),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.layer(self.first(self.layer(x)).relu())).relu())
+
+
+def test_a_layer_that_runs_twice_into_norms_is_no_call_that_a_pass_may_keep() -> None:
+    net, data = Shared().double().eval(), [draw(60, 4), draw(50, 4, seed=1)]
+    assert [call.name for call in find_calls(net, Batches(data))] == ["first", "second", "last"]
+    ends = random_ends(net, data)
+    found, wanted = (repair(net, merge(ends), ends, data, memory=memory) for memory in (2**30, 0))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_least_squares_leaves_a_batchnorm_of_functions_as_it_is() -> None:

@@ -94,10 +94,8 @@ def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
         reason = "" if passes else _refuse(call, seen) if once else "it is used more than once"
         if reason:
             left[seen.names[id(key_of(call.func, call.given))]] = reason
-        if once and call.module is None:
+        if once and (call.module is None or not reason):
             places[place] = not passes and not reason
-        elif not reason:
-            places[place] = True
     for name, reason in (left | seen.unread(known)).items():
         LOGGER.info("correction: %r takes no affine map of its own: %s", name, reason)
     where = {place: index for index, place in enumerate(places)}
