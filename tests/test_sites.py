@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from corrections_ends import draw, random_ends
 from torch import Tensor, nn
 
 from fedrebasin import closed_form, least_squares, merge, repair
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.moments import output_moments
 from fedrebasin.corrections.sites import find_calls, find_sites
-from tests.corrections_ends import draw, random_ends
 
 
 class ByHand(nn.Module):
