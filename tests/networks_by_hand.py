@@ -62,3 +62,28 @@ class ByHand(nn.Module):
         x = F.relu(x @ self.second, inplace=True)
         x = self.shared(torch.tanh(self.shared(x))) + x
         return self.last(x)
+
+
+class Functions(nn.Module):
+    """A convolutional network with a BatchNorm of parameters and functions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {"kernel": (6, 3, 3, 3), "narrow": (10, 6), "wide": (10, 8), "last": (2, 8)}.items():
+            setattr(self, name, nn.Parameter(_draw(*shape, seed=len(name)) / shape[-1] ** 0.5))
+            size = shape[1] if name == "wide" else shape[0]
+            setattr(self, f"{name}_shift", nn.Parameter(_draw(size, seed=size)))
+        self.register_buffer("center", torch.zeros(6))
+        self.register_buffer("spread", torch.ones(6))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.kernel, self.kernel_shift, padding=1)
+        x = F.batch_norm(x, self.center, self.spread, eps=1e-3).relu().mean((2, 3))
+        x = F.linear(x, self.narrow, self.narrow_shift).relu()
+        x = torch.addmm(self.wide_shift, x, self.wide).relu()
+        return F.linear(x, self.last, self.last_shift)
+
+
+def _draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corrections_ends import random_ends, run
+from networks_by_hand import Functions
 from torch import Tensor, nn
 
 from fedrebasin import merge, repair
@@ -123,6 +124,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "batchnorm": lambda: build_model("conv", (3, 8, 8), 3, width=6),
     "layernorm": lambda: build_model("conv", (3, 8, 8), 3, width=6, norm="layer"),
     "groupnorm": networks.Grouped,
+    "functions": Functions,
 }
 
 

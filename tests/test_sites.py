@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from corrections_ends import draw, random_ends
+from networks_by_hand import Functions
 from torch import Tensor, nn
 
 from fedrebasin import closed_form, least_squares, merge, repair
@@ -18,28 +18,7 @@ from fedrebasin.corrections.moments import output_moments
 from fedrebasin.corrections.sites import find_calls, find_sites
 
 
-class ByHand(nn.Module):
-    """The same network as ``by_modules``, from parameters and functions alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, shape in {"kernel": (6, 3, 3, 3), "narrow": (10, 6), "wide": (10, 8), "last": (2, 8)}.items():
-            setattr(self, name, nn.Parameter(draw(*shape, seed=len(name)) / shape[-1] ** 0.5))
-            size = shape[1] if name == "wide" else shape[0]
-            setattr(self, f"{name}_shift", nn.Parameter(draw(size, seed=size)))
-        self.register_buffer("center", torch.zeros(6))
-        self.register_buffer("spread", torch.ones(6))
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.conv2d(x, self.kernel, self.kernel_shift, padding=1)
-        x = F.batch_norm(x, self.center, self.spread, eps=1e-3).relu().mean((2, 3))
-        x = F.linear(x, self.narrow, self.narrow_shift).relu()
-        x = torch.addmm(self.wide_shift, x, self.wide).relu()
-        return F.linear(x, self.last, self.last_shift)
-
-
-def by_modules(hand: ByHand) -> nn.Module:
+def by_modules(hand: Functions) -> nn.Module:
     net = nn.Sequential(
         *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, eps=1e-3, affine=False), nn.ReLU(), nn.AvgPool2d(8)),
         *(nn.Flatten(), nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)),
@@ -49,7 +28,7 @@ def by_modules(hand: ByHand) -> nn.Module:
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From the names of ``ByHand`` to those of ``by_modules``."""
+    """From the names of ``Functions`` to those of ``by_modules``."""
     places = {"kernel": "0", "narrow": "5", "wide": "7", "last": "9"}
     result = {f"{place}.weight": state[name].T if name == "wide" else state[name] for name, place in places.items()}
     result |= {f"{place}.bias": state[f"{name}_shift"] for name, place in places.items()}
@@ -61,7 +40,7 @@ IMAGES = [draw(40, 3, 8, 8, seed=seed) for seed in range(3)]
 
 @pytest.mark.parametrize("sequential", [True, False])
 def test_a_network_of_functions_is_repaired_like_the_same_one_of_modules(sequential: bool) -> None:
-    hand = ByHand()
+    hand = Functions()
     ends = random_ends(hand, IMAGES)
     net = by_modules(hand)
     other = [{**net.state_dict(), **renamed(end)} for end in ends]
@@ -237,7 +216,7 @@ def test_a_layer_that_runs_twice_into_norms_is_no_call_that_a_pass_may_keep() ->
 
 
 def test_least_squares_leaves_a_batchnorm_of_functions_as_it_is() -> None:
-    hand = ByHand()
+    hand = Functions()
     ends = random_ends(hand, IMAGES)
     merged = merge(ends)
     found = least_squares(hand, merged, ends, IMAGES)
