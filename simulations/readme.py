@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,28 +165,20 @@ def _zoo(results: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
-def _distance(results: Sequence[Mapping[str, Any]]) -> str:
-    return _markdown(*distance(results))
-
-
-def _attempts(results: Sequence[Mapping[str, Any]]) -> str:
-    return _markdown(*attempts(results))
-
-
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "disjoint": _disjoint,
     "rounds": _rounds,
     "attendance": _attendance,
     "ends": _ends,
     "federated": _federated,
     "zoo": _zoo,
-    "distance": _distance,
-    "attempts": _attempts,
+    "distance": lambda results: _markdown(*distance(results)),
+    "attempts": lambda results: _markdown(*attempts(results)),
 }
 
 

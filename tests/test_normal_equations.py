@@ -9,10 +9,10 @@ from corrections_ends import draw
 from torch import Tensor
 
 from fedrebasin.corrections.layers import Layer
-from fedrebasin.corrections.least_squares import RIDGES, choose_ridge
 from fedrebasin.corrections.linear_maps import columns
 from fedrebasin.corrections.normal_equations import NormalEquations, gram_product
 from fedrebasin.corrections.shifted_gram import unfolded_gram
+from fedrebasin.corrections.solution import RIDGES, choose_ridge
 
 
 @pytest.mark.parametrize(("noise", "expected"), [(0.0, RIDGES[:1]), (10.0, RIDGES[-2:])])

@@ -59,24 +59,30 @@ def test_a_loader_that_shuffles_gives_the_same_with_memory_and_without() -> None
         torch.testing.assert_close(found[2][key], found[0][key], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("memory", "expected"), [(2**30, 2 * 3 + 3 + 2), (0, 2 * (1 + 2 + 3) + 1 + 2 + 3)])
-def test_with_memory_no_layer_is_computed_again(monkeypatch: pytest.MonkeyPatch, memory: int, expected: int) -> None:
-    # a layer of the merged network runs as it was, and again with what was solved
-    net = deep()
-    ends = random_ends(net)
-    computed, keep = [], Runner.keep
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Places of the layers that passes compute, in order."""
+    places, keep = list[int](), Runner.keep
 
     def counted(self: Runner, index: int, number: int, output: Tensor, *, final: bool = True) -> None:
-        computed.append(index)
+        places.append(index)
         keep(self, index, number, output, final=final)
 
     monkeypatch.setattr(Runner, "keep", counted)
+    return places
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(2**30, 2 * 3 + 3 + 2), (0, 2 * (1 + 2 + 3) + 1 + 2 + 3)])
+def test_with_memory_no_layer_is_computed_again(computed: list[int], memory: int, expected: int) -> None:
+    # a layer of the merged network runs as it was, and again with what was solved
+    net = deep()
+    ends = random_ends(net)
     least_squares(net, merge(ends), ends, [draw(100, 4)], memory=memory)
     assert len(computed) == expected
 
 
 @pytest.mark.parametrize("memory", [2**30, 0])
-def test_with_memory_repair_computes_no_layer_again(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+def test_with_memory_repair_computes_no_layer_again(computed: list[int], memory: int) -> None:
     # a corrected layer runs as it was, and again with what was fused in if another one reads it; a layer in front of a
     # BatchNorm runs once, for the BatchNorm's input
     net = nn.Sequential(
@@ -84,13 +90,6 @@ def test_with_memory_repair_computes_no_layer_again(monkeypatch: pytest.MonkeyPa
         *(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)),
     ).double()
     ends = random_ends(net, [draw(100, 4)])
-    computed, keep = [], Runner.keep
-
-    def counted(self: Runner, index: int, number: int, output: Tensor, *, final: bool = True) -> None:
-        computed.append(index)
-        keep(self, index, number, output, final=final)
-
-    monkeypatch.setattr(Runner, "keep", counted)
     repair(net, merge(ends), ends, [draw(100, 4)], memory=memory)
     assert computed == ([0, 0, 1, 1, 2, 3, 4] if memory else [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4])
 

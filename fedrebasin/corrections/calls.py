@@ -44,14 +44,9 @@ attention_inside = FunctionType(
 )
 
 
-def arguments_of(
-    func: Any,
-    args: Any,
-    kwargs: Mapping[str, Any],
-    known: Mapping[Callable[..., Any], tuple[str, ...]] = ARGUMENTS,
-) -> dict[str, Any] | None:
-    """Arguments by name if ``func`` is one of those that are known, otherwise ``None``."""
-    names = known.get(func)
+def arguments_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments by name if ``func`` is one that layers or norms call, otherwise ``None``."""
+    names = AFFINE.get(func)
     return None if names is None else {**dict(zip(names, args, strict=False)), **kwargs}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedrebasin.corrections.first_uses import read_until
 from fedrebasin.corrections.label_prior import log_prior
 from fedrebasin.corrections.layers import Layer, Norm, Step
-from fedrebasin.corrections.least_squares import choose_ridge, layer_equations, refresh_norm, step_moments, steps_of
+from fedrebasin.corrections.least_squares import layer_equations, refresh_norm, step_moments, steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.noised_sums import read_noise, solve_noised
@@ -21,6 +21,7 @@ from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.private_sums import ClippedEquations
 from fedrebasin.corrections.queries import FLOOR, About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
+from fedrebasin.corrections.solution import solve_layer
 from fedrebasin.corrections.working import extract
 from fedrebasin.errors import RebasinError
 
@@ -106,14 +107,12 @@ def federated_least_squares(case: Case) -> Correction:
             fit, check = fit + own_fit, check + own_check
         for sums in (fit, check):  # packed until here: the nodes' matrices are never unpacked side by side
             sums.gram = unpack(sums.gram, len(start.matrix.T)) if sums.count else sums.gram
-        total = fit + check if check.count else fit
-        shifts = step.bias is not None or step.norm is not None
-        if total.noise[0]:
+        if fit.noise[0] or check.noise[0]:
+            shifts = step.bias is not None or step.norm is not None
             total, D, d = solve_noised(fit, check, ridge, intercept=shifts)
+            write_map(model, step, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
         else:
-            chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
-            D, d = total.solve(chosen, intercept=shifts)
-        write_map(model, step, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
+            solve_layer(model, step, fit, check, ridge)
     return extract(model, case.merged)
 
 

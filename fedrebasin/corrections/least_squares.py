@@ -14,16 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.calls import leaves
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
-from fedrebasin.corrections.linear_maps import (
-    LinearMap,
-    behind,
-    chunks,
-    columns,
-    outputs,
-    per_channel,
-    read_map,
-    write_map,
-)
+from fedrebasin.corrections.linear_maps import behind, chunks, columns, outputs, per_channel
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.output_goals import check_goals, logits_of_mean_probabilities
@@ -31,13 +22,12 @@ from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
 from fedrebasin.corrections.shifted_gram import unfolded_gram
+from fedrebasin.corrections.solution import solve_layer
 from fedrebasin.corrections.working import begin, extract, working_copy
-from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.errors import RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
 
-#: Ridges, as shares of the mean variance of a layer's inputs, of which the held-out examples choose one.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: One example in so many is held out.
 _HELD = 5
 #: Fewer examples than this make a poor choice.
@@ -82,7 +72,7 @@ def least_squares(
     coefficients : sequence of float, optional
         The merge's; equal by default.
     ridge : float, optional
-        By default every layer takes that of ``RIDGES`` which is best on every fifth example after a fit on the
+        By default every layer takes that of ``solution.RIDGES`` which is best on every fifth example after a fit on the
         others, and is then fitted on all.
     goals : {"pre-activations", "probabilities"}
         What the last layer is solved for: the average of the ends' logits, or the logits of the average of their
@@ -129,37 +119,37 @@ def least_squares(
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")
     check_goals(goals, model, steps, batches)
-    held = hold(batches, budget)
-    ours = Runner(model, steps, budget, keep=held is not None)
-    theirs = [
-        Runner(working_copy(net, end, device), steps, budget, keep=held is not None)
-        for end, weight in zip(ends, weights, strict=True)
-        if weight
-    ]
-    shares = [weight for weight in weights if weight]
+    others = [working_copy(net, end, device) for end, weight in zip(ends, weights, strict=True) if weight]
+    shares = [[weight for weight in weights if weight]] * len(steps)
+    solve_steps(model, others, steps, shares, batches, budget, ridge=ridge, goals=goals)
+    return extract(model, merged)
+
+
+def solve_steps(
+    model: nn.Module,
+    others: Sequence[nn.Module],
+    steps: Sequence[Step],
+    shares: Sequence[Sequence[float]],
+    batches: Batches,
+    memory: Memory,
+    *,
+    ridge: float | None = None,
+    goals: str = "pre-activations",
+) -> None:
+    """Solve the layers of ``model`` one after the other; ``shares`` holds those of the ``others`` for each step."""
+    held = hold(batches, memory)
+    ours = Runner(model, steps, memory, keep=held is not None)
+    theirs = [Runner(other, steps, memory, keep=held is not None) for other in others]
     for index, step in enumerate(steps):
         source: Iterable[Batch] = held if held is not None else ((args, kwargs) for args, kwargs, _ in batches)
         if isinstance(step, Norm):
             refresh_norm(model, step, step_moments(ours, index, step, source))
             continue
-        start = read_map(model, step)
         probabilities = goals == "probabilities" and index == len(steps) - 1
         fit, check = layer_equations(
-            ours, theirs, shares, index, step, source, split=ridge is None, probabilities=probabilities
+            ours, theirs, shares[index], index, step, source, split=ridge is None, probabilities=probabilities
         )
-        total = fit + check if check.count else fit
-        if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
-            raise CalibrationError(
-                f"calibration: the activations at {step.weight!r} hold a NaN or an infinity; check the models and the "
-                "inputs"
-            )
-        shifts = step.bias is not None or step.norm is not None
-        chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
-        D, d = total.solve(chosen, intercept=shifts)
-        LOGGER.debug("least squares: %r, ridge %g", step.weight, chosen)
-        found = LinearMap(start.matrix + D, start.shift + d)
-        write_map(model, step, found, total.mean, total.covariance)
-    return extract(model, merged)
+        solve_layer(model, step, fit, check, ridge)
 
 
 def steps_of(model: nn.Module, batches: Batches, method: str) -> list[Step]:
@@ -217,15 +207,8 @@ def layer_equations(
                 else:
                     sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
     if seen < _FEW and index == 0:
-        warnings.warn(f"calibration: {seen} examples are few for least squares; {_FEW} and more would do", stacklevel=3)
+        warnings.warn(f"calibration: {seen} examples are few for least squares; {_FEW} and more would do", stacklevel=4)
     return fit, check
-
-
-def choose_ridge(fit: NormalEquations, check: NormalEquations, *, intercept: bool) -> float:
-    """The ridge whose solution on one part has the smallest error on the other."""
-    if not check.count or not fit.count:
-        return RIDGES[-2]
-    return min(RIDGES, key=lambda ridge: check.excess(*fit.solve(ridge, intercept=intercept)))
 
 
 def step_moments(

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.calls import AFFINE, arguments_of, attention_inside, key_of, leaves, names_of_tensors
+from fedrebasin.corrections.calls import arguments_of, attention_inside, key_of, leaves, names_of_tensors
 from fedrebasin.corrections.layers import Norm, Step
 from fedrebasin.corrections.sites import Site
 from fedrebasin.errors import RebasinError
@@ -85,10 +85,10 @@ class Runner:
         try:
             with torch.no_grad(), suppress(Stop), mode:
                 self.model(*args, **kwargs)
-        except Exception:
+        except Exception:  # the user's model may raise anything where it looks at values that a stand-in has not
             if not self._hollow:
                 raise
-            self._hollow = False  # it looks at values, or has an op that needs them
+            self._hollow = False
             return self._run(index, number, batch, output=output, final=final)
         if mode.seen is None:
             raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
@@ -120,7 +120,7 @@ class Runner:
 
     def place_of(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> int | None:
         """Which step a call is."""
-        given = arguments_of(func, args, kwargs, AFFINE)
+        given = arguments_of(func, args, kwargs)
         return None if given is None else self._place.get(id(key_of(func, given)))
 
     def result(self, index: int, number: int, needed: set[int], call: Any) -> Any:
@@ -128,7 +128,7 @@ class Runner:
         like = self._like.get((index, number))  # a ``Norm`` has none: it runs
         if index not in needed and like is not None:
             if self._hollow:
-                return torch.empty_like(like)
+                return _stand_in(like)
             return torch.zeros(like.shape, dtype=like.dtype, device=self._device)
         kept = self._kept.get((index, number))
         if kept is not None:
@@ -143,13 +143,13 @@ class Runner:
         """Note an output's shape, and keep the output if it is final, a later step reads it and memory is left."""
         if isinstance(self._steps[index], Norm):
             return
-        self._like[index, number] = torch.empty_like(output, device="meta")
+        self._like[index, number] = _stand_in(output)
         self._device = output.device
         if final and self._keep and self._read_from(index + 1, index) and self._memory.take(output):
             self._kept[index, number] = output
 
 
-def _hollow(tensor: Tensor) -> Tensor:
+def _stand_in(tensor: Tensor) -> Tensor:
     """A tensor of its shape without entries."""
     return torch.empty_like(tensor, device="meta")
 
@@ -176,9 +176,9 @@ class _Pass(TorchFunctionMode):
                 return attention_inside(*args, **kwargs)
         place = self._runner.place_of(func, args, kwargs)
         if any(x.is_meta for x in leaves((args, kwargs))):  # a stand-in: nothing has to be computed
-            args, kwargs = tree_map_only(Tensor, _hollow, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, _stand_in, (args, kwargs))
         if place == self._index:
-            given = arguments_of(func, args, kwargs, AFFINE) or {}
+            given = arguments_of(func, args, kwargs) or {}
             if given["input"].is_meta:
                 raise RuntimeError(f"the input of step {place} is a stand-in")
             self.seen = self.seen_input = given["input"]

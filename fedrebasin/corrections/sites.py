@@ -39,8 +39,8 @@ class Site:
     by_module : bool
         The call is the module's; otherwise that of a function with the tensor ``key``.
     corrected : bool
-        False for a layer that only passes on what it reads: it goes straight into a norm, is the model's output, or
-        has no bias.
+        False for a call that runs and stays as it is: it goes straight into a norm, is the model's output, or cannot
+        take a map.
     after : frozenset of int
         Places, in the list of all calls, of those whose outputs reach its input.
     """
@@ -88,8 +88,10 @@ def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
     for place, call in enumerate(seen.calls):
         tensors = [x for x in call.given.values() if id(x) in seen.names]
         known.update(seen.names[id(x)] for x in tensors)
-        runs = 1 if call.module is None else by_hand[call.module]
-        once = runs == 1 and all(seen.tied[id(x)] == 1 and (call.module or seen.uses[id(x)] == 1) for x in tensors)
+        if call.module is None:
+            once = all(seen.used_once(x) for x in tensors)
+        else:  # a norm that computes by hand may read its tensors in several calls
+            once = by_hand[call.module] == 1 and all(seen.tied[id(x)] == 1 for x in tensors)
         passes = not call.norm and (call.content in ends or (*call.content, call.output.numel()) in seen.normed)
         reason = "" if passes else _refuse(call, seen) if once else "it is used more than once"
         if reason:

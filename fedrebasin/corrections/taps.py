@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedrebasin.corrections.calls import AFFINE, arguments_of, attention_inside, key_of, names_of_tensors
+from fedrebasin.corrections.calls import arguments_of, attention_inside, key_of, names_of_tensors
 from fedrebasin.corrections.sites import Site
 
 #: called with a site, its input and its output
@@ -60,7 +60,7 @@ class _Tap(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_inside(*args, **kwargs)
-        given = arguments_of(func, args, kwargs, AFFINE)
+        given = arguments_of(func, args, kwargs)
         if given is None:
             return func(*args, **kwargs)
         if self._by_batch and func is F.batch_norm:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.corrections.calls import (
-    AFFINE,
     NORMS,
     address_of,
     arguments_of,
@@ -136,7 +135,7 @@ class Watch(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return attention_inside(*args, **kwargs)
-        read, given = list(leaves((args, kwargs))), arguments_of(func, args, kwargs, AFFINE)
+        read, given = list(leaves((args, kwargs))), arguments_of(func, args, kwargs)
         contents = [content_of(x) for x in read]
         ours = given is not None and id(key_of(func, given)) in self.names
         sources = self._sources_of(read)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fedrebasin import distill, least_squares, match_many, merge, permute, select_candidate, split_calibration
 from fedrebasin.corrections.layers import Norm
-from fedrebasin.corrections.least_squares import choose_ridge, layer_equations, refresh_norm, step_moments, steps_of
-from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
+from fedrebasin.corrections.least_squares import solve_steps, steps_of
 from fedrebasin.corrections.methods import GENTLE_LR
 from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.output_goals import logits_of_mean_probabilities
-from fedrebasin.corrections.passes import Memory, Runner, hold
+from fedrebasin.corrections.passes import Memory, Runner
+from fedrebasin.corrections.solution import solve_layer
 from fedrebasin.corrections.working import begin, extract, working_copy
 from fedrebasin.simulations.bench.clients import Clients, Options, Row, State, measure_all, options_of, parser_of
 from fedrebasin.simulations.disjoint_bench import Bench
@@ -102,9 +102,7 @@ def solve_last(
         held = torch.arange(len(lacking)) % 5 == 4
         for sums, mask in ((fit, ~held), (check, held)):
             sums.add(ours.last_input[mask].T, lacking[mask].T)
-    matrix, total = read_map(model, last), fit + check
-    D, d = total.solve(choose_ridge(fit, check, intercept=True), intercept=True)
-    write_map(model, last, LinearMap(matrix.matrix + D, matrix.shift + d), total.mean, total.covariance)
+    solve_layer(model, last, fit, check)
     return extract(model, start)
 
 
@@ -164,20 +162,8 @@ def solve(
 ) -> State:
     """``least_squares`` with a share of the first of two ends for each step."""
     model, data, _ = begin(bench.net, merged, ends, batches, None, None)
-    steps, memory = steps_of(model, data, "goals"), Memory(2**30)
-    held = hold(data, memory)
-    assert held is not None
-    ours = Runner(model, steps, memory, keep=True)
-    theirs = [Runner(working_copy(bench.net, end, None), steps, memory, keep=True) for end in ends]
-    for index, (step, share) in enumerate(zip(steps, shares, strict=True)):
-        if isinstance(step, Norm):
-            refresh_norm(model, step, step_moments(ours, index, step, held))
-            continue
-        start = read_map(model, step)
-        fit, check = layer_equations(ours, theirs, [share, 1 - share], index, step, held, split=True)
-        total = fit + check
-        D, d = total.solve(choose_ridge(fit, check, intercept=True), intercept=True)
-        write_map(model, step, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
+    steps, others = steps_of(model, data, "goals"), [working_copy(bench.net, end, None) for end in ends]
+    solve_steps(model, others, steps, [[share, 1 - share] for share in shares], data, Memory(2**30))
     return extract(model, merged)
 
 

@@ -28,8 +28,7 @@ def distance(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]
     scores: dict[tuple[str, int], dict[tuple[str, str, str, int, int], float]] = {}
     ensembles: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     for one in results:
-        config = one["config"]
-        where = _where(config)
+        where = _where(one["config"])
         for row in one["references"]:
             both = {name: row["rows"][name]["top1"] for name in ENSEMBLES}
             ensembles.setdefault((where, row["clients"]), {}).setdefault(row["seed"], both)
