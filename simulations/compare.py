@@ -7,9 +7,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from fedrebasin.simulations.attendance import attendance, check_nodes
 from fedrebasin.simulations.data import Dataset, load_dataset
 from fedrebasin.simulations.events import Event
 from fedrebasin.simulations.handover import hand_over
-from fedrebasin.simulations.interrupts import signals_raise
+from fedrebasin.simulations.interrupts import Interrupted, signals_raise
+from fedrebasin.simulations.output_folder import free_folder, staged
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.runtime import RunError, run_app
 from fedrebasin.simulations.settings import Settings, resolve, to_run_config
@@ -63,34 +63,41 @@ def compare(options: Options, *, on_event: Callable[[Event], None] = lambda even
     ------
     UsageError
         For what the caller can mend, before anything starts.
-    RunError
-        If the run failed; nothing is written then but its log.
+    RunError, Interrupted
+        If the run failed, or a signal ended it. Seeds that were finished are in the folder all the same, and the
+        message says so; without any, nothing is written but the log of a run that failed.
     """
     started = time.time()
     check_extra()
     device = str(select_device(options.settings.device))
     settings = resolve(replace(options.settings, device=device))
     check_nodes(settings, options.nodes)
-    output = _free_folder(options.output, settings)
+    output = free_folder(options.output, settings)
     _check_path(options.path, settings.data)
     if options.path is not None:
         on_event({"event": "phase", "text": f"loading {settings.data}"})
     data = load_dataset(settings.data, options.path)
-    parts = _parts(settings, data, options.nodes)
-    with signals_raise(), _staged(output) as hidden, _site() as site:
-        raw = _run(settings, data, options.nodes, site, on_event)
-        results = {
-            "kind": "compare",
-            "provenance": provenance(options.command, settings.seed_list, started),
-            "settings": asdict(settings),
-            "data": {"name": data.name, "source": data.source, "test": len(data.test_labels)},
-            "nodes": options.nodes,
-            "partition": parts,
-            "runs": raw["runs"],
-            "baselines": raw["baselines"],
-        }
+    parts = [_part(settings, data, options.nodes, seed) for seed in settings.seed_list]
+    failure: Interrupted | RunError | None = None
+    with signals_raise(), staged(output) as hidden:
+        raw_file = hidden / "raw.json"
+        try:
+            with _site() as site:
+                _run(settings, data, options.nodes, site, raw_file, on_event)
+        except (Interrupted, RunError) as error:
+            failure = error
+        results = _results(raw_file, settings, data, parts, options.nodes)
+        if failure is not None and not results["runs"]:
+            raise failure
+        raw_file.unlink()
+        seeds = [part["seed"] for part in results["partition"]]
+        results["provenance"] = provenance(options.command, seeds, started)
         save_results(hidden / "results.json", results)
         write_page(results, hidden)
+    if failure is not None:
+        done = ", ".join(map(str, seeds))
+        failure.args = (f"{failure}; finished before, and kept in {output}: seed {done}",)
+        raise failure
     return output
 
 
@@ -99,16 +106,6 @@ def check_extra() -> None:
     missing = [package for module, package in MODULES.items() if find_spec(module) is None]
     if missing:
         raise UsageError(f'missing: {", ".join(missing)}; pip install "fedrebasin[simulation]"')
-
-
-def _free_folder(output: Path | None, settings: Settings) -> Path:
-    if output is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        output = Path("fedrebasin-results") / f"compare-{settings.data}-{settings.start.replace(':', '-')}-{stamp}"
-    output = output.expanduser().absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"--output: expected a new or empty folder; {output} is in use")
-    return output
 
 
 def _check_path(path: str | None, name: str) -> None:
@@ -135,47 +132,34 @@ def _site() -> Iterator[Site]:
     shutil.rmtree(site.folder, ignore_errors=True)
 
 
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A hidden folder beside ``output`` that takes its place in one step at the end, or vanishes."""
-    made: list[Path] = []
-    try:
-        for folder in reversed([folder for folder in output.parents if not folder.exists()]):
-            folder.mkdir()
-            made.append(folder)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        _remove_empty(made)
-        raise UsageError(f"--output: cannot make {output} ({error.strerror}); choose another folder") from error
-    try:
-        yield hidden
-        hidden.chmod(0o755)  # mkdtemp's folders are closed to others
-        hidden.replace(output)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        _remove_empty(made)
-        raise
+def _results(
+    raw_file: Path, settings: Settings, data: Dataset, parts: list[dict[str, Any]], nodes: int
+) -> dict[str, Any]:
+    """What the run measured on the seeds that it was through with."""
+    raw: dict[str, Any] = load_results(raw_file) if raw_file.exists() else {"runs": [], "baselines": []}
+    whole = [seed for seed in settings.seed_list if not _lacking(raw, settings, nodes, seed)]
+    return {
+        "kind": "compare",
+        "settings": asdict(replace(settings, seeds=",".join(map(str, whole)))),
+        "data": {"name": data.name, "source": data.source, "test": len(data.test_labels)},
+        "nodes": nodes,
+        "unfinished": [seed for seed in settings.seed_list if seed not in whole],
+        "partition": [part for part in parts if part["seed"] in whole],
+        "runs": [run for run in raw["runs"] if run["seed"] in whole],
+        "baselines": [entry for entry in raw["baselines"] if entry["seed"] in whole],
+    }
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in reversed(folders):
-        with suppress(OSError):  # somebody else has put something there meanwhile
-            folder.rmdir()
-
-
-def _parts(settings: Settings, data: Dataset, nodes: int) -> list[dict[str, Any]]:
-    parts = []
-    for seed in settings.seed_list:
-        rows, _ = rows_of_nodes(settings, data, nodes, seed=seed)
-        counts = [data.train_labels[part].bincount(minlength=data.classes).tolist() for part in rows]
-        parts.append({"seed": seed, "rows_of_class": counts})
-    return parts
+def _part(settings: Settings, data: Dataset, nodes: int, seed: int) -> dict[str, Any]:
+    rows, _ = rows_of_nodes(settings, data, nodes, seed=seed)
+    counts = [data.train_labels[part].bincount(minlength=data.classes).tolist() for part in rows]
+    return {"seed": seed, "rows_of_class": counts}
 
 
 def _run(
-    settings: Settings, data: Dataset, nodes: int, site: Site, on_event: Callable[[Event], None]
-) -> dict[str, Any]:
-    data_file, ends, results_file = site.folder / "data.safetensors", site.folder / "ends", site.folder / "results.json"
+    settings: Settings, data: Dataset, nodes: int, site: Site, results_file: Path, on_event: Callable[[Event], None]
+) -> None:
+    data_file, ends = site.folder / "data.safetensors", site.folder / "ends"
     hand_over(data, data_file)
     ends.mkdir()
     actors = min(nodes, os.cpu_count() or 1)
@@ -195,22 +179,21 @@ def _run(
     if not results_file.exists():
         raise RunError(f"the run wrote no results; the log is {site.log}")
     raw = load_results(results_file)
-    _check_whole(raw, settings, nodes, site)
-    return raw
+    lacking = [one for seed in settings.seed_list for one in _lacking(raw, settings, nodes, seed)]
+    if lacking:
+        raise RunError(f"the results lack {lacking}; the log is {site.log}")
 
 
-def _check_whole(raw: dict[str, Any], settings: Settings, nodes: int, site: Site) -> None:
-    """Every seed and strategy is there with every round, and each round has all its replies and no failure."""
-    expected = {(seed, name) for seed in settings.seed_list for name in settings.line_up}
-    found = {(run["seed"], run["strategy"]) for run in raw["runs"]}
+def _lacking(raw: dict[str, Any], settings: Settings, nodes: int, seed: int) -> list[tuple[int, str]]:
+    """The strategies of a seed that are not there with every round, each with all its replies and no failure."""
+    lacking = dict.fromkeys(settings.line_up)
     for run in raw["runs"]:
         rounds = [row["round"] for row in run["rounds"]]
         whole = all(
-            row["replies"] == len(attendance(settings, nodes, seed=run["seed"], server_round=row["round"]))
+            row["replies"] == len(attendance(settings, nodes, seed=seed, server_round=row["round"]))
             and not row["failures"]
             for row in run["rounds"][1:]
         )
-        if rounds != list(range(settings.rounds + 1)) or not whole:
-            found.discard((run["seed"], run["strategy"]))
-    if found != expected:
-        raise RunError(f"the results lack {sorted(expected - found)}; the log is {site.log}")
+        if run["seed"] == seed and rounds == list(range(settings.rounds + 1)) and whole:
+            lacking.pop(run["strategy"], None)
+    return [(seed, name) for name in sorted(lacking)]

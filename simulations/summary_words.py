@@ -115,4 +115,7 @@ def method_of(results: Results) -> str:
     if "fedprox" in " ".join(names):
         off = ", its term off in round 1" if settings["start"] == "apart" else ""
         text += f" FedProx's mu: {settings['proximal_mu']:g}{off}."
+    unfinished = results.get("unfinished", [])
+    if unfinished:
+        text += f" The run ended before it was through with seed {', '.join(map(str, unfinished))}: left out here."
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedrebasin.simulations.competitors import FLOWER, label_of, make_strategy
 from fedrebasin.simulations.console import Lines
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.events import Follower, emit
+from fedrebasin.simulations.interrupts import Interrupted
 from fedrebasin.simulations.results import load_results
 from fedrebasin.simulations.runtime import RunError
 from fedrebasin.simulations.settings import Settings, from_run_config, resolve, to_run_config
@@ -168,7 +170,7 @@ def fake_run(accuracy: dict[str, float], nodes: int = 2) -> dict[str, Any]:
 
 @pytest.fixture
 def no_flower(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Replaces Flower's runtime by a run that writes ``raw`` as its results, or fails with ``error``."""
+    """Replaces Flower's runtime by a run that writes ``raw`` as its results, and then fails with ``error``."""
     from fedrebasin.simulations.results import save_results
 
     state: dict[str, Any] = {"raw": None, "error": None, "sites": []}
@@ -176,9 +178,10 @@ def no_flower(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     def run_app(app: Path, site: Site, *, run_config: dict[str, Any], **rest: object) -> None:
         state["sites"].append(site)
         site.log.write_text("what happened")
+        if state["raw"] is not None:
+            save_results(Path(run_config["results-file"]), state["raw"])
         if state["error"] is not None:
             raise state["error"]
-        save_results(Path(run_config["results-file"]), state["raw"])
 
     monkeypatch.setattr("fedrebasin.simulations.compare.run_app", run_app)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("temporary")))  # where logs of failures stay
@@ -227,6 +230,31 @@ def test_a_failed_run_leaves_its_log_and_nothing_else(no_flower: dict[str, Any],
     assert list(tmp_path.iterdir()) == []
     (site,) = no_flower["sites"]
     assert [path.name for path in site.folder.iterdir()] == ["run.log"]
+
+
+@pytest.mark.parametrize("error", [RunError("round 2 of fedavg: a client failed"), Interrupted(signal.SIGTERM)])
+def test_seeds_that_were_finished_are_kept_when_a_run_ends_early(
+    no_flower: dict[str, Any], tmp_path: Path, error: RunError | Interrupted
+) -> None:
+    names = {"fedavg": 0.4, "fedrebasin": 0.9, "fedavg@common": 0.9}
+    whole, broken = fake_run(names), fake_run(names)
+    for entry in [*broken["runs"], *broken["baselines"]]:
+        entry["seed"] = 4
+    broken["runs"].pop()
+    no_flower["raw"] = {key: whole[key] + broken[key] for key in whole}
+    no_flower["error"] = error
+    said = str(error)
+    out = tmp_path / "out"
+    with pytest.raises(type(error)) as caught:
+        compare(Options(Settings(rounds=1, seeds="0,4,2"), output=out))
+    assert caught.value is error
+    assert str(error) == f"{said}; finished before, and kept in {out}: seed 0"
+    results = load_results(out / "results.json")
+    assert (results["settings"]["seeds"], results["provenance"]["seeds"], results["unfinished"]) == ("0", [0], [4, 2])
+    assert results["runs"] == whole["runs"]
+    assert [part["seed"] for part in results["partition"]] == [0]
+    assert "ended before it was through with seed 4, 2: left out here" in (out / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_results_are_not_written_over(no_flower: dict[str, Any], tmp_path: Path) -> None:

@@ -121,6 +121,33 @@ def test_an_interrupt_in_mid_round_leaves_no_process_and_no_file(tmp_path: Path)
         command.wait()
 
 
+@pytest.mark.slow
+def test_an_interrupt_keeps_the_seeds_that_were_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = [*COMMAND, "--strategies", "fedavg", "--start", "common", "--rounds", "1", "--epochs", "1"]
+    call += ["--seeds", ",".join(map(str, range(50))), "--output", str(out)]
+    command = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment("EARLY=1", tmp_path))
+    try:
+        assert command.stderr is not None
+        said = ""
+        while "seed 2, round 1" not in said:
+            line = command.stderr.readline()
+            assert line, said
+            said += line
+        command.send_signal(signal.SIGINT)
+        said = command.communicate(timeout=60)[1]
+        assert command.returncode == 128 + signal.SIGINT
+        assert f"kept in {out}: seed 0, 1" in said
+        results = load_results(out / "results.json")
+        seeds = [run["seed"] for run in results["runs"]]
+        assert seeds[:2] == [0, 1]
+        assert [*seeds, *results["unfinished"]] == list(range(50))
+        assert len(results["baselines"]) == len(seeds)
+    finally:
+        command.kill()
+        command.wait()
+
+
 def environment(mark: str, temporary: Path) -> dict[str, str]:
     """This one's, with a mark that all processes of the run inherit, and a folder of its own for temporary files."""
     name, value = mark.split("=")

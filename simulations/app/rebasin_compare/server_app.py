@@ -49,10 +49,10 @@ def main(grid: Grid, context: Context) -> None:
             everything = background.submit(arena.alone.train)
             runs += [arena.play(grid, name) for name in settings.line_up]
             baselines.append(arena.baselines(everything))
+        if results_file:  # after each seed: a run that is ended early keeps what it has
+            results = {"settings": asdict(settings), "nodes": nodes, "runs": runs, "baselines": baselines}
+            save_results(Path(results_file), results)
     emit(progress_file, "done")
-    results = {"settings": asdict(settings), "nodes": nodes, "runs": runs, "baselines": baselines}
-    if results_file:
-        save_results(Path(results_file), results)
     for run in runs:
         accuracies = " ".join(f"{100 * row['accuracy']:.1f}" for row in run["rounds"])
         log(logging.INFO, "seed %s, %s: test accuracy by round %s", run["seed"], run["strategy"], accuracies)
