@@ -7,6 +7,8 @@ usual start, adds nothing but noise.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -101,12 +103,18 @@ def _terms_along(problem: WeightProblem, term: Term, dim: int, blocks: set[Block
 def _averaged(tensor: Tensor, dim: int, terms: list[Term]) -> Tensor:
     """The mean over the units of each term along ``dim``, times the root of their number, beside what is left."""
     front = tensor.movedim(dim, 0)
+    if terms[0].places is None:  # the whole axis
+        return _mean(front, terms[0]).movedim(0, dim)
     rest = torch.ones(len(front), dtype=torch.bool)
     parts = []
     for term in terms:
-        places = torch.arange(len(front)) if term.places is None else term.places
-        units = len(places) // term.copies
-        part = front if term.places is None else front[places.to(front.device)]
-        parts.append(part.reshape(units, term.copies, *part.shape[1:]).sum(0) / units**0.5)
-        rest[places] = False
+        assert term.places is not None
+        parts.append(_mean(front[term.places.to(front.device)], term))
+        rest[term.places] = False
     return torch.cat([front[rest.to(front.device)], *parts]).movedim(0, dim)
+
+
+def _mean(part: Tensor, term: Term) -> Tensor:
+    units = len(part) // term.copies
+    total = part.reshape(units, term.copies, *part.shape[1:]).sum(0)
+    return total / math.sqrt(units)

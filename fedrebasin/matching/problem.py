@@ -17,13 +17,19 @@ from torch import Tensor
 
 from fedrebasin.matching.numbers import dot, like_of, norm_of
 from fedrebasin.matching.plan import Block, Term, in_parts, plan_of
-from fedrebasin.matching.products import add_product, reorder, reordered_dot
+from fedrebasin.matching.products import Unfolded, add_product, reorder, reordered_dot
 from fedrebasin.matching.shelf import Shelf
 from fedrebasin.matching.side import side_of
 from fedrebasin.perms import Perms, compose, identity_perms
 from fedrebasin.permute import permute_tensor, source
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.stored import StoredState, described
+
+#: What is kept of a term in a similarity: the orders of the other axes that it was made with, and of a small tensor the
+#: model's rows in these orders.
+_Look = tuple[dict[int, Tensor], Tensor | None]
+#: Tensors of up to so many entries are unfolded once, and multiplied whole.
+_SMALL = 1 << 15
 
 
 class WeightProblem:
@@ -62,8 +68,8 @@ class WeightProblem:
         stored = next((state for state in (reference, model) if isinstance(state, StoredState)), None)
         self._constant: MutableMapping[Block, Tensor] = {} if stored is None else Shelf(stored.scratch)
         self._totals: MutableMapping[Block, Tensor] = {} if stored is None else Shelf(stored.scratch)
-        #: for each kept similarity and each term in it, the orders of the other axes that it was made with
-        self._kept: dict[Block, dict[int, dict[int, Tensor]]] = {}
+        self._kept: dict[Block, dict[int, _Look]] = {}
+        self._unfolded: dict[Term, Unfolded] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
         self.reset(init)
 
@@ -83,6 +89,7 @@ class WeightProblem:
         """Drop what is kept of the similarities, after a change of ``reference``."""
         self._constant.clear()
         self._kept.clear()
+        self._unfolded.clear()
 
     def scale(self, block: Block) -> float:
         """|reference| |model| over the block's tensors: what the similarities are measured by."""
@@ -147,13 +154,22 @@ class WeightProblem:
         moved = permute_tensor(self.spec.axes[term.name], perms, self.model[term.name])
         return term.rows(self.reference[term.name]) @ term.rows(moved).T
 
-    def _mend(self, total: Tensor, kept: dict[int, dict[int, Tensor]], index: int, term: Term) -> None:
+    def _mend(self, total: Tensor, kept: dict[int, _Look], index: int, term: Term) -> None:
         """Bring one term of a kept similarity up to the current orders of the tensor's other axes."""
         new = self.other_orders(term)
-        old = kept.get(index)
-        if old is None or any(order is not old[dim] for dim, order in new.items()):
+        old, rows = kept.get(index, (None, None))
+        if old is not None and all(order is old[dim] for dim, order in new.items()):
+            return
+        if self._is_small(term):
+            if term not in self._unfolded:
+                self._unfolded[term] = Unfolded(term, self.reference[term.name], self.model[term.name])
+            rows = self._unfolded[term].add_product(total, new, rows)
+        else:
             add_product(total, term, self.reference[term.name], self.model[term.name], new, old)
-            kept[index] = new
+        kept[index] = new, rows
+
+    def _is_small(self, term: Term) -> bool:
+        return term.whole and term.copies == 1 and self.entries_of(term.name) <= _SMALL
 
     def other_orders(self, term: Term) -> dict[int, Tensor]:
         """The current orders of the other axes of a term's tensor that some permutation moves."""

@@ -13,6 +13,31 @@ from fedrebasin.matching.plan import Term
 Orders = Mapping[int, Tensor]
 
 
+class Unfolded:
+    """A small term's two tensors as matrices with a row for each unit, made once.
+
+    Parameters
+    ----------
+    term : Term
+    reference, model : Tensor
+        Of one shape.
+    """
+
+    def __init__(self, term: Term, reference: Tensor, model: Tensor) -> None:
+        self._dim = term.dim
+        self._first = term.rows(reference).contiguous()
+        self._front = model.movedim(term.dim, 0).contiguous()
+
+    def add_product(self, total: Tensor, new: Orders, old: Tensor | None) -> Tensor:
+        """:func:`add_product`, less a product with what the last look returned, ``old``."""
+        moved = self._front
+        for dim, order in new.items():
+            moved = moved.index_select(dim + (dim < self._dim), order.to(moved.device))
+        rows = moved.reshape(len(moved), -1)
+        total.addmm_(self._first, (rows if old is None else rows - old).T)
+        return rows
+
+
 def add_product(total: Tensor, term: Term, reference: Tensor, model: Tensor, new: Orders, old: Orders | None) -> None:
     """Add to ``total`` the products of a slab's rows with those of the model in ``new`` orders, less the ``old`` ones'.
 

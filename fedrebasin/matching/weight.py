@@ -101,7 +101,7 @@ def weight_matching(
         found = max(found, _descend(problem, order, before), key=_last)
     perms, history = found
     problem.reset(perms)
-    objective = problem.objective()
+    objective = problem.objective() if len(history) > 1 else history[0]
     problem.reset()
     identity = before if init is None else problem.objective()
     return Matching(perms, objective, identity, (*history[:-1], objective), time.perf_counter() - started)
@@ -195,13 +195,12 @@ def improve(problem: WeightProblem, block: Block) -> float:
     if families_over(problem, block.perm):
         return _move_if_better(problem, nested_step(problem, block), problem.scale(block))
     similarity = problem.similarity(block)
-    units = torch.arange(block.size)
-    current = units if block in problem.plan.relative else problem.perms[block.perm]
-    here = similarity[units, current]
-    if bool((similarity.amax(1) <= here).all()):
+    current = torch.arange(block.size) if block in problem.plan.relative else problem.perms[block.perm]
+    new = best_assignment(similarity, current)
+    if new is current:
         return 0.0
-    new = best_assignment(similarity)
-    gain = float((similarity[units, new] - here).sum(dtype=torch.float64))
+    after, before = similarity.gather(1, torch.stack([new, current], 1)).sum(0, dtype=torch.float64).tolist()
+    gain: float = after - before
     if gain <= _TOLERANCE * problem.scale(block):
         return 0.0
     if block in problem.plan.quadratic:
