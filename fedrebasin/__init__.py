@@ -5,6 +5,7 @@ from fedrebasin.chain import chain_spec
 from fedrebasin.check import check_spec
 from fedrebasin.connectivity import LossPath, barrier_above_chord, loss_along_path, loss_barrier
 from fedrebasin.corrections import (
+    best_end,
     bias_normalisation,
     closed_form,
     distill,
@@ -85,6 +86,7 @@ __all__ = [
     "activation_matching",
     "align",
     "barrier_above_chord",
+    "best_end",
     "bias_normalisation",
     "chain_spec",
     "check_spec",

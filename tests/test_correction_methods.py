@@ -26,8 +26,13 @@ __all__ = ["warnings"]
 DATA = [torch.randn(100, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 
 
-#: without ends, or functions with other arguments (tests of their own in ``test_output_goals.py``)
-NOT_FUNCTIONS = ("reset-batchnorm", "least-squares-probabilities", "least-squares+distill")
+#: without ends, or functions with other arguments (tests of their own)
+NOT_FUNCTIONS = (
+    "reset-batchnorm",
+    "least-squares-probabilities",
+    "least-squares+distill",
+    "best-end-probabilities",
+)
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedrebasin import least_squares, merge
+from fedrebasin.corrections.output_goals import goals_of
 from fedrebasin.simulations.bench import goals, tables_distance
 from fedrebasin.simulations.bench.clients import Clients, options_of, parser_of, train_clients
 from fedrebasin.simulations.data import load_dataset
@@ -56,12 +60,16 @@ def test_equal_shares_in_every_layer_are_least_squares(clients: Clients) -> None
     assert [name for name in wanted if not torch.equal(other[name], wanted[name])] == ["7.bias", "7.weight"]
 
 
+def _shares(*shares: float) -> Callable[[list[Tensor]], Tensor]:
+    return partial(goals_of, "pre-activations", shares=shares)
+
+
 def test_the_last_layer_alone_is_solved_for_the_goal(clients: Clients) -> None:
     bench, images = clients.bench, goals._batches(clients.bench, torch.arange(300))
     end = clients.states[0]
-    same = goals.solve_last(bench, end, [end, end], images, goals.by_mean([0.5, 0.5]))
+    same = goals.solve_last(bench, end, [end, end], images, _shares(0.5, 0.5))
     assert all(torch.allclose(same[name], end[name], atol=1e-4) for name in end)
-    other = goals.solve_last(bench, end, clients.states, images, goals.by_mean([0.0, 1.0]))
+    other = goals.solve_last(bench, end, clients.states, images, _shares(0.0, 1.0))
     assert [name for name in end if not torch.equal(other[name], end[name])] == ["7.bias", "7.weight"]
 
     def gap(state: dict[str, Any]) -> float:
@@ -76,13 +84,6 @@ def test_the_surer_end_weighs_more() -> None:
     assert goals.by_confidence([0.5, 0.5])([sure, sure]).equal(sure)
     found = goals.by_confidence([0.5, 0.5])([sure, unsure])
     torch.testing.assert_close(found, sure * (1 / 1.5), rtol=1e-3, atol=1e-3)
-
-
-def test_the_client_that_agrees_best_is_kept_but_for_its_last_layer(clients: Clients) -> None:
-    bench, images = clients.bench, goals._batches(clients.bench, torch.arange(300))
-    noise = {name: torch.randn_like(tensor) for name, tensor in clients.states[0].items()}
-    found = goals.one_client(bench, [noise, clients.states[1]], [0.0, 1.0], images, goals.by_mean([0.0, 1.0]))
-    assert torch.equal(found["1.weight"], clients.states[1]["1.weight"])
 
 
 def test_calibration_images_are_chosen_by_class(clients: Clients) -> None:

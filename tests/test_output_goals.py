@@ -62,7 +62,7 @@ def test_layers_before_the_last_are_solved_alike() -> None:
 )
 def test_a_network_whose_output_is_no_linear_layers_is_refused(net: nn.Module) -> None:
     state = net.state_dict()
-    with pytest.raises(RebasinError, match="goals='probabilities' needs a classifier that ends in a linear layer"):
+    with pytest.raises(RebasinError, match="goals='probabilities' needs a network that ends in a linear layer"):
         least_squares(net, state, [state, state], [torch.randn(200, 4)], goals="probabilities")
 
 

@@ -1,5 +1,6 @@
 """What follows the average: one file a method, and all of them by name in ``methods``."""
 
+from fedrebasin.corrections.best_end import best_end
 from fedrebasin.corrections.bias_normalisation import bias_normalisation
 from fedrebasin.corrections.closed_form import closed_form
 from fedrebasin.corrections.distill import distill
@@ -12,6 +13,7 @@ from fedrebasin.corrections.reset import reset_batchnorm
 from fedrebasin.corrections.reshift import reshift
 
 __all__ = [
+    "best_end",
     "bias_normalisation",
     "closed_form",
     "distill",

@@ -17,7 +17,7 @@ from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
 from fedrebasin.corrections.linear_maps import behind, chunks, columns, outputs, per_channel
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.normal_equations import NormalEquations
-from fedrebasin.corrections.output_goals import check_goals, logits_of_mean_probabilities
+from fedrebasin.corrections.output_goals import check_goals, check_last_layer, logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
@@ -118,7 +118,9 @@ def least_squares(
     budget = Memory(memory)
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")
-    check_goals(goals, model, steps, batches)
+    check_goals(goals)
+    if goals == "probabilities":
+        check_last_layer("goals='probabilities'", model, steps, batches, instead="goals='pre-activations'")
     others = [working_copy(net, end, device) for end, weight in zip(ends, weights, strict=True) if weight]
     shares = [[weight for weight in weights if weight]] * len(steps)
     solve_steps(model, others, steps, shares, batches, budget, ridge=ridge, goals=goals)
@@ -150,6 +152,11 @@ def solve_steps(
             ours, theirs, shares[index], index, step, source, split=ridge is None, probabilities=probabilities
         )
         solve_layer(model, step, fit, check, ridge)
+
+
+def held_out_rows(seen: int, examples: Tensor) -> Tensor:
+    """Which of these examples, after so many, are not fitted but choose the ridge: a mask, one in ``_HELD``."""
+    return torch.arange(seen, seen + len(examples), device=examples.device) % _HELD == _HELD - 1
 
 
 def steps_of(model: nn.Module, batches: Batches, method: str) -> list[Step]:
@@ -196,7 +203,7 @@ def layer_equations(
                 lacking.addcmul_(z, per_channel(layer, share * factor, z))
         if not kernel and x.ndim == 3 and len(x) != len(next(leaves(batch))) == x.shape[1]:
             x, lacking = x.transpose(0, 1), lacking.transpose(0, 1)  # attention has put positions first
-        held = torch.arange(seen, seen + len(x), device=x.device) % _HELD == _HELD - 1
+        held = held_out_rows(seen, x)
         seen += len(x)
         for sums, mask in ((fit, ~held), (check, held)) if split else ((fit, held | True),):
             inputs, targets = x[mask], lacking[mask]

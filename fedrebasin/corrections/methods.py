@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.corrections.best_end import best_end
 from fedrebasin.corrections.bias_normalisation import bias_normalisation
 from fedrebasin.corrections.closed_form import closed_form
 from fedrebasin.corrections.distill import distill
@@ -127,4 +128,6 @@ CORRECTIONS = {
     "regmean": Correction(_with_data(regmean)),
     "distill": Correction(_trained(distill)),
     "least-squares+distill": Correction(_solved_and_distilled),
+    "best-end": Correction(_with_data(best_end)),
+    "best-end-probabilities": Correction(_with_data(partial(best_end, goals="probabilities"))),
 }

@@ -48,24 +48,41 @@ def logits_of_mean_probabilities(logits: Sequence[Tensor], shares: Sequence[floa
     return goal - goal.mean(-1, keepdim=True) + level
 
 
-@torch.no_grad()
-def check_goals(goals: str, model: nn.Module, steps: Sequence[Step], batches: Batches) -> None:
-    """Raise :class:`RebasinError` unless the goals are known and the network can have them.
+def goals_of(goals: str, logits: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """What the ends' outputs say together, by the name of the goals.
 
-    Probabilities need a network whose output is what its last linear layer gives, ``(examples, classes)``.
+    >>> goals_of("pre-activations", [torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 0.0]])], [0.5, 0.5])
+    tensor([[1.5000, 1.5000]])
     """
+    if goals == "probabilities":
+        return logits_of_mean_probabilities(logits, shares)
+    return torch.stack([share * one for share, one in zip(shares, logits, strict=True)]).sum(0)
+
+
+def check_goals(goals: str) -> None:
+    """Raise :class:`RebasinError` unless the goals are known."""
     if goals not in GOALS:
         raise RebasinError(f"goals: expected one of {', '.join(GOALS)}; got {goals!r}")
-    if goals == "pre-activations":
-        return
+
+
+@torch.no_grad()
+def check_last_layer(
+    asked: str, model: nn.Module, steps: Sequence[Step], batches: Batches, *, instead: str = "another correction"
+) -> Layer:
+    """The last layer, if the network's output is what it gives, ``(examples, outputs)``; else :class:`RebasinError`.
+
+    Parameters
+    ----------
+    asked, instead : str
+        What needs it, and what to use where it is not so.
+    """
     last, (args, kwargs, _) = steps[-1], next(iter(batches))
     output = tensors(model(*args, **kwargs))[0]
-    seen = None
     if isinstance(last, Layer) and last.norm is None and not last.stride and output.ndim == 2:
         seen = Runner(model, steps, Memory(0), keep=False).output(len(steps) - 1, 0, (args, kwargs))
-    if seen is None or not torch.equal(seen, output):
-        raise RebasinError(
-            f"goals='probabilities' needs a classifier that ends in a linear layer, of shape (examples, classes); this "
-            f"network's output of shape {tuple(output.shape)} is not what its last layer, {last.key!r}, gives; "
-            "use goals='pre-activations'"
-        )
+        if torch.equal(seen.nan_to_num(), output.nan_to_num()):
+            return last
+    raise RebasinError(
+        f"{asked} needs a network that ends in a linear layer, of shape (examples, outputs); this network's output "
+        f"of shape {tuple(output.shape)} is not what its last layer, {last.key!r}, gives; use {instead}"
+    )

@@ -22,16 +22,21 @@ def solve_layer(
 ) -> None:
     """Add the solution of all sums to a layer; the ridge is given, or chosen by ``check`` after a fit on ``fit``."""
     start, total = read_map(model, layer), fit + check if check.count else fit
-    if not bool(total.gram.isfinite().all() and total.cross.isfinite().all()):
-        raise CalibrationError(
-            f"calibration: the activations at {layer.weight!r} hold a NaN or an infinity; check the models and the "
-            "inputs"
-        )
+    check_finite(layer, total)
     shifts = layer.bias is not None or layer.norm is not None
     chosen = choose_ridge(fit, check, intercept=shifts) if ridge is None else ridge
     D, d = total.solve(chosen, intercept=shifts)
     LOGGER.debug("least squares: %r, ridge %g", layer.weight, chosen)
     write_map(model, layer, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
+
+
+def check_finite(layer: Layer, sums: NormalEquations) -> None:
+    """Raise :class:`CalibrationError` where a NaN or an infinity has come into a layer's sums."""
+    if not bool(sums.gram.isfinite().all() and sums.cross.isfinite().all()):
+        raise CalibrationError(
+            f"calibration: the activations at {layer.weight!r} hold a NaN or an infinity; check the models and the "
+            "inputs"
+        )
 
 
 def choose_ridge(fit: NormalEquations, check: NormalEquations, *, intercept: bool) -> float:

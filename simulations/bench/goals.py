@@ -4,24 +4,22 @@
 ``calibration.py``, aligned. *Confidence* gives the last layer the ends' logits, each weighed by the largest of its
 probabilities; *shares by layer* tries, layer after layer, 0.3, 0.5 and 0.7 for the first of two clients, and keeps what
 agrees best with the ensemble on a quarter of the images that nothing is solved on. *One client* is no merge: a client's
-own network, of which the last layer alone is solved for what all clients say, then distilled; whose, agreement decides.
+own network, of which the last layer alone is solved for what all clients say (``fedrebasin.best_end``), then distilled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedrebasin import distill, least_squares, match_many, merge, permute, select_candidate, split_calibration
+from fedrebasin import best_end, distill, least_squares, match_many, merge, permute, select_candidate, split_calibration
 from fedrebasin.corrections.layers import Norm
 from fedrebasin.corrections.least_squares import solve_steps, steps_of
 from fedrebasin.corrections.methods import GENTLE_LR
 from fedrebasin.corrections.normal_equations import NormalEquations
-from fedrebasin.corrections.output_goals import logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.solution import solve_layer
 from fedrebasin.corrections.working import begin, extract, working_copy
@@ -40,7 +38,7 @@ def tried(clients: Clients, options: Options) -> Iterator[Row]:
     merged, count = merge(ends, coefficients=shares), options.images[0]
     own, balanced, half = (_batches(bench, rows[:count]) for rows in _choices(bench))
     solved = least_squares(bench.net, merged, ends, own, coefficients=shares)
-    alone = one_client(bench, ends, shares, own, partial(logits_of_mean_probabilities, shares=shares))
+    alone = best_end(bench.net, merged, ends, own, goals="probabilities", coefficients=shares)
     given: dict[str, Any] = {"coefficients": shares}
     attempts: dict[str, Callable[[], State]] = {
         "none": lambda: merged,
@@ -53,7 +51,7 @@ def tried(clients: Clients, options: Options) -> Iterator[Row]:
         "images: equally many of each class": lambda: least_squares(bench.net, merged, ends, balanced, **given),
         "images: half of the classes": lambda: least_squares(bench.net, merged, ends, half, **given),
         "distillation": lambda: distill(bench.net, solved, ends, own, lr=GENTLE_LR, **given),
-        "one client, last layer solved": lambda: one_client(bench, ends, shares, own, by_mean(shares)),
+        "one client, last layer solved": lambda: best_end(bench.net, merged, ends, own, **given),
         "one client, last layer solved for mean probabilities": lambda: alone,
         "one client, the same and distillation": lambda: distill(bench.net, alone, ends, own, lr=GENTLE_LR, **given),
     }
@@ -115,25 +113,6 @@ def by_confidence(shares: Sequence[float]) -> Callable[[list[Tensor]], Tensor]:
         return (together * weights / weights.sum(0)).sum(0)
 
     return goal
-
-
-def by_mean(shares: Sequence[float]) -> Callable[[list[Tensor]], Tensor]:
-    """The mean of logits."""
-    return lambda logits: sum((c * z for c, z in zip(shares, logits, strict=True)), torch.zeros(()))
-
-
-def one_client(
-    bench: Bench,
-    ends: Sequence[State],
-    shares: Sequence[float],
-    batches: Sequence[Tensor],
-    goal: Callable[[list[Tensor]], Tensor],
-) -> State:
-    """One end as it is, but for its last layer; which one agrees best with the ensemble on a part of the images."""
-    fit, held_out = split_calibration(bench.net, batches)
-    candidates = {str(place): solve_last(bench, end, ends, fit, goal) for place, end in enumerate(ends)}
-    best = select_candidate(bench.net, candidates, held_out, ends=ends, coefficients=shares).name
-    return solve_last(bench, ends[int(best)], ends, batches, goal)
 
 
 def by_layer(bench: Bench, merged: State, ends: Sequence[State], batches: Sequence[Tensor]) -> State:
