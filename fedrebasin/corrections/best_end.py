@@ -35,10 +35,10 @@ def best_end(
 ) -> dict[str, Tensor]:
     """Keep one end's network as it is, and solve its last layer alone for the outputs of the ends' ensemble.
 
-    The end is the one whose solved layer comes nearest, in mean square, on every fifth example after a fit on the
-    others; it is then solved on all. Closed form, no labels, no alignment. Nothing of the merge is used: what a merge
-    has to be better than, and a candidate for ``select="calibration"`` where its hidden layers are worth less than one
-    end's.
+    The end is the one that, solved on the other examples, comes nearest to the average of the ends' outputs on every
+    fifth one, in mean square; it is then solved for the goals, on all. Closed form, no labels, no alignment. Nothing of
+    the merge is used: it is what a merge has to be better than, and a candidate for ``select="calibration"`` where
+    hidden layers that were averaged are worth less than one end's.
 
     Parameters
     ----------
@@ -91,33 +91,45 @@ def best_end(
     last = check_last_layer("best_end", model, steps, batches)
     shares = [weight for weight in weights if weight]
     models = [working_copy(net, end, device) for end, weight in zip(ends, weights, strict=True) if weight]
-    runners = [Runner(one, steps, Memory(0), keep=False) for one in models]
-    sums = [(NormalEquations(), NormalEquations()) for _ in models]
-    lacks = [0.0] * len(models)
+    same = goals == "pre-activations"
+    candidates = [_Candidate(Runner(one, steps, Memory(0), keep=False), alike=same) for one in models]
     seen = 0
     for number, (args, kwargs, _) in enumerate(batches):
-        said = [one.output(len(steps) - 1, number, (args, kwargs)) for one in runners]
-        goal = goals_of(goals, said, shares)
-        held = held_out_rows(seen, goal)
-        seen += len(goal)
-        for place, (runner, (fit, check)) in enumerate(zip(runners, sums, strict=True)):
-            lacking = goal - said[place]
-            fit.add(runner.last_input[~held].T, lacking[~held].T)
-            check.add(runner.last_input[held].T, lacking[held].T)
-            lacks[place] += float(lacking[held].double().square().sum())
-    errors = [
-        lack / max(1, check.count) + _excess(last, fit, check, ridge)
-        for (fit, check), lack in zip(sums, lacks, strict=True)
-    ]
+        said = [one.runner.output(len(steps) - 1, number, (args, kwargs)) for one in candidates]
+        mean, goal = (goals_of(name, said, shares) for name in ("pre-activations", goals))
+        held = held_out_rows(seen, mean)
+        seen += len(held)
+        for one, output in zip(candidates, said, strict=True):
+            one.add(mean - output, goal - output, held)
+    errors = [one.error(last, ridge) for one in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     LOGGER.info("best end: %d of %d; mean squared errors %s", best, len(errors), ", ".join(f"{e:.4g}" for e in errors))
-    solve_layer(models[best], last, *sums[best], ridge)
+    solve_layer(models[best], last, *candidates[best].wanted, ridge)
     return extract(models[best], merged)
 
 
-def _excess(layer: Layer, fit: NormalEquations, check: NormalEquations, ridge: float | None) -> float:
-    check_finite(layer, fit)
-    check_finite(layer, check)
-    intercept = layer.bias is not None
-    chosen = choose_ridge(fit, check, intercept=intercept) if ridge is None else ridge
-    return check.excess(*fit.solve(chosen, intercept=intercept))
+class _Candidate:
+    """An end, and the sums of its last layer on the examples to fit and on those held out: to choose, and as wanted."""
+
+    def __init__(self, runner: Runner, *, alike: bool) -> None:
+        self.runner = runner
+        self.choice = NormalEquations(), NormalEquations()
+        self.wanted = self.choice if alike else (NormalEquations(), NormalEquations())
+        self.lack = 0.0
+
+    def add(self, lacking: Tensor, wanted: Tensor, held: Tensor) -> None:
+        """Add what the outputs of the batch that the runner saw last lack."""
+        X = self.runner.last_input
+        for place, mask in enumerate((~held, held)):
+            self.choice[place].add(X[mask].T, lacking[mask].T)
+            if self.wanted is not self.choice:
+                self.wanted[place].add(X[mask].T, wanted[mask].T)
+        self.lack += float(lacking[held].double().square().sum())
+
+    def error(self, layer: Layer, ridge: float | None) -> float:
+        """Mean squared error on the examples held out, the layer solved on the others."""
+        fit, check = self.choice
+        check_finite(layer, fit + check)
+        intercept = layer.bias is not None
+        chosen = choose_ridge(fit, check, intercept=intercept) if ridge is None else ridge
+        return self.lack / max(1, check.count) + check.excess(*fit.solve(chosen, intercept=intercept))
