@@ -70,6 +70,7 @@ class WeightProblem:
         self._totals: MutableMapping[Block, Tensor] = {} if stored is None else Shelf(stored.scratch)
         self._kept: dict[Block, dict[int, _Look]] = {}
         self._unfolded: dict[Term, Unfolded] = {}
+        self._small = _SMALL if stored is None else 0
         self._orders: dict[tuple[str, int], Tensor] = {}
         self.reset(init)
 
@@ -169,7 +170,7 @@ class WeightProblem:
         kept[index] = new, rows
 
     def _is_small(self, term: Term) -> bool:
-        return term.whole and term.copies == 1 and self.entries_of(term.name) <= _SMALL
+        return term.whole and term.copies == 1 and self.entries_of(term.name) <= self._small
 
     def other_orders(self, term: Term) -> dict[int, Tensor]:
         """The current orders of the other axes of a term's tensor that some permutation moves."""
