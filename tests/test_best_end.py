@@ -85,6 +85,13 @@ def test_where_hidden_layers_do_not_average_selection_keeps_the_best_end() -> No
     assert torch.equal(merged.state_dict()["0.weight"], ends[0]["0.weight"])
 
 
+def test_three_examples_leave_none_to_choose_by_and_are_warned_of() -> None:
+    net, ends = network(), [network(seed).state_dict() for seed in (1, 2)]
+    with pytest.warns(UserWarning, match="calibration: 3 examples are few for best_end; 100 and more would do"):
+        found = best_end(net, merge(ends), ends, [DATA[0][:3]])
+    assert torch.equal(found["0.weight"], ends[0]["0.weight"])
+
+
 @pytest.mark.parametrize(
     ("net", "seen"),
     [
@@ -105,4 +112,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(RebasinError, match="goals: expected one of pre-activations, probabilities; got 'labels'"):
         best_end(net, state, [state], DATA, goals="labels")
     with pytest.raises(CalibrationError, match="NaN"):
-        best_end(net, state, [state, state], [DATA[0] * float("inf")])
+        best_end(net, state, [state, state], [DATA[0] * float("inf"), *DATA])

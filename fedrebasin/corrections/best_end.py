@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.corrections.layers import Layer
-from fedrebasin.corrections.least_squares import held_out_rows, steps_of
+from fedrebasin.corrections.least_squares import held_out_rows, steps_of, warn_of_few
 from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, goals_of
 from fedrebasin.corrections.passes import Memory, Runner
@@ -71,6 +71,11 @@ def best_end(
         If coefficients do not fit, ``ridge`` is negative, ``goals`` is unknown, or the network does not end in a linear
         layer of shape (examples, outputs).
 
+    Warns
+    -----
+    UserWarning
+        If there are fewer than 100 examples.
+
     References
     ----------
     Ours, as a baseline; of retraining last layers: Kirichenko, Izmailov, Wilson (2023), arXiv 2204.02937.
@@ -101,6 +106,7 @@ def best_end(
         seen += len(held)
         for one, output in zip(candidates, said, strict=True):
             one.add(mean - output, goal - output, held)
+    warn_of_few(seen, "best_end", stacklevel=4)
     errors = [one.error(last, ridge) for one in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     LOGGER.info("best end: %d of %d; mean squared errors %s", best, len(errors), ", ".join(f"{e:.4g}" for e in errors))

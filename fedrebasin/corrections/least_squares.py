@@ -154,6 +154,13 @@ def solve_steps(
         solve_layer(model, step, fit, check, ridge)
 
 
+def warn_of_few(examples: int, method: str, *, stacklevel: int) -> None:
+    """Warn where there are fewer examples than a choice of the ridge needs."""
+    if examples < _FEW:
+        text = f"calibration: {examples} examples are few for {method}; {_FEW} and more would do"
+        warnings.warn(text, stacklevel=stacklevel)
+
+
 def held_out_rows(seen: int, examples: Tensor) -> Tensor:
     """Which of these examples, after so many, are not fitted but choose the ridge: a mask, one in ``_HELD``."""
     return torch.arange(seen, seen + len(examples), device=examples.device) % _HELD == _HELD - 1
@@ -213,8 +220,8 @@ def layer_equations(
                     sums.add_clipped(X, E, positions=X.shape[1] / len(inputs[part]))
                 else:
                     sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
-    if seen < _FEW and index == 0:
-        warnings.warn(f"calibration: {seen} examples are few for least squares; {_FEW} and more would do", stacklevel=4)
+    if index == 0:
+        warn_of_few(seen, "least squares", stacklevel=5)
     return fit, check
 
 
