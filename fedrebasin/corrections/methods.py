@@ -42,11 +42,12 @@ class CorrectionSetting:
 
 @dataclass(frozen=True)
 class Correction:
-    """How a correction is called, whether it needs calibration inputs, and whether it looks at the ends."""
+    """How a correction is called, whether it needs calibration inputs, and whether it looks at ends and merge."""
 
     run: Callable[[CorrectionSetting, State, Sequence[State]], dict[str, Tensor]]
     inputs: bool = True
     ends: bool = True
+    merge: bool = True
 
 
 def correct(name: str, setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
@@ -128,6 +129,6 @@ CORRECTIONS = {
     "regmean": Correction(_with_data(regmean)),
     "distill": Correction(_trained(distill)),
     "least-squares+distill": Correction(_solved_and_distilled),
-    "best-end": Correction(_with_data(best_end)),
-    "best-end-probabilities": Correction(_with_data(partial(best_end, goals="probabilities"))),
+    "best-end": Correction(_with_data(best_end), merge=False),
+    "best-end-probabilities": Correction(_with_data(partial(best_end, goals="probabilities")), merge=False),
 }
