@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,13 @@ import pytest
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.app.rebasin_compare.server_app import Arena
-from fedrebasin.simulations.compare import APP, Options, compare
+from fedrebasin.simulations.compare import APP
 from fedrebasin.simulations.competitors import FLOWER, label_of, make_strategy
 from fedrebasin.simulations.console import Lines
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.events import Follower, emit
-from fedrebasin.simulations.interrupts import Interrupted
-from fedrebasin.simulations.results import load_results
-from fedrebasin.simulations.runtime import RunError
 from fedrebasin.simulations.settings import Settings, from_run_config, resolve, to_run_config
 from fedrebasin.simulations.silo import initial_model, rows_of_nodes
-from fedrebasin.simulations.site import Site
-from fedrebasin.simulations.summary_tables import round_table
-from fedrebasin.simulations.summary_words import answer_of
 
 
 def test_the_apps_own_config_is_the_commands_default() -> None:
@@ -153,115 +146,6 @@ def test_progress_lines_name_strategy_round_and_node(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2  # the second epoch came right after the first
     assert said[1].endswith("FedRebasin, round 2, node 4: epoch 3/3, training loss 0.500")
-
-
-def fake_run(accuracy: dict[str, float], nodes: int = 2) -> dict[str, Any]:
-    def rounds(value: float) -> list[dict[str, Any]]:
-        row = {"round": 1, "accuracy": value, "loss": 1 - value, "replies": nodes, "failures": []}
-        return [{"round": 0, "accuracy": 0.1, "loss": 2.3}, row]
-
-    client = {"loss": 0.2, "accuracy": 0.9, "corrected_loss": 0.1, "corrected_accuracy": 0.92, "examples": 5}
-    best = {"loss": 0.1, "accuracy": 0.95}
-    return {
-        "runs": [{"seed": 0, "strategy": name, "rounds": rounds(value)} for name, value in accuracy.items()],
-        "baselines": [{"seed": 0, "clients": [client, client], "ensemble": best, "all_data": best}],
-    }
-
-
-@pytest.fixture
-def no_flower(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Replaces Flower's runtime by a run that writes ``raw`` as its results, and then fails with ``error``."""
-    from fedrebasin.simulations.results import save_results
-
-    state: dict[str, Any] = {"raw": None, "error": None, "sites": []}
-
-    def run_app(app: Path, site: Site, *, run_config: dict[str, Any], **rest: object) -> None:
-        state["sites"].append(site)
-        site.log.write_text("what happened")
-        if state["raw"] is not None:
-            save_results(Path(run_config["results-file"]), state["raw"])
-        if state["error"] is not None:
-            raise state["error"]
-
-    monkeypatch.setattr("fedrebasin.simulations.compare.run_app", run_app)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("temporary")))  # where logs of failures stay
-    return state
-
-
-def test_a_whole_run_becomes_results_plots_and_a_page(no_flower: dict[str, Any], tmp_path: Path) -> None:
-    no_flower["raw"] = fake_run({"fedavg": 0.4, "fedrebasin": 0.93, "fedavg@common": 0.96})
-    folder = compare(Options(Settings(rounds=1), output=tmp_path / "new" / "out", command="fedrebasin compare digits"))
-    assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "loss.png", "report.html", "results.json"]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
-    results = load_results(folder / "results.json")
-    assert results["provenance"]["command"] == "fedrebasin compare digits"
-    assert results["settings"]["epochs"] == 40
-    assert sum(map(sum, results["partition"][0]["rows_of_class"])) == len(load_dataset("digits").train_labels)
-    assert round_table(results, "accuracy", "a", as_percent=True).rows[1] == ["FedRebasin", "10.0", "93.0"]
-    assert "FedAvg 40.0, FedRebasin 93.0, FedAvg, common start 96.0" in answer_of(results)
-    page = (folder / "report.html").read_text()
-    assert "best client, label prior corrected" in page
-    assert not no_flower["sites"][0].folder.exists()
-
-
-def test_a_run_without_a_strategys_rounds_is_no_success(no_flower: dict[str, Any], tmp_path: Path) -> None:
-    whole = fake_run({"fedavg": 0.4, "fedrebasin": 0.9, "fedavg@common": 0.9})
-    for spoil in ("no run", "no round", "no reply", "a failure"):
-        raw = fake_run({"fedavg": 0.4, "fedrebasin": 0.9, "fedavg@common": 0.9})
-        if spoil == "no run":
-            raw["runs"].pop()
-        elif spoil == "no round":
-            raw["runs"][2]["rounds"].pop()
-        elif spoil == "no reply":
-            raw["runs"][2]["rounds"][1]["replies"] = 1
-        else:
-            raw["runs"][2]["rounds"][1]["failures"] = ["it broke"]
-        assert raw != whole
-        no_flower["raw"] = raw
-        with pytest.raises(RunError, match=r"the results lack \[\(0, 'fedavg@common'\)\]; the log is "):
-            compare(Options(Settings(rounds=1), output=tmp_path / "new" / "out"))
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_run_leaves_its_log_and_nothing_else(no_flower: dict[str, Any], tmp_path: Path) -> None:
-    no_flower["error"] = RunError("round 1 of fedavg, seed 0: a client failed")
-    with pytest.raises(RunError, match="a client failed"):
-        compare(Options(Settings(rounds=1), output=tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
-    (site,) = no_flower["sites"]
-    assert [path.name for path in site.folder.iterdir()] == ["run.log"]
-
-
-@pytest.mark.parametrize("error", [RunError("round 2 of fedavg: a client failed"), Interrupted(signal.SIGTERM)])
-def test_seeds_that_were_finished_are_kept_when_a_run_ends_early(
-    no_flower: dict[str, Any], tmp_path: Path, error: RunError | Interrupted
-) -> None:
-    names = {"fedavg": 0.4, "fedrebasin": 0.9, "fedavg@common": 0.9}
-    whole, broken = fake_run(names), fake_run(names)
-    for entry in [*broken["runs"], *broken["baselines"]]:
-        entry["seed"] = 4
-    broken["runs"].pop()
-    no_flower["raw"] = {key: whole[key] + broken[key] for key in whole}
-    no_flower["error"] = error
-    said = str(error)
-    out = tmp_path / "out"
-    with pytest.raises(type(error)) as caught:
-        compare(Options(Settings(rounds=1, seeds="0,4,2"), output=out))
-    assert caught.value is error
-    assert str(error) == f"{said}; finished before, and kept in {out}: seed 0"
-    results = load_results(out / "results.json")
-    assert (results["settings"]["seeds"], results["provenance"]["seeds"], results["unfinished"]) == ("0", [0], [4, 2])
-    assert results["runs"] == whole["runs"]
-    assert [part["seed"] for part in results["partition"]] == [0]
-    assert "ended before it was through with seed 4, 2: left out here" in (out / "report.html").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def test_results_are_not_written_over(no_flower: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="expected a new or empty folder"):
-        compare(Options(Settings(rounds=1), output=tmp_path))
-    assert no_flower["sites"] == []
 
 
 def test_the_server_corrects_by_no_row_that_nodes_measure_on() -> None:

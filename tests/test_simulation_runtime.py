@@ -98,12 +98,7 @@ def test_an_interrupt_in_mid_round_leaves_no_process_and_no_file(tmp_path: Path)
     call = [*COMMAND, "--strategies", "fedavg", "--epochs", "100000", "--output", str(tmp_path / "new" / "out")]
     command = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment(mark, tmp_path))
     try:
-        assert command.stderr is not None
-        said = ""
-        while "epoch" not in said:
-            line = command.stderr.readline()
-            assert line, said
-            said += line
+        read_until(command, "epoch")
         seen = running(mark) | descendants(command.pid)
         names = {name_of(pid) for pid in seen}
         assert {"raylet", "gcs_server", "flower-superlin"} <= names
@@ -113,6 +108,7 @@ def test_an_interrupt_in_mid_round_leaves_no_process_and_no_file(tmp_path: Path)
         while (left := running(mark) | {pid for pid in seen if name_of(pid)}) and time.monotonic() < started + 60:
             time.sleep(0.5)
         assert left == set()
+        assert command.stderr is not None
         assert "ended by SIGINT" in command.stderr.read()
         assert not (tmp_path / "new").exists()
         assert list(tmp_path.glob("fedrebasin-*")) == []
@@ -128,12 +124,7 @@ def test_an_interrupt_keeps_the_seeds_that_were_finished(tmp_path: Path) -> None
     call += ["--seeds", ",".join(map(str, range(50))), "--output", str(out)]
     command = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment("EARLY=1", tmp_path))
     try:
-        assert command.stderr is not None
-        said = ""
-        while "seed 2, round 1" not in said:
-            line = command.stderr.readline()
-            assert line, said
-            said += line
+        read_until(command, "seed 2, round 1")
         command.send_signal(signal.SIGINT)
         said = command.communicate(timeout=60)[1]
         assert command.returncode == 128 + signal.SIGINT
@@ -146,6 +137,16 @@ def test_an_interrupt_keeps_the_seeds_that_were_finished(tmp_path: Path) -> None
     finally:
         command.kill()
         command.wait()
+
+
+def read_until(command: subprocess.Popen[str], text: str) -> None:
+    """Wait until the command has said a text on stderr."""
+    assert command.stderr is not None
+    said = ""
+    while text not in said:
+        line = command.stderr.readline()
+        assert line, said
+        said += line
 
 
 def environment(mark: str, temporary: Path) -> dict[str, str]:

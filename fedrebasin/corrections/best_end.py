@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import held_out_rows, steps_of, warn_of_few
-from fedrebasin.corrections.normal_equations import NormalEquations
+from fedrebasin.corrections.normal_equations import NormalEquations, gram_product
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, goals_of
 from fedrebasin.corrections.passes import Memory, Runner
-from fedrebasin.corrections.solution import check_finite, choose_ridge, solve_layer
+from fedrebasin.corrections.solution import check_finite, check_ridge, choose_ridge, solve_layer
 from fedrebasin.corrections.working import begin, extract, working_copy
-from fedrebasin.errors import RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
 
@@ -88,8 +87,7 @@ def best_end(
     >>> any(torch.equal(found["0.weight"], end["0.weight"]) for end in (one, other))
     True
     """
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
+    check_ridge(ridge)
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "best end")
     check_goals(goals)
@@ -125,11 +123,12 @@ class _Candidate:
 
     def add(self, lacking: Tensor, wanted: Tensor, held: Tensor) -> None:
         """Add what the outputs of the batch that the runner saw last lack."""
-        X = self.runner.last_input
         for place, mask in enumerate((~held, held)):
-            self.choice[place].add(X[mask].T, lacking[mask].T)
+            X = self.runner.last_input[mask].T
+            gram = gram_product(X)
+            self.choice[place].add(X, lacking[mask].T, gram)
             if self.wanted is not self.choice:
-                self.wanted[place].add(X[mask].T, wanted[mask].T)
+                self.wanted[place].add(X, wanted[mask].T, gram)
         self.lack += float(lacking[held].double().square().sum())
 
     def error(self, layer: Layer, ridge: float | None) -> float:

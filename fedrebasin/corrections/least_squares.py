@@ -22,7 +22,7 @@ from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
 from fedrebasin.corrections.shifted_gram import unfolded_gram
-from fedrebasin.corrections.solution import solve_layer
+from fedrebasin.corrections.solution import check_ridge, solve_layer
 from fedrebasin.corrections.working import begin, extract, working_copy
 from fedrebasin.errors import RebasinError
 
@@ -113,8 +113,7 @@ def least_squares(
     >>> list(least_squares(net, net.state_dict(), ends, [torch.randn(200, 4)]))
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
+    check_ridge(ridge)
     budget = Memory(memory)
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     steps = steps_of(model, batches, "least squares")

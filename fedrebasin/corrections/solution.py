@@ -9,7 +9,7 @@ from torch import nn
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
 from fedrebasin.corrections.normal_equations import NormalEquations
-from fedrebasin.errors import CalibrationError
+from fedrebasin.errors import CalibrationError, RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
 
@@ -28,6 +28,12 @@ def solve_layer(
     D, d = total.solve(chosen, intercept=shifts)
     LOGGER.debug("least squares: %r, ridge %g", layer.weight, chosen)
     write_map(model, layer, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
+
+
+def check_ridge(ridge: float | None) -> None:
+    """Raise :class:`RebasinError` unless a ridge is a number from 0, or None."""
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise RebasinError(f"ridge: expected None or a number from 0; got {ridge}")
 
 
 def check_finite(layer: Layer, sums: NormalEquations) -> None:

@@ -105,7 +105,7 @@ def measure(name: str, kind: str, runs: int, seed: int = 0) -> dict[str, Any]:
     """Medians of interleaved runs."""
     spec, first, second = pair(name, kind, seed)
     before = start_peak()
-    matching = weight_matching(spec, first, second)
+    weight_matching(spec, first, second)
     peak = peak_above(before)
     ours, plain, floors = [], [], []
     for run in range(runs):
