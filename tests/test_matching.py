@@ -21,8 +21,6 @@ from fedrebasin import (
     trace,
     weight_matching,
 )
-from fedrebasin.matching import weight
-from fedrebasin.matching.plan import Block
 from fedrebasin.matching.problem import WeightProblem
 
 State = dict[str, Tensor]
@@ -220,21 +218,3 @@ def test_numbers_whose_squares_leave_float64_are_refused_by_name() -> None:
     huge = {name: 1e200 * tensor.double() for name, tensor in net.state_dict().items()}
     with pytest.raises(SpecMismatchError, match=r"model: '0.weight' holds .* numbers whose squares overflow"):
         weight_matching(spec, net.double().state_dict(), huge)
-
-
-def test_a_dear_permutation_waits_until_no_cheaper_one_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 64), nn.Linear(64, 2))
-    spec, state = trace(net, (torch.zeros(1, 3),)), net.state_dict()
-    problem = WeightProblem(spec, state, state)
-    gains = {"0": [1.0, 1.0, 0.0, 0.0], "1": [1.0, 0.0, 1.0, 0.0], "2": [1.0, 0.0]}
-    visited: list[str] = []
-
-    def improve(_: WeightProblem, block: Block) -> float:
-        visited.append(block.perm)
-        return gains[block.perm].pop(0)
-
-    monkeypatch.setattr(weight, "improve", improve)
-    assert {block.perm: tier for block, tier in weight._tiers(problem).items()} == {"0": 0, "1": 0, "2": 1}
-    history = weight._descend(problem, list(problem.blocks), 10.0)[1]
-    assert visited == ["0", "1", "0", "1", "2", "1", "0", "2"]
-    assert history == [10.0, 12.0, 13.0, 14.0, 15.0]

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedrebasin.matching.descent import improve
 from fedrebasin.matching.plan import Block, plan_of
 from fedrebasin.matching.problem import WeightProblem
-from fedrebasin.matching.weight import improve
 from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
 

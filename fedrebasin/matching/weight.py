@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fedrebasin.assignment import best_assignment
 from fedrebasin.errors import RebasinError
 from fedrebasin.matching.anchored import anchored_start
-from fedrebasin.matching.nested import families_over, nested_step
+from fedrebasin.matching.descent import TOLERANCE, Descent, cost, improve
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.matching.result import Matching
-from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
 
-#: A step must gain this share of |reference| |model|, the two norms over the block's tensors: below it is rounding.
-_TOLERANCE = 1e-7
-_MAX_PASSES = 1000
-#: Blocks that cost this many times as much as others wait for these.
-_DEARER = 64.0
 #: An anchored start to whose gain its own descent adds less than this share is taken without a second start: of 24
 #: pairs that a second one won, 21 were above. Where one takes long (entries of all tensors), the share is larger.
 _DECIDED, _DECIDED_LARGE, _LARGE = 0.02, 0.025, 1 << 20
-#: A second start is given up once this many times what it gained since the dearest blocks' last turn would not bring it
-#: level.
-_HOPE = 2.0
 
 
 def weight_matching(
@@ -49,7 +38,8 @@ def weight_matching(
     improves is kept as it is. Otherwise the descent begins at an *anchored* start, which visits the permutations
     from the fixed inputs and outputs inwards and looks at tensors whose other axes are settled (of the others, at
     what survives any order). If that start does not decide nearly all, the model as it is is a second start, given
-    up once it cannot win.
+    up once it cannot win; of two starts of a large network only that one goes on which is ahead after the first turn
+    of the dearest permutations.
 
     Parameters
     ----------
@@ -98,86 +88,45 @@ def weight_matching(
     for _ in range(restarts):
         problem.reset(init)
         order = [problem.blocks[index] for index in torch.randperm(len(problem.blocks), generator=generator).tolist()]
-        found = max(found, _descend(problem, order, before), key=_last)
-    perms, history = found
-    problem.reset(perms)
-    objective = problem.objective() if len(history) > 1 else history[0]
+        found = max(found, Descent(problem, order, before).finish(), key=_objective)
+    problem.reset(found.perms)
+    objective = problem.objective() if len(found.history) > 1 else found.objective
     problem.reset()
     identity = before if init is None else problem.objective()
-    return Matching(perms, objective, identity, (*history[:-1], objective), time.perf_counter() - started)
+    return Matching(found.perms, objective, identity, (*found.history[:-1], objective), time.perf_counter() - started)
 
 
-_Found = tuple[Perms, list[float]]
-
-
-def _last(found: _Found) -> float:
-    return found[1][-1]
-
-
-def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Tensor] | None) -> _Found:
+def _first_descent(problem: WeightProblem, before: float, init: Mapping[str, Tensor] | None) -> Descent:
     """From ``init``; or the model as it is, where nothing improves it; or the better one of the two starts."""
     if init is not None:
-        return _descend(problem, problem.blocks, before)
-    cheapest = sorted(problem.blocks, key=lambda block: _cost(problem, block))
+        return Descent(problem, problem.blocks, before).finish()
+    cheapest = sorted(problem.blocks, key=lambda block: cost(problem, block))
     if not any(_swap_gains(problem, block) or improve(problem, block) > 0 for block in cheapest):
-        return dict(problem.perms), [before]
+        return Descent(problem, problem.blocks, before)
     problem.reset()
     order, best = anchored_start(problem)
-    found = _descend(problem, order, problem.objective(), best=best)
-    start, end = found[1][0] - before, found[1][-1] - before
-    decided = _DECIDED if sum(map(problem.entries_of, problem.plan.names)) < _LARGE else _DECIDED_LARGE
-    if end - start < decided * end:
-        return found
+    start = problem.objective()
+    anchored = Descent(problem, order, start, best).turn()
+    large = sum(map(problem.entries_of, problem.plan.names)) >= _LARGE
+
+    def decided() -> bool:
+        return anchored.objective - start < (_DECIDED_LARGE if large else _DECIDED) * (anchored.objective - before)
+
+    if large and not decided():
+        problem.reset()
+        other = Descent(problem, order, before).turn()
+        if other.objective > anchored.objective:
+            return other.finish()
+        problem.reset(anchored.perms)
+        return anchored.finish()
+    if anchored.finish() and decided():
+        return anchored
     problem.reset()
-    return max(found, _descend(problem, order, before, hurdle=_last(found)), key=_last)
+    return max(anchored, Descent(problem, order, before).finish(hurdle=anchored.objective), key=_objective)
 
 
-def _descend(
-    problem: WeightProblem,
-    order: Sequence[Block],
-    objective: float,
-    *,
-    best: Collection[Block] = (),
-    hurdle: float = -math.inf,
-) -> _Found:
-    """Improve a block after the other until nothing gains, or it seems out of reach to gain more than the ``hurdle``.
-
-    A block is looked at only after a neighbour has moved; at first too, unless it is among those at their ``best``.
-    A dear block waits until no cheaper one has anything to gain: a ResNet's first stages settle before its last one,
-    which ends higher (ResNet50: by 1%) after fewer large assignments.
-    """
-    waiting = set(problem.blocks).difference(best)
-    tiers = _tiers(problem)
-    dearest = max(tiers.values(), default=0)
-    history, last = [objective], objective
-    while waiting and len(history) <= _MAX_PASSES:
-        tier, gained = min(tiers[block] for block in waiting), 0.0
-        for block in order:
-            if block in waiting and tiers[block] == tier:
-                waiting.discard(block)
-                gain = improve(problem, block)
-                if gain > 0:
-                    gained += gain
-                    waiting.update(problem.plan.neighbours[block])
-        if gained:
-            history.append(history[-1] + gained)
-        if tier == dearest:
-            if history[-1] + _HOPE * (history[-1] - last) < hurdle:
-                break
-            last = history[-1]
-    return dict(problem.perms), history
-
-
-def _tiers(problem: WeightProblem) -> dict[Block, int]:
-    """0 for blocks that cost less than ``_DEARER`` times the cheapest one, 1 for those up to its square, and so on."""
-    costs = {block: _cost(problem, block) for block in problem.blocks}
-    least = min(costs.values(), default=1)
-    return {block: int(math.log(cost / least, _DEARER)) for block, cost in costs.items()}
-
-
-def _cost(problem: WeightProblem, block: Block) -> int:
-    """About what a look at a block costs: its products, and an assignment."""
-    return block.size * (sum(problem.entries(block)) + 20 * block.size**2)
+def _objective(descent: Descent) -> float:
+    return descent.objective
 
 
 def _swap_gains(problem: WeightProblem, block: Block) -> bool:
@@ -187,39 +136,4 @@ def _swap_gains(problem: WeightProblem, block: Block) -> bool:
     similarity = problem.similarity(block)
     here = similarity.diagonal()
     gains = similarity + similarity.T - here - here.unsqueeze(1)
-    return float(gains.amax()) > _TOLERANCE * problem.scale(block)
-
-
-def improve(problem: WeightProblem, block: Block) -> float:
-    """Move the block's units to where they gain most; returns the gain, 0 if nothing moved."""
-    if families_over(problem, block.perm):
-        return _move_if_better(problem, nested_step(problem, block), problem.scale(block))
-    similarity = problem.similarity(block)
-    current = torch.arange(block.size) if block in problem.plan.relative else problem.perms[block.perm]
-    new = best_assignment(similarity, current)
-    if new is current:
-        return 0.0
-    after, before = similarity.gather(1, torch.stack([new, current], 1)).sum(0, dtype=torch.float64).tolist()
-    gain: float = after - before
-    if gain <= _TOLERANCE * problem.scale(block):
-        return 0.0
-    if block in problem.plan.quadratic:
-        return _move_if_better(problem, problem.steps(block, new), problem.scale(block))
-    if block in problem.plan.relative:
-        problem.move(problem.steps(block, new))
-    else:
-        problem.put({block.perm: new}, [block.perm])
-    return gain
-
-
-def _move_if_better(problem: WeightProblem, steps: Perms, scale: float) -> float:
-    """Move units by steps that are not sure to gain, and back again if they do not; returns the gain."""
-    names = problem.names_of(steps)
-    perms = {perm: problem.perms[perm] for perm in steps}
-    before = problem.objective(names)
-    problem.move(steps)
-    gain = problem.objective(names) - before
-    if gain > _TOLERANCE * scale:
-        return gain
-    problem.put(perms, perms)
-    return 0.0
+    return float(gains.amax()) > TOLERANCE * problem.scale(block)
