@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrebasin import merge
-
 State = dict[str, Tensor]
 
 
 def merge_buffers(buffers: Sequence[State], coefficients: Sequence[float]) -> State:
     """Average the floating buffers of several models; take the largest of integers.
+
+    Sums are taken in the models' order and precision (float32 for narrower types), as FedAvg takes them: where no unit
+    moves, the statistics have FedAvg's bits.
 
     Parameters
     ----------
@@ -39,11 +40,17 @@ def merge_buffers(buffers: Sequence[State], coefficients: Sequence[float]) -> St
     >>> merge_buffers([one, two], [0.75, 0.25])
     {'mean': tensor([0.2500]), 'count': tensor(5)}
     """
-    if not buffers[0]:
+    if not buffers:
         return {}
-    floating = [name for name, tensor in buffers[0].items() if tensor.is_floating_point()]
-    averaged = merge([{name: one[name] for name in floating} for one in buffers], coefficients=coefficients)
-    return {
-        name: averaged[name] if name in averaged else torch.stack([one[name] for one in buffers]).amax(0)
-        for name in buffers[0]
-    }
+    found: State = {}
+    for name, first in buffers[0].items():
+        tensors = [one[name] for one in buffers]
+        if not first.is_floating_point():
+            found[name] = torch.stack(tensors).amax(0)
+            continue
+        wide = torch.promote_types(first.dtype, torch.float32)
+        total = torch.zeros_like(first, dtype=wide)
+        for tensor, share in zip(tensors, coefficients, strict=True):
+            total += tensor.to(wide) * share
+        found[name] = total.to(first.dtype)
+    return found

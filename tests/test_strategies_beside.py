@@ -61,7 +61,7 @@ def test_a_record_beside_the_weights_is_permuted_with_them_and_averaged_by_the_s
     expected = merge([control_of(place) for place in range(3)], coefficients=SHARES)
     found = record_to_state(strategy.beside["control"])
     assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    torch.testing.assert_close(found, dict(expected))
 
 
 def test_the_model_is_the_same_with_and_without_records_beside_it() -> None:
@@ -107,7 +107,7 @@ def test_a_record_that_does_not_fit_is_left_out_of_its_average_and_the_weights_c
     )
     found = record_to_state(strategy.beside["control"])
     expected = merge([control_of(0), control_of(2)], coefficients=[1 / 3, 2 / 3])
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    torch.testing.assert_close(found, dict(expected))
     expected_model = play(strategy_with(), [7, 8, 9])
     assert all(torch.equal(tensor, expected_model[name]) for name, tensor in record_to_state(arrays).items())
 

@@ -112,6 +112,19 @@ def test_where_alignment_moves_nothing_the_floats_are_the_inner_strategys_bit_fo
         sent = found
 
 
+def test_where_alignment_moves_nothing_running_statistics_are_fedavgs_bit_for_bit() -> None:
+    sent: State = small_net().state_dict()
+    states = [trained_copy(sent, seed) for seed in range(NODES)]
+    found, wanted = (play_round(one, sent, states)[0] for one in (rebasin(FedAvg()), FedAvg()))
+    assert found is not None
+    assert wanted is not None
+    assert set(spec_of().buffers)
+    assert NODES > 2  # the order of two summands has no bits
+    for name, tensor in record_to_state(found).items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, record_to_state(wanted)[name]), name
+
+
 @pytest.mark.parametrize("inner", INNER)
 def test_keys_dtypes_and_shapes_of_the_result_are_the_sent_models(inner: str) -> None:
     sent: State = dict(reversed(small_net().state_dict().items()))
