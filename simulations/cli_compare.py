@@ -57,7 +57,8 @@ def compare(
         str,
         typer.Option(
             help="none, repair, reset-batchnorm, rescale, reshift, closed-form, bias-normalisation, least-squares, "
-            "least-squares-probabilities, regmean, distill, least-squares+distill or best-end[-probabilities]; on the "
+            "least-squares-probabilities, regmean, distill, least-squares+distill, patient-distill or "
+            "best-end[-probabilities]; on the "
             "clients' own data federated-repair[-at-once], federated-least-squares[-prior], federated-regmean; a "
             "strategy's +NAME wins; with --select several, with commas between."
         ),

@@ -27,7 +27,8 @@ Logits = dict[str, Tensor]
 CORRECTIONS = {
     name: name
     for name, method in corrections.CORRECTIONS.items()
-    if method.inputs and method.merge and name != "reset-batchnorm"  # what a merge gets by data
+    # what a merge gets by data that is held
+    if method.inputs and method.merge and not method.rereads and name != "reset-batchnorm"
 } | {"reset": "reset-batchnorm"}
 TRAIN_IMAGES = 5000
 #: one draw for all seeds decides which training images calibrate and on which the training loss is measured

@@ -42,8 +42,8 @@ BAD = {
     "reproduce disjoint digits --matching magic": "got 'magic'",
     "compare --correction magic": "--correction: expected one of none, repair, reset-batchnorm, rescale, reshift, "
     "closed-form, bias-normalisation, least-squares, least-squares-probabilities, regmean, distill, "
-    "least-squares+distill, best-end, best-end-probabilities, federated-repair, federated-least-squares, "
-    "federated-regmean, federated-repair-at-once, federated-least-squares-prior; got 'magic'",
+    "least-squares+distill, patient-distill, best-end, best-end-probabilities, federated-repair, "
+    "federated-least-squares, federated-regmean, federated-repair-at-once, federated-least-squares-prior; got 'magic'",
     "compare --server-lr 0": "--server-lr: expected a positive number",
     "compare --device tpu0": "--device: expected auto, cpu or cuda; got 'tpu0'",
     "compare --data somewhere": "--data: digits come with scikit-learn",

@@ -31,6 +31,7 @@ NOT_FUNCTIONS = (
     "reset-batchnorm",
     "least-squares-probabilities",
     "least-squares+distill",
+    "patient-distill",
     "best-end-probabilities",
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 import torch
 from corrections_ends import check_keeps_form, random_ends, run
@@ -39,6 +41,42 @@ def test_equal_seeds_give_equal_results_and_labels_are_not_used() -> None:
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+class Drawn:
+    """Data that is drawn anew each time that it is read."""
+
+    def __init__(self) -> None:
+        self.generator, self.read = torch.Generator().manual_seed(0), 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.read += 1
+        yield from (torch.randn(50, 4, generator=self.generator) for _ in range(4))
+
+
+def test_data_that_is_read_anew_teaches_more_than_data_that_is_held() -> None:
+    model, x = net(), torch.randn(1000, 4, generator=torch.Generator().manual_seed(9))
+    ends = random_ends(model, noise=1.0)
+    goal = sum(run(model, end, x).softmax(1) for end in ends) / 2
+
+    def distance(state: Mapping[str, Tensor]) -> float:
+        return float((run(model, state, x).softmax(1) - goal).square().sum(1).mean())
+
+    data = {reread: Drawn() for reread in (False, True)}
+    found = {
+        reread: distill(model, merge(ends), ends, drawn, epochs=200, lr=1e-2, reread=reread)
+        for reread, drawn in data.items()
+    }
+    assert data[False].read == 1
+    assert data[True].read == 201  # once to count the steps
+    assert distance(found[True]) < 0.8 * distance(found[False])
+
+
+def test_data_that_is_the_same_each_time_teaches_the_same_when_it_is_read_anew() -> None:
+    model = net()
+    ends = random_ends(model)
+    held, read = (distill(model, merge(ends), ends, DATA[:1], epochs=3, reread=reread) for reread in (False, True))
+    assert all(torch.equal(held[name], read[name]) for name in held)
 
 
 def test_an_end_merged_with_itself_has_nothing_to_learn() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedrebasin import RebasinError, least_squares, merge
 from fedrebasin.corrections.distill import distill
-from fedrebasin.corrections.methods import GENTLE_LR, CorrectionSetting, correct
+from fedrebasin.corrections.methods import GENTLE_LR, PATIENT_EPOCHS, CorrectionSetting, correct
 from fedrebasin.corrections.output_goals import logits_of_mean_probabilities
 
 
@@ -79,4 +79,13 @@ def test_least_squares_and_distill_is_distill_from_the_solution_at_a_gentle_rate
     merged = merge(ends)
     both = correct("least-squares+distill", CorrectionSetting(net, DATA, seed=3), merged, ends)
     expected = distill(net, least_squares(net, merged, ends, DATA), ends, DATA, lr=GENTLE_LR, seed=3)
+    assert all(torch.equal(both[name], tensor) for name, tensor in expected.items())
+
+
+def test_patient_distill_is_distill_from_the_solution_in_many_epochs_of_data_that_is_read_anew() -> None:
+    net = network()
+    ends = [network(seed).state_dict() for seed in (1, 2)]
+    merged = merge(ends)
+    both = correct("patient-distill", CorrectionSetting(net, DATA), merged, ends)
+    expected = distill(net, least_squares(net, merged, ends, DATA), ends, DATA, epochs=PATIENT_EPOCHS, reread=True)
     assert all(torch.equal(both[name], tensor) for name, tensor in expected.items())

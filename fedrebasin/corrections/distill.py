@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import tensors
+from fedrebasin.batches import Batches, tensors
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import CalibrationError, RebasinError
 
@@ -23,6 +24,7 @@ def distill(
     coefficients: Sequence[float] | None = None,
     epochs: int = 10,
     lr: float = 1e-3,
+    reread: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
@@ -37,14 +39,17 @@ def distill(
     net, merged, ends, coefficients, device
         As for :func:`fedrebasin.repair`.
     calibration : iterable of batches
-        Inputs, no labels, which are held in memory; batches of about 100 suit. Classes lie along axis 1 of the
-        network's (first) output.
+        Inputs, no labels; batches of about 100 suit. Classes lie along axis 1 of the network's (first) output.
     epochs : int
         Passes over the data.
     lr : float
         Adam's rate at the start.
+    reread : bool
+        By default the data is read once and held in memory, and the ends answer once. True: the data is read in every
+        epoch, in its own order, and the ends answer what was read: what a DataLoader shuffles and augments is new each
+        time, and many epochs pay.
     seed : int
-        Of the order of the batches: equal seeds give equal results.
+        Of the order of the batches that are held: equal seeds give equal results.
 
     Returns
     -------
@@ -60,7 +65,8 @@ def distill(
 
     References
     ----------
-    Lin, Kong, Stich, Jaggi (NeurIPS 2020), "Ensemble distillation for robust model fusion in federated learning".
+    Lin, Kong, Stich, Jaggi (NeurIPS 2020), "Ensemble distillation for robust model fusion in federated learning";
+    for ``reread`` Beyer et al. (CVPR 2022), "Knowledge distillation: a good teacher is patient and consistent".
 
     Examples
     --------
@@ -75,28 +81,63 @@ def distill(
         raise RebasinError(f"lr: expected a positive number; got {lr}")
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     model.requires_grad_(True)
-    held = [(args, kwargs) for args, kwargs, _ in batches]
-    goals = _goals(model, ends, weights, held)
+    lesson = _Reread(model, ends, weights, batches) if reread else _Held(model, ends, weights, batches, seed)
     load(model, merged)
     for module in model.modules():
         module.train(isinstance(module, _BatchNorm))
-    steps = epochs * len(held)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * lesson.steps)
     with torch.enable_grad():
         for _ in range(epochs):
-            for place in torch.randperm(len(held), generator=generator).tolist():
-                args, kwargs = held[place]
-                loss = -(goals[place] * tensors(model(*args, **kwargs))[0].log_softmax(1)).sum(1).mean()
+            for (args, kwargs), goal in lesson.epoch():
+                loss = -(goal * tensors(model(*args, **kwargs))[0].log_softmax(1)).sum(1).mean()
                 if not bool(loss.isfinite()):
                     raise CalibrationError(f"distill: the loss became {loss.item()}; check the inputs, or lower lr")
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
     result = extract(model, merged)
     return {name: x if x.is_floating_point() else merged[name].clone() for name, x in result.items()}
+
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Held:
+    """Batches that are held in memory with their goals, each epoch in another order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ends: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float],
+        batches: Batches,
+        seed: int,
+    ) -> None:
+        self._inputs = [(args, kwargs) for args, kwargs, _ in batches]
+        self._goals = _goals(model, ends, weights, self._inputs)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.steps = len(self._inputs)
+
+    def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
+        for place in torch.randperm(self.steps, generator=self._generator).tolist():
+            yield self._inputs[place], self._goals[place]
+
+
+class _Reread:
+    """Batches that are read in every epoch, and answered by the ends as they come."""
+
+    def __init__(
+        self, model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: Sequence[float], batches: Batches
+    ) -> None:
+        self._teacher, self._ends, self._weights, self._batches = copy.deepcopy(model).eval(), ends, weights, batches
+        self.steps = sum(1 for _ in batches)
+
+    def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
+        for args, kwargs, _ in self._batches:
+            (goal,) = _goals(self._teacher, self._ends, self._weights, [(args, kwargs)])
+            yield (args, kwargs), goal
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ from fedrebasin.errors import CalibrationError, RebasinError
 State = Mapping[str, Tensor]
 #: Adam's rate after a closed form: it has done most already, and the rate of ``distill`` alone undoes part of it.
 GENTLE_LR = 3e-4
+#: Epochs over data that is read anew in each.
+PATIENT_EPOCHS = 40
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class CorrectionSetting:
 
 @dataclass(frozen=True)
 class Correction:
-    """How a correction is called, whether it needs calibration inputs, and whether it looks at ends and merge."""
+    """How a correction is called, what it looks at (calibration inputs, ends, merge), and if it rereads the inputs."""
 
     run: Callable[[CorrectionSetting, State, Sequence[State]], dict[str, Tensor]]
     inputs: bool = True
     ends: bool = True
     merge: bool = True
+    rereads: bool = False
 
 
 def correct(name: str, setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
@@ -112,9 +115,12 @@ def _trained(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
     return run
 
 
-def _solved_and_distilled(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
-    solved = _with_data(least_squares)(setting, merged, ends)
-    return _trained(partial(distill, lr=GENTLE_LR))(setting, solved, ends)
+def _solved_and_distilled(**how: Any) -> Callable[..., dict[str, Tensor]]:
+    def run(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
+        solved = _with_data(least_squares)(setting, merged, ends)
+        return _trained(partial(distill, **how))(setting, solved, ends)
+
+    return run
 
 
 CORRECTIONS = {
@@ -128,7 +134,8 @@ CORRECTIONS = {
     "least-squares-probabilities": Correction(_with_data(partial(least_squares, goals="probabilities"))),
     "regmean": Correction(_with_data(regmean)),
     "distill": Correction(_trained(distill)),
-    "least-squares+distill": Correction(_solved_and_distilled),
+    "least-squares+distill": Correction(_solved_and_distilled(lr=GENTLE_LR)),
+    "patient-distill": Correction(_solved_and_distilled(epochs=PATIENT_EPOCHS, reread=True), rereads=True),
     "best-end": Correction(_with_data(best_end), merge=False),
     "best-end-probabilities": Correction(_with_data(partial(best_end, goals="probabilities")), merge=False),
 }

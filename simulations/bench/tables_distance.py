@@ -53,24 +53,31 @@ def distance(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]
 
 
 def attempts(results: Sequence[Result]) -> tuple[Sequence[str], list[list[str]]]:
-    """One column for each run and number of clients: loss and top-1 of every attempt, and of both ensembles."""
-    columns, cells = ["test loss / top-1 %"], dict[str, dict[int, str]]()
+    """One column for each kind of run and number of clients: loss and top-1 of every attempt, and of both ensembles.
+
+    Runs that differ in nothing but their seeds share a column.
+    """
+    columns: dict[str, dict[str, list[Result]]] = {}
     for one in results:
-        for clients in dict.fromkeys(row["clients"] for row in one["rows"]):
-            columns.append(f"{_where(one['config'])}, {clients} clients, {one['config']['images']:,} images")
-            found: dict[str, list[Result]] = {}
-            for row in one["rows"]:
-                if row["clients"] == clients:
-                    found.setdefault(row["attempt"], []).append(row)
-            for row in one["references"]:
-                if row["clients"] == clients:
-                    for name in ENSEMBLES:
-                        found.setdefault(name, []).append(row["rows"][name])
-            for name, scores in found.items():
-                loss, top1 = ([row[key] for row in scores] for key in ("loss", "top1"))
-                cells.setdefault(name, {})[len(columns) - 1] = f"{plain(loss)} / {percent(top1)}"
-    names = [*(name for name in cells if name not in ENSEMBLES), *ENSEMBLES]
-    return columns, [[name, *(cells[name].get(place, "-") for place in range(1, len(columns)))] for name in names]
+        for row in one["rows"]:
+            columns.setdefault(_column(one, row), {}).setdefault(row["attempt"], []).append(row)
+        for row in one["references"]:
+            for name in ENSEMBLES:
+                columns[_column(one, row)].setdefault(name, []).append(row["rows"][name])
+    names = dict.fromkeys(name for found in columns.values() for name in found if name not in ENSEMBLES)
+    lines = [[name, *(_scores(found.get(name)) for found in columns.values())] for name in [*names, *ENSEMBLES]]
+    return ["test loss / top-1 %", *columns], lines
+
+
+def _column(result: Result, row: Result) -> str:
+    return f"{_where(result['config'])}, {row['clients']} clients, {result['config']['images']:,} images"
+
+
+def _scores(rows: Sequence[Result] | None) -> str:
+    if rows is None:
+        return "-"
+    loss, top1 = ([row[key] for row in rows] for key in ("loss", "top1"))
+    return f"{plain(loss)} / {percent(top1)}"
 
 
 def _where(config: Mapping[str, Any]) -> str:
