@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings as python_warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 import fedrebasin
 from fedrebasin import CalibrationError, RebasinError, merge, merge_modules
-from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, PATIENT_EPOCHS, CorrectionSetting, correct
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import FedRebasin, Rebasin
 from fedrebasin.strategies.options import VALUES
@@ -70,6 +71,23 @@ def test_a_strategy_takes_every_name_and_corrects_its_aggregate(name: str, warni
     assert arrays is not None and plain is not None
     assert warnings == [] and not same_bytes(arrays, plain)
     assert name in VALUES["correction"]
+
+
+def test_a_strategy_reads_calibration_data_anew_in_every_epoch_of_patient_distillation() -> None:
+    class Counted:
+        read = 0
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            self.read += 1
+            return iter(DATA)
+
+    net, data = small_net(), Counted()
+    given = {"model": net, "example_inputs": (torch.randn(4, 5),), "reference": "global"}
+    strategy = FedRebasin(**given, calibration=data, correction="patient-distill")
+    data.read = 0
+    sent = net.state_dict()
+    play_round(strategy, sent, [trained_copy(sent, seed) for seed in (1, 2)])
+    assert data.read > PATIENT_EPOCHS
 
 
 @pytest.mark.parametrize("name", [name for name, method in CORRECTIONS.items() if method.ends])
