@@ -15,6 +15,7 @@ from torch import Tensor
 from fedrebasin.assignment import best_assignment
 from fedrebasin.matching.nested import nested_step
 from fedrebasin.matching.plan import Block, Term
+from fedrebasin.matching.planted import planted_order, stays_planted, worth_a_proof
 from fedrebasin.matching.problem import WeightProblem
 
 
@@ -22,7 +23,8 @@ def anchored_start(problem: WeightProblem) -> tuple[list[Block], set[Block]]:
     """Settle the permutations one after the other, each by the tensors whose other axes are settled already.
 
     The one with the most settled entries for each of its units comes first. A planted permutation is found in this
-    way whatever the depth.
+    way whatever the depth; as long as one after the other is proved from a part of the columns, the others are not
+    multiplied.
     Returns the blocks in the order in which they were settled, and those that were settled by all of their tensors,
     for which there is nothing better while the others stay.
     """
@@ -43,17 +45,29 @@ def anchored_start(problem: WeightProblem) -> tuple[list[Block], set[Block]]:
         learn(name)
     order: list[Block] = []
     best: set[Block] = set()
+    proofs: list[bool] = []
     while evidence:
         key = max(evidence, key=lambda key: evidence[key])
         group = plan.clusters[key]
         if evidence.pop(key) > 0:
-            _settle(problem, group, known[key], {block for other in evidence for block in plan.clusters[other]})
+            found = None
+            if all(proofs) and worth_a_proof(problem, group, known[key]):
+                found = planted_order(problem, group[0], known[key])
+                proofs.append(found is not None)
+            if found is not None:
+                problem.put({group[0].perm: found}, [group[0].perm])
+            else:
+                _settle(problem, group, known[key], {block for other in evidence for block in plan.clusters[other]})
             if len(group) == 1 and group[0] not in plan.relative and known[key] >= set(plan.tensors[group[0]]):
                 best.add(group[0])
         order += group
         for name in dict.fromkeys(name for block in group for name in plan.tensors[block]):
             open_clusters[name].discard(key)
             learn(name)
+    if proofs and all(proofs):
+        for block in set(order) - best:
+            if worth_a_proof(problem, [block], plan.tensors[block]) and stays_planted(problem, block):
+                best.add(block)
     return order, best
 
 

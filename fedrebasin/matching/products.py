@@ -66,7 +66,7 @@ def add_product(total: Tensor, term: Term, reference: Tensor, model: Tensor, new
     else:
         axis, here = max(free, key=lambda dim: model.shape[dim]), {}
         length = model.shape[axis]
-    for piece in _pieces(length, model.numel() // model.shape[axis]):
+    for piece in cut(length, model.numel() // model.shape[axis]):
         change, *less = [_part(model, axis, piece, orders) for orders in every]
         for other in less:
             change = change.sub_(other)
@@ -82,11 +82,11 @@ def reordered_dot(reference: Tensor, model: Tensor, orders: Orders) -> float:
     """
     if model.numel() <= PIECE:
         return dot(reference, reorder(model, orders))
-    pieces = _pieces(len(model), model[0].numel())
+    pieces = cut(len(model), model[0].numel())
     return math.fsum(dot(reference[piece], _part(model, 0, piece, orders)) for piece in pieces)
 
 
-def _pieces(length: int, entries: int) -> list[slice]:
+def cut(length: int, entries: int) -> list[slice]:
     """An axis of this length in pieces of at most ``PIECE`` entries, of which each index has so many."""
     step = max(1, PIECE // max(1, entries))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
