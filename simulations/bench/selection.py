@@ -44,7 +44,11 @@ SERVERS = 347
 SETS = {
     "repair": ("repair",),
     "repair, least squares": ("repair", "least-squares"),
-    "all": tuple(name for name in CORRECTIONS if name != "reset-batchnorm"),
+    "all": tuple(
+        name
+        for name, method in CORRECTIONS.items()
+        if method.merge and not method.rereads and name != "reset-batchnorm"
+    ),
 }
 EPOCHS = 30
 #: of a row's figures, for each model
