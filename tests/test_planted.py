@@ -124,6 +124,18 @@ def test_a_nan_proves_nothing() -> None:
     assert planted.planted_order(problem, problem.blocks[0], ["0.weight"]) is None
 
 
+@pytest.mark.parametrize("zero", [["3.weight"], ["0.weight", "2.weight", "4.weight"]])
+def test_tensors_that_are_zero_tell_nothing(zero: list[str]) -> None:
+    net = nn.Sequential(nn.Linear(700, 90), nn.ReLU(), nn.Linear(90, 70), nn.Linear(70, 70), nn.Linear(70, 70))
+    spec = trace(net, (torch.randn(2, 700),))
+    state, other, _ = copy_of(net, spec, 0.1)
+    for name in set(zero) & set(state):
+        state[name].zero_()
+        other[name].zero_()
+    found = weight_matching(spec, state, other)
+    assert found.objective >= found.objective_before
+
+
 def test_small_networks_and_families_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     net, spec = networks()[0]
     state, other, _ = copy_of(net, spec, 0.0)

@@ -59,11 +59,11 @@ def stays_planted(problem: WeightProblem, block: Block) -> bool:
 
 
 def worth_a_proof(problem: WeightProblem, group: Sequence[Block], names: Collection[str]) -> bool:
-    """True if a group is one block with a large tensor in ``names``, and moves one whole axis of each of them."""
+    """True if a group is one block that moves one whole axis of each of ``names``, of which a large one is not zero."""
     (block, *families), plan = group, problem.plan
     terms = _terms(problem, block, names)
     plain = all(term.whole and term.copies == 1 and term.name in plan.simple for term in terms)
-    entries = max((problem.entries_of(term.name) for term in terms), default=0)
+    entries = max((problem.entries_of(term.name) for term in terms if problem.scales[term.name]), default=0)
     return not families and block not in plan.relative and plain and entries >= max(_LARGE, _WIDE * block.size)
 
 
@@ -73,7 +73,7 @@ def _terms(problem: WeightProblem, block: Block, names: Collection[str]) -> list
 
 def _some_columns(problem: WeightProblem, block: Block, terms: list[Term]) -> tuple[Tensor, Tensor]:
     """Columns of the reference and, units unmoved, of the model, of the tensors with the largest entries first."""
-    wide = [term for term in terms if _width(problem, block, term) >= _WIDE]
+    wide = [term for term in terms if _width(problem, block, term) >= _WIDE and problem.scales[term.name]]
     wanted, few = _SHARE * sum(problem.scales[term.name] for term in wide), _LEAST
     parts: list[tuple[Tensor, Tensor]] = []
     for term in sorted(wide, key=lambda term: _width(problem, block, term) / problem.scales[term.name]):
