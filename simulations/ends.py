@@ -93,7 +93,7 @@ def trained_end(
             if metadata.get("config") == described:
                 progress(f"{path.name}: trained earlier, used again")
                 # an open file has keys() but cannot be iterated
-                return {key: file.get_tensor(key) for key in file.keys()}, float(metadata["seconds"])  # noqa: SIM118
+                return {key: file.get_tensor(key) for key in file.keys()}, float(metadata["seconds"])  # noqa: SIM118  # a safe_open cannot be iterated
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = TrainCheckpoint(path.with_suffix(".checkpoint"), f"{described} on {device.type}", CHECKPOINT_SECONDS)
     model = make_model(config, data)

@@ -46,7 +46,7 @@ class TrainCheckpoint:
             if kept.get("described") != self.described:
                 return 0, 0
             # an open file has keys() but cannot be iterated
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safe_open cannot be iterated
         model.load_state_dict(_below(tensors, "model."))
         for number, parameter in enumerate(_parameters(optimizer)):
             state = _below(tensors, f"optimizer.{number}.")

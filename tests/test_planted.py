@@ -46,11 +46,17 @@ def copy_of(net: nn.Module, spec: PermutationSpec, noise: float) -> tuple[State,
     return state, permute(spec, perms, noisy), invert(spec, perms)
 
 
+def mlp(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(700, 90), nn.ReLU(), nn.Linear(90, 70), nn.ReLU(), nn.Linear(70, 70))
+
+
 def networks() -> list[tuple[nn.Module, PermutationSpec]]:
-    torch.manual_seed(0)
-    mlp = nn.Sequential(nn.Linear(700, 90), nn.ReLU(), nn.Linear(90, 70), nn.ReLU(), nn.Linear(70, 70))
-    residual = Residual()
-    return [(mlp, trace(mlp, (torch.randn(2, 700),))), (residual, trace(residual, (torch.randn(2, 3, 12, 12),)))]
+    layered, residual = mlp(), Residual()
+    return [
+        (layered, trace(layered, (torch.randn(2, 700),))),
+        (residual, trace(residual, (torch.randn(2, 3, 12, 12),))),
+    ]
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -99,7 +105,7 @@ def test_nothing_is_proved_where_it_is_not_sure_and_matching_goes_on_as_ever(
     net, spec = networks()[0]
     state, other, _ = copy_of(net, spec, 1.0 if why == "noise" else 0.1)
     if why == "independent":
-        other = {name: tensor.detach() for name, tensor in networks_from(1).state_dict().items()}
+        other = {name: tensor.detach() for name, tensor in mlp(1).state_dict().items()}
     if why == "two units alike":
         state["0.weight"][1] = state["0.weight"][0] + 1e-4
     problem = WeightProblem(spec, state, other)
@@ -109,11 +115,6 @@ def test_nothing_is_proved_where_it_is_not_sure_and_matching_goes_on_as_ever(
     whole = weight_matching(spec, state, other)
     assert all(torch.equal(found.perms[name], order) for name, order in whole.perms.items())
     assert found.history == whole.history
-
-
-def networks_from(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(700, 90), nn.ReLU(), nn.Linear(90, 70), nn.ReLU(), nn.Linear(70, 70))
 
 
 def test_a_nan_proves_nothing() -> None:

@@ -30,6 +30,15 @@ _ENOUGH, _FEW = 64, 512
 _PIECE = 2**18
 
 
+def margins_of(gram: Tensor) -> Tensor:
+    """A fourth of each unit's squared distance to the nearest other, less rounding, from the products of all units."""
+    norms = gram.diagonal()
+    sums = norms.unsqueeze(0) + norms.unsqueeze(1)
+    distances = sums - 2 * gram - _ROUNDING * sums
+    distances.fill_diagonal_(float("inf"))
+    return distances.amin(1) / 4
+
+
 class IdentityCertificate:
     """What a reference alone says, made when it is first needed and kept for every model that is compared with it.
 
@@ -105,11 +114,7 @@ class IdentityCertificate:
         rows = [term.rows(self._wide(self._reference[term.name]))[:, :columns] for term in terms]
         gram = sum(one @ one.T for one in rows)
         assert isinstance(gram, Tensor)
-        norms = gram.diagonal()
-        sums = norms.unsqueeze(0) + norms.unsqueeze(1)
-        distances = sums - 2 * gram - _ROUNDING * sums
-        distances.fill_diagonal_(float("inf"))
-        return distances.amin(1) / 4
+        return margins_of(gram)
 
     def _bound(self, block: Block) -> Tensor:
         """What no margin can exceed: ``|a_i - a_j| <= |a_i| + max |a|``."""

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedrebasin.matching.certificate import margins_of
 from fedrebasin.matching.plan import Block, Term
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.matching.products import cut, reorder
@@ -26,8 +27,6 @@ _SHARE, _LEAST = 0.15, 256
 _WIDE = 64
 #: Blocks whose largest tensor has fewer entries are multiplied whole.
 _LARGE = 1 << 19
-#: Squared distances come from a product, with this much rounding for each of the two squared norms (float32).
-_ROUNDING = 1e-5
 
 
 def planted_order(problem: WeightProblem, block: Block, names: Collection[str]) -> Tensor | None:
@@ -102,10 +101,7 @@ def _columns(problem: WeightProblem, term: Term, share: float) -> tuple[Tensor, 
 
 
 def _proved(problem: WeightProblem, terms: list[Term], order: Tensor, some: Tensor) -> bool:
-    norms = some.square().sum(1)
-    sums = norms.unsqueeze(0) + norms.unsqueeze(1)
-    distances = sums.addmm(some, some.T, alpha=-2).sub_(sums, alpha=_ROUNDING)
-    margins = distances.fill_diagonal_(torch.inf).amin(0) / 4
+    margins = margins_of(some @ some.T)
     moved = torch.zeros_like(margins)
     for term in terms:
         for piece, change in _changes(problem, term, order):

@@ -11,13 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedrebasin import best_end, distill, least_squares, match_many, merge, permute
 from fedrebasin.corrections.methods import GENTLE_LR, PATIENT_EPOCHS
 from fedrebasin.simulations.augment import BatchMaker
-from fedrebasin.simulations.bench.clients import Clients, Options, Row, State, measure_all, options_of, parser_of
+from fedrebasin.simulations.bench.clients import (
+    Clients,
+    Options,
+    Row,
+    State,
+    calibrations,
+    measure_all,
+    options_of,
+    parser_of,
+)
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.measures import measure
 
@@ -41,7 +49,7 @@ def tried(clients: Clients, options: Options, passes: int, seed: int) -> Iterato
     perms = match_many(bench.spec, clients.states, coefficients=shares).perms
     ends = [permute(bench.spec, one, state) for one, state in zip(perms, clients.states, strict=True)]
     images = bench.images["calibration"][: options.images[0]]
-    held = [bench.data.normalise(chunk) for chunk in torch.split(images, bench.batch)]
+    _, held = next(calibrations(clients, options))
     given: dict[str, Any] = {"coefficients": shares}
     solved = least_squares(bench.net, merge(ends, **given), ends, held, **given)
     attempts: dict[str, Callable[[], State]] = {
