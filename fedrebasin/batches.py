@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedrebasin.errors import CalibrationError
@@ -132,11 +133,13 @@ def count_inputs(model: nn.Module) -> int:
 def tensors(output: Any) -> list[Tensor]:
     """All floating tensors in a model's output, in order: a tensor, or a tuple, dict or dataclass of outputs.
 
-    >>> import torch
+    A complex one comes as pairs of numbers, with one axis more.
+
     >>> len(tensors({"logits": torch.zeros(2), "hidden": (torch.zeros(3), None)}))
     2
     """
     if isinstance(output, Tensor):
+        output = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
         return [tensor for value in output.values() for tensor in tensors(value)]

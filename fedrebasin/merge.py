@@ -115,12 +115,13 @@ def merge(models: Sequence[State], *, coefficients: Sequence[float] | None = Non
     heaviest = models[weights.index(max(weights))]
 
     def average(name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             return heaviest[name].to(tensor.device).clone()
-        total = torch.zeros_like(tensor, dtype=torch.float64)
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        total = torch.zeros_like(tensor, dtype=wide)
         for model, weight in zip(models, weights, strict=True):
             if weight:
-                total.add_(model[name].to(tensor.device, torch.float64), alpha=weight)
+                total.add_(model[name].to(tensor.device, wide), alpha=weight)
         return total.to(tensor.dtype)
 
     return like_state(first, {name: average(name, tensor) for name, tensor in first.items()})

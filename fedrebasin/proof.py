@@ -50,6 +50,9 @@ class Proof:
         for dtype in (torch.float64, torch.float32):
             self.model = _copy(model).cpu()
             self.model = self.model.double() if dtype is torch.float64 else self.model.float()
+            for parameter in self.model.parameters():
+                if parameter.is_complex():  # which these leave as they are
+                    parameter.data = parameter.data.to(torch.promote_types(dtype, torch.complex64))
             self.state = redraw(self.model.state_dict(), spec.parameters, self.generator)
             self.args, self.kwargs = redraw_inputs((args, kwargs), dtype, self.generator)
             self.tolerance = _TOLERANCE[dtype]

@@ -46,7 +46,7 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
         alias = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
         if alias != name:
             drawn[name] = drawn[alias]
-        elif not tensor.is_floating_point():
+        elif not (tensor.is_floating_point() or (tensor.is_complex() and name in parameters)):
             drawn[name] = tensor.clone()
         elif name not in parameters or tensor.ndim <= 1:
             drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
@@ -63,7 +63,9 @@ def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator) ->
     {'ids': tensor([3])}
     """
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
+        if value.is_complex():
+            dtype = torch.promote_types(dtype, torch.complex64)
+        elif not value.is_floating_point():
             return value.cpu()
         return torch.randn(value.shape, generator=generator, dtype=dtype)
     if isinstance(value, Mapping):

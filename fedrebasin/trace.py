@@ -91,6 +91,13 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         raise TraceError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     args, kwargs = split_inputs(example_inputs)
     model = unwrapped(model)
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            kind = "sparse" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TraceError(
+                f"model: expected dense tensors in its state dict; {name!r} is {kind}; keep it out (persistent=False)"
+            )
     try:
         program = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -99,7 +106,6 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
             f"({first_line(error)}); check that model(*example_inputs) runs and that no branch "
             "depends on the data, or hand over a spec written for this model"
         ) from error
-    state = model.state_dict(keep_vars=True)
     training, failure = None, ""
     if _unused(program, state):
         try:

@@ -12,6 +12,7 @@ from fedrebasin.coefficients import check_coefficients
 from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import RebasinError
 from fedrebasin.layout import Free, leaves
+from fedrebasin.matching.numbers import refuse_complex
 from fedrebasin.matching.similarity import measure_similarity
 from fedrebasin.permute import like_state
 from fedrebasin.spec import PermutationSpec
@@ -89,6 +90,8 @@ def zip_trunks(
     if len(specs) != 2 or len(models) != 2:
         raise RebasinError(f"models: expected two, and a spec for each; got {len(models)} and {len(specs)} specs")
     weights = check_coefficients(coefficients, 2)
+    for place, (spec, model) in enumerate(zip(specs, models, strict=True)):
+        refuse_complex(spec.parameters, model, f"models[{place}]", "where units are zipped", "use merge_trunks")
     names = check_trunks(specs, models, until)
     common = common_perms(specs[0], specs[1], names)
     trunk = specs[0].fix(*(perm for perm in specs[0].perm_shapes if perm not in common), reason="not free in both")

@@ -31,15 +31,16 @@ def averaged(
     heaviest = weights.index(max(weights))
     for name, layouts in spec.axes.items():
         like = described(states[0])[name]
-        if not like.is_floating_point():
+        if not (like.is_floating_point() or like.is_complex()):
             yield name, permute_tensor(layouts, moves[heaviest], states[heaviest][name])
             continue
-        total = torch.zeros(like.numel(), dtype=torch.float64)
+        wide = torch.complex128 if like.is_complex() else torch.float64
+        total = torch.zeros(like.numel(), dtype=wide)
         for state, own, weight in zip(states, moves, weights, strict=True):
             if weight:
                 moved = _permuted(spec, name, own, state[name]).reshape(-1)
                 for start in range(0, len(moved), _CHUNK):
-                    total[start : start + _CHUNK].add_(moved[start : start + _CHUNK].double(), alpha=weight)
+                    total[start : start + _CHUNK].add_(moved[start : start + _CHUNK].to(wide), alpha=weight)
                 del moved
         yield name, total.to(like.dtype).view(like.shape)
 

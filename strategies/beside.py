@@ -20,7 +20,7 @@ from fedrebasin import PermutationSpec, identity_perms
 from fedrebasin.errors import SpecMismatchError, UsageError
 from fedrebasin.perms import check_perms
 from fedrebasin.permute import permute_tensor
-from fedrebasin.strategies.buffers import merge_buffers
+from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.records import array_to_tensor, record_to_state, state_to_record, tensor_to_array
 from fedrebasin.strategies.replies import Reply
 from fedrebasin.strategies.trajectory import MOST, Trajectories
@@ -203,7 +203,7 @@ class Beside:
                 states.append({key: array_to_tensor(record[key]) for key in record})
                 weights.append(shares[place])
             if states:
-                average = merge_buffers(states, [weight / sum(weights) for weight in weights])
+                average = average_states(states, [weight / sum(weights) for weight in weights])
                 self.averages[name] = state_to_record({key: average[key] for key in spec.axes if key in average})
         self._taken = {}
 

@@ -14,16 +14,16 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-def merge_buffers(buffers: Sequence[State], coefficients: Sequence[float]) -> State:
-    """Average the floating buffers of several models; take the largest of integers.
+def average_states(states: Sequence[State], coefficients: Sequence[float]) -> State:
+    """Average the floating and complex tensors of several state dicts; take the largest of integers.
 
-    Sums are taken in the models' order and precision (float32 for narrower types), as FedAvg takes them: where no unit
-    moves, the statistics have FedAvg's bits.
+    Sums are taken in the order given and in the tensors' precision (float32 for narrower types), as FedAvg takes them:
+    where no unit moves, what is averaged has FedAvg's bits.
 
     Parameters
     ----------
-    buffers : sequence of state dict
-        The buffers of each aligned model, with the same keys.
+    states : sequence of state dict
+        Or the buffers of each; with the same keys.
     coefficients : sequence of float
         Sum to 1.
 
@@ -37,18 +37,18 @@ def merge_buffers(buffers: Sequence[State], coefficients: Sequence[float]) -> St
     --------
     >>> one = {"mean": torch.tensor([0.0]), "count": torch.tensor(3)}
     >>> two = {"mean": torch.tensor([1.0]), "count": torch.tensor(5)}
-    >>> merge_buffers([one, two], [0.75, 0.25])
+    >>> average_states([one, two], [0.75, 0.25])
     {'mean': tensor([0.2500]), 'count': tensor(5)}
     """
-    if not buffers:
+    if not states:
         return {}
     found: State = {}
-    for name, first in buffers[0].items():
-        tensors = [one[name] for one in buffers]
-        if not first.is_floating_point():
-            found[name] = torch.stack(tensors).amax(0)
+    for name, first in states[0].items():
+        tensors = [one[name] for one in states]
+        if not (first.is_floating_point() or first.is_complex()):
+            found[name] = torch.stack([tensor.long() for tensor in tensors]).amax(0).to(first.dtype)
             continue
-        wide = torch.promote_types(first.dtype, torch.float32)
+        wide = first.dtype if first.dtype.itemsize >= 4 else torch.float32
         total = torch.zeros_like(first, dtype=wide)
         for tensor, share in zip(tensors, coefficients, strict=True):
             total += tensor.to(wide) * share

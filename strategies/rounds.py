@@ -18,7 +18,7 @@ from fedrebasin.errors import RebasinError
 from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, rewrite_replies
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
-from fedrebasin.strategies.buffers import merge_buffers
+from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
@@ -121,7 +121,7 @@ class Rounds(Around):
         started = time.perf_counter()
         if arrays is None:
             return None, metrics
-        buffers = {} if self.guard else merge_buffers(aligned.buffers, coefficients)
+        buffers = {} if self.guard else average_states(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
         if not is_finite(model):
             log(WARNING, "rebasin: the aggregate of round %d holds a NaN or an infinity; the model stays", server_round)

@@ -24,12 +24,12 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from torch import Tensor, nn
 
-from fedrebasin import merge, split_calibration
+from fedrebasin import split_calibration
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import CalibrationError, UsageError
 from fedrebasin.selection import Candidate, Selection, corrected, select_candidate
 from fedrebasin.strategies.alignment import shares
-from fedrebasin.strategies.buffers import merge_buffers
+from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
 from fedrebasin.strategies.replies import Reply
 from fedrebasin.yardsticks import Loss
@@ -65,7 +65,7 @@ class Round:
         if not self.plain:
             return found
         states = [record_to_state(record) for record in self.plain]
-        return {"plain": (average(states, shares(self.replies)), states), **found}
+        return {"plain": (average_states(states, shares(self.replies)), states), **found}
 
 
 @dataclass(frozen=True)
@@ -182,13 +182,6 @@ def names_of_candidates(corrections: Sequence[str]) -> tuple[str, ...]:
     """
     ends = ("", *(f"+{one}" for one in corrections))
     return tuple(f"{path}{end}" for path in ("plain", "aligned") for end in ends)
-
-
-def average(states: Sequence[State], coefficients: Sequence[float]) -> State:
-    """The weighted average; a counter is the largest of the replies', as in ``buffers.py``."""
-    merged = merge(states, coefficients=coefficients)
-    whole = [{name: x for name, x in state.items() if not x.is_floating_point()} for state in states]
-    return {**merged, **merge_buffers(whole, list(coefficients))}
 
 
 def _metrics(selection: Selection, names: Sequence[str]) -> dict[str, float]:

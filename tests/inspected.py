@@ -32,11 +32,12 @@ class Tokens(nn.Module):
         return {"logits": self.out(torch.relu(self.hidden(found)))}
 
 
-class Fourier(Mlp):
+class Filled(Mlp):
     """An op that no rule covers."""
 
     def forward(self, x):
-        return self.last(self.norm(torch.fft.fft(self.first(x)).real))
+        found = self.first(x)
+        return self.last(self.norm(found.masked_scatter(found > 0, found)))
 
 
 class Branching(Mlp):

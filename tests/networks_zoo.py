@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from networks_attention import ATTENTION
 from networks_recurrent import RECURRENT
+from networks_spectral import SPECTRAL
 from torch import Tensor, nn
 
 Case = tuple[nn.Module, tuple[Any, ...], list[tuple[int, ...]]]
@@ -223,4 +224,5 @@ ZOO: dict[str, Callable[[], Case]] = {
     "spectral-norm-old": lambda: (_normed(nn.utils.spectral_norm), IMAGE, [(5,), (6,)]),
     **ATTENTION,
     **RECURRENT,
+    **SPECTRAL,
 }

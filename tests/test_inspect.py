@@ -81,8 +81,8 @@ BAD = {
     "inspected_nets:Mlp --input 3x4 --input x=3x4": "a keyword names an input that is also given without one",
     "inspected_nets:Mlp --input 3x5": "torch.export cannot export Mlp",
     "inspected_nets:Branching --input 3x4": "no branch depends on the data",
-    "inspected_nets:Fourier --input 3x4 --strict": "no rule covers it",
-    "inspected_nets:Fourier --input 3x4 --strict --no-check": "no rule covers it",
+    "inspected_nets:Filled --input 3x4 --strict": "no rule covers it",
+    "inspected_nets:Filled --input 3x4 --strict --no-check": "no rule covers it",
     "inspected_nets:Mlp --input 3x4 --save .": "--save: expected the path of a file",
     "inspected_nets:Mlp --input 3x4 --html inspected_nets.py/page.html": "--html: expected the path of a file",
     "inspected_nets:Mlp --input 3x4 --vocab 0": "'--vocab': 0 is not in the range",
@@ -109,10 +109,10 @@ def test_a_mistake_is_one_line_and_status_2_and_writes_nothing(
 
 
 def test_an_op_without_a_rule_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("inspected_nets:Fourier --input 3x4") == 0
+    assert run("inspected_nets:Filled --input 3x4") == 0
     said = capsys.readouterr().out
-    assert re.search(r"note +no rule for (aten\.)?fft_fft", said)
-    assert "fft" in said.partition("What stays fixed")[2]
+    assert re.search(r"note +no rule for (aten\.)?masked_scatter", said)
+    assert "masked_scatter" in said.partition("What stays fixed")[2]
 
 
 def test_a_spec_that_changes_the_function_is_refused_and_not_saved(

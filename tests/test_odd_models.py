@@ -146,3 +146,30 @@ def test_what_was_drawn_before_does_not_matter() -> None:
         torch.manual_seed(seed)
         outputs += Proof(net, spec, X, seed=0).outputs
     assert torch.equal(*outputs)
+
+
+def test_what_is_no_dense_tensor_is_refused_by_name_and_a_sparse_table_outside_the_state_dict_is_read() -> None:
+    class Graph(nn.Module):
+        def __init__(self, *, persistent: bool) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.register_buffer("edges", torch.eye(3).to_sparse(), persistent=persistent)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.last(torch.sparse.mm(self.edges, self.first(x).relu()))
+            return found
+
+    class Counted(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"count": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            del state
+
+    inputs = (torch.zeros(3, 4),)
+    with pytest.raises(TraceError, match="expected dense tensors in its state dict; 'edges' is sparse"):
+        trace(Graph(persistent=True), inputs)
+    with pytest.raises(TraceError, match="'_extra_state' is a dict"):
+        trace(Counted(4, 2), inputs)
+    net = Graph(persistent=False)
+    assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {"first": (8,)}

@@ -27,6 +27,7 @@ STATE = {
     "mask": torch.tensor([True, False, True]),
     "empty": torch.zeros(0, 3),
     "narrow": torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn),
+    "waves": torch.tensor([[1 + 2j, -3j]]),
 }
 
 
@@ -36,9 +37,12 @@ def test_what_safetensors_wrote_is_read_tensor_by_tensor(tmp_path: Path) -> None
     assert stored.metadata == {"format": "pt"} and set(stored) == set(STATE)
     for name, tensor in STATE.items():
         assert stored[name].dtype == tensor.dtype and stored[name].shape == tensor.shape
-        assert torch.equal(stored[name].double(), tensor.double())
+        assert torch.equal(stored[name].to(torch.complex128), tensor.to(torch.complex128))
         assert torch.equal(
-            torch.cat([c.double() for c in stored.chunks(name, 8)] or [torch.zeros(0)]), tensor.double().flatten()
+            torch.cat(
+                [c.to(torch.complex128) for c in stored.chunks(name, 8)] or [torch.zeros(0).to(torch.complex128)]
+            ),
+            tensor.to(torch.complex128).flatten(),
         )
         assert stored.described[name].device.type == "meta"
 
@@ -48,7 +52,8 @@ def test_what_is_written_in_any_order_is_read_by_safetensors_in_the_order_of_the
     write_state(path, STATE, [(name, STATE[name]) for name in sorted(STATE)], metadata={"format": "pt"})
     found = load_file(path)
     assert all(
-        found[name].dtype == t.dtype and torch.equal(found[name].double(), t.double()) for name, t in STATE.items()
+        found[name].dtype == t.dtype and torch.equal(found[name].to(torch.complex128), t.to(torch.complex128))
+        for name, t in STATE.items()
     )
     assert list(StoredState(path)) == list(STATE)
     with safe_open(path, "pt") as file:

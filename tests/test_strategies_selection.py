@@ -15,7 +15,7 @@ from test_strategies_correction import INPUTS, SENT, batches, replies
 from test_strategies_exact import same_bytes, spec_of
 from torch import Tensor
 
-from fedrebasin import merge, permute, random_perms
+from fedrebasin import permute, random_perms
 from fedrebasin.errors import CalibrationError, UsageError
 from fedrebasin.strategies import FedRebasin, Rebasin
 from fedrebasin.strategies.records import record_to_state
@@ -101,21 +101,20 @@ def test_the_plain_average_is_a_candidate_where_the_inner_strategy_averages(inne
     assert "rebasin-distance-aligned+reset-batchnorm" in metrics
 
 
-def test_the_plain_candidate_is_the_average_of_the_replies_as_they_came() -> None:
-    states = replies()
-    average = merge(states, coefficients=[0.75, 0.25])
-    strategy = selecting(calibration=labelled(average), loss=F.mse_loss, correction=None)
-    arrays, metrics = play_round(strategy, SENT, states, examples=[30, 10])
-    assert metrics is not None
-    held_out = strategy._finish.selector.held_out  # type: ignore[union-attr]
-    x, y = (torch.cat(part) for part in zip(*held_out, strict=True))
-    assert metrics["rebasin-loss-plain"] == pytest.approx(float(F.mse_loss(outputs(average, x), y)), rel=1e-4)
-    assert kept(strategy, metrics) == "plain"
-    assert arrays is not None
+def test_the_plain_candidate_is_what_fedavg_makes_of_the_replies_bit_for_bit() -> None:
+    states = replies((1, 2, 3))
+    fedavg, _ = play_round(flower.FedAvg(), SENT, states, examples=[30, 10, 20])
+    assert fedavg is not None
+    average = record_to_state(fedavg)
     counter = "1.num_batches_tracked"
-    for name, tensor in record_to_state(arrays).items():
-        expected = max(state[counter] for state in states) if name == counter else average[name]
-        torch.testing.assert_close(tensor, expected)
+    average[counter] = torch.stack([state[counter] for state in states]).amax()
+    strategy = selecting(calibration=labelled(average), loss=F.mse_loss, correction=None)
+    arrays, metrics = play_round(strategy, SENT, states, examples=[30, 10, 20])
+    assert metrics is not None and arrays is not None
+    assert kept(strategy, metrics) == "plain"
+    found = record_to_state(arrays)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: one.dtype for name, one in SENT.items()}
+    assert all(torch.equal(tensor, average[name]) for name, tensor in found.items())
 
 
 def test_where_nothing_moves_the_plain_average_is_no_other_candidate() -> None:

@@ -98,7 +98,8 @@ def distill(
                 optimizer.step()
                 schedule.step()
     result = extract(model, merged)
-    return {name: x if x.is_floating_point() else merged[name].clone() for name, x in result.items()}
+    counters = {name for name, x in result.items() if not (x.is_floating_point() or x.is_complex())}
+    return {name: merged[name].clone() if name in counters else x for name, x in result.items()}
 
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -118,6 +118,8 @@ def _refuse(call: Call, seen: Watch) -> str:
     """Why a call's weight cannot be solved for, or ``""``."""
     given = call.given
     weight, bias = given["weight"], given.get("bias")
+    if weight.is_complex():
+        return "its numbers are complex"
     if not seen.used_once(weight):
         return "it is used more than once"
     if bias is not None and (id(bias) not in seen.names or not seen.used_once(bias)):

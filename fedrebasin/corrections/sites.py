@@ -113,6 +113,8 @@ def _refuse(call: Call, seen: Watch) -> str:
     own = [x for x in (weight, bias, given.get("running_mean")) if isinstance(x, Tensor)]
     if any(id(tensor) not in seen.names for tensor in own):
         return "its bias is no tensor of the state dict"
+    if any(tensor.is_complex() for tensor in own):
+        return "its numbers are complex"
     if call.func is F.batch_norm and weight is None:
         return ""  # nothing but its statistics
     if weight is None or bias is None:

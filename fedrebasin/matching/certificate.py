@@ -19,6 +19,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from fedrebasin.matching.numbers import as_real
 from fedrebasin.matching.plan import Block, Term, plan_of
 from fedrebasin.spec import PermutationSpec
 
@@ -87,7 +88,7 @@ class IdentityCertificate:
         """How far each unit of each model moved, ``|a_i - b_i|^2``, shape (models, units) for each block."""
         found: dict[Block, Tensor] = {}
         for name, users in self._users.items():
-            reference, tensors = self._wide(self._reference[name]), [model[name].detach() for model in models]
+            reference, tensors = self._wide(self._reference[name]), [as_real(model[name]) for model in models]
             dims = sorted({term.dim for _, term in users if term.whole})
             sums = _sums_of_squares(tensors, reference, dims) if dims else {}
             parts = _sums_of_slabs(tensors, reference, [term for _, term in users if not term.whole])
@@ -134,7 +135,7 @@ class IdentityCertificate:
         return min(enough, key=sizes.__getitem__) if enough else max(terms, key=sizes.__getitem__)
 
     def _wide(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach() if self._device is None else tensor.detach().to(self._device)
+        tensor = as_real(tensor if self._device is None else tensor.to(self._device))
         return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 

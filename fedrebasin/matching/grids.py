@@ -42,21 +42,21 @@ class Grid:
     factors: tuple[Factor, ...]
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The grid's entries of a tensor, one dimension for each leaf."""
+        """The grid's entries of a tensor, one dimension for each leaf; further axes stay last."""
         for dim, index in enumerate(self.places):
             if index is not None:
                 tensor = tensor.index_select(dim, index.to(tensor.device))
-        return tensor.reshape(self.shape)
+        return tensor.reshape((*self.shape, *tensor.shape[len(self.places) :]))
 
     def apply(self, relaxed: Mapping[str, Tensor], part: Tensor) -> Tensor:
         """The entries after the relaxed permutations."""
         operands = [factor.of(relaxed) for factor in self.factors]
-        letters = ",".join([self.old, *(factor.letters for factor in self.factors)])
-        return torch.einsum(f"{letters}->{self.new}", part, *operands)
+        letters = ",".join([f"{self.old}...", *(factor.letters for factor in self.factors)])
+        return torch.einsum(f"{letters}->{self.new}...", part, *operands)
 
     def similarity(self, reference: Tensor, model: Tensor) -> Tensor:
         """For a grid of one factor: ``<reference, apply(relaxed, model)>`` is linear, and this is its gradient."""
-        return torch.einsum(f"{self.new},{self.old}->{self.factors[0].letters}", reference, model)
+        return torch.einsum(f"{self.new}...,{self.old}...->{self.factors[0].letters}", reference, model)
 
 
 def soft_permute(grids: Sequence[Grid], relaxed: Mapping[str, Tensor], tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.matching.numbers import refuse_complex
 from fedrebasin.spec import PermutationSpec
 
 Loss = Callable[[Any, Any], Tensor]
@@ -31,6 +32,7 @@ class LabelledNet:
         loss: Loss,
         device: torch.device | str | None,
     ) -> None:
+        refuse_complex(spec.parameters, state, "net", "where a loss is followed", "use weight_matching")
         self.where = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
         self.batches = Batches(batches, inputs=spec.inputs, name="batches", device=self.where)
         self.spec, self._loss = spec, loss

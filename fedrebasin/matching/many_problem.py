@@ -46,7 +46,7 @@ class ManyProblem:
             for label, model in zip(labels or [f"models[{place}]" for place in self.places], models, strict=True)
         ]
         if len({pair.dtype for pair in self.pairs}) > 1:
-            wide = [{n: t.double() if t.is_floating_point() else t for n, t in model.items()} for model in models]
+            wide = [{name: _wide(tensor) for name, tensor in model.items()} for model in models]
             self.pairs = [WeightProblem(spec, model, model, device=device) for model in wide]
         norms = [{name: scale**0.5 for name, scale in pair.scales.items()} for pair in self.pairs]
         for name in self.plan.names:
@@ -81,7 +81,11 @@ class ManyProblem:
 
     def as_state(self) -> dict[str, Tensor]:
         """The sum as a state dict, with what no permutation moves from the first model."""
-        return {**self.models[0], **self.total}
+        first = self.models[0]
+        return {
+            **first,
+            **{name: torch.view_as_complex(x) if first[name].is_complex() else x for name, x in self.total.items()},
+        }
 
     def objective(self) -> float:
         """``(|sum_p c_p M_p|^2 - sum_p c_p^2 |M_p|^2) / 2``, exact in float64."""
@@ -118,3 +122,9 @@ class ManyProblem:
             improve(pair, block)
         pair.reference.update({name: pair.model[name] for name in self.plan.names})
         pair.forget()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor

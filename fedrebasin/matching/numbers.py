@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fedrebasin.errors import SpecMismatchError
+from fedrebasin.errors import RebasinError, SpecMismatchError
 
 #: Sums of products above this leave float32; norms above that leave float64.
 _LARGE, _LARGEST = 1e37, 1e150
@@ -21,9 +21,33 @@ _SUMMED = 1 << 18
 
 def like_of(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
     """An empty tensor of the type and on the device that products are taken in."""
-    wide = scale > _LARGE or any(tensor.dtype == torch.float64 for tensor in tensors)
+    wide = scale > _LARGE or any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     device = device or next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
     return torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one with one axis more, of length 2, at its end; no copy, and others as they are.
+
+    Two units' product is then the real part of the Hermitian one, which is what their distance depends on.
+
+    >>> as_real(torch.tensor([1 + 2j]))
+    tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+
+
+def refuse_complex(parameters: Iterable[str], state: Mapping[str, Tensor], label: str, where: str, remedy: str) -> None:
+    """Raise a RebasinError if one of the parameters is complex.
+
+    >>> refuse_complex(["w"], {"w": torch.tensor(1j)}, "model", "here", "leave it out")
+    Traceback (most recent call last):
+    ...
+    fedrebasin.errors.RebasinError: model: expected real weights here; 'w' is complex; leave it out
+    """
+    for name in parameters:
+        if name in state and state[name].is_complex():
+            raise RebasinError(f"{label}: expected real weights {where}; {name!r} is complex; {remedy}")
 
 
 def norm_of(tensor: Tensor, name: str, label: str) -> float:
@@ -32,8 +56,8 @@ def norm_of(tensor: Tensor, name: str, label: str) -> float:
     >>> norm_of(torch.tensor([3.0, 4.0]), "w", "model")
     5.0
     """
-    narrow = tensor.dtype.itemsize == 1
-    tensor = tensor.detach() if tensor.is_floating_point() and not narrow else tensor.double()
+    tensor = as_real(tensor)
+    tensor = tensor if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor.double()
     norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in _parts(tensor)))
     if not norm < _LARGEST:  # a NaN is not
         raise SpecMismatchError(

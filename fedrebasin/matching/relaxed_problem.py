@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedrebasin.errors import SpecMismatchError
 from fedrebasin.matching.grids import Grid, grids_of
+from fedrebasin.matching.numbers import as_real
 from fedrebasin.matching.relaxed import Relaxed, best_corner, between, corner
 from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
@@ -47,7 +48,7 @@ class RelaxedProblem:
         self.spec = spec
         tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
         names = [name for name in spec.axes if name in tied]
-        double = any(model[name].dtype == torch.float64 for name in names)
+        double = any(model[name].dtype in (torch.float64, torch.complex128) for name in names)
         where = device if device is not None else next((model[name].device for name in names), None)
         #: what relaxed permutations are like: their type and device
         self.like = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=where)
@@ -138,10 +139,10 @@ def normalised(
     """The tensors over their common norm, so that no product overflows, whatever the model's scale."""
     norms = {}
     for name in names:
-        norms[name] = float(torch.linalg.vector_norm(state[name].detach().double()))
+        norms[name] = float(torch.linalg.vector_norm(as_real(state[name]).double()))
         if not math.isfinite(norms[name]):
             raise SpecMismatchError(
                 f"{label}: {name!r} holds a NaN, an infinity or numbers whose squares overflow; leave this model out"
             )
     norm = math.hypot(*norms.values())
-    return {name: (state[name].detach().double() / (norm or 1.0)).to(like) for name in names}, norm
+    return {name: (as_real(state[name]).double() / (norm or 1.0)).to(like) for name in names}, norm

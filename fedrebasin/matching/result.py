@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedrebasin.matching.numbers import as_real
 from fedrebasin.perms import moved_fraction
 from fedrebasin.spec import PermutationSpec
 
@@ -85,7 +86,7 @@ def inner_product(spec: PermutationSpec, reference: Mapping[str, Tensor], model:
     """
     tied = {axis.name for axes in spec.tied.values() for axis in axes} - set(spec.buffers)
     return math.fsum(
-        float(torch.dot(reference[name].reshape(-1).double().cpu(), model[name].reshape(-1).double().cpu()))
+        float(torch.dot(*(as_real(side[name]).reshape(-1).double().cpu() for side in (reference, model))))
         for name in spec.axes
         if name in tied
     )

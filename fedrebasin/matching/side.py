@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from fedrebasin.matching.numbers import as_real
 from fedrebasin.stored import StoredState
 
 
@@ -19,7 +20,7 @@ class _Stored(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         if name not in self._of:
             raise KeyError(name)
-        return self._state[name].to(self._like)
+        return as_real(self._state[name]).to(self._like)
 
     def __contains__(self, name: object) -> bool:
         return name in self._of
@@ -32,7 +33,7 @@ class _Stored(dict[str, Tensor]):
 
 
 def side_of(state: Mapping[str, Tensor], names: Sequence[str], like: Tensor) -> dict[str, Tensor]:
-    """The tensors ``names`` of a state dict, with the dtype and device of ``like``.
+    """The tensors ``names`` of a state dict, complex ones as pairs, with the dtype and device of ``like``.
 
     >>> import torch
     >>> side_of({"w": torch.ones(2, dtype=torch.float16), "n": torch.tensor(3)}, ["w"], torch.empty(0))
@@ -40,4 +41,4 @@ def side_of(state: Mapping[str, Tensor], names: Sequence[str], like: Tensor) -> 
     """
     if isinstance(state, StoredState):
         return _Stored(state, names, like)
-    return {name: state[name].detach().to(like) for name in names}
+    return {name: as_real(state[name]).to(like) for name in names}

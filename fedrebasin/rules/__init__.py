@@ -1,6 +1,7 @@
 """One small function per ATen op: which axes it ties. ``rule`` adds one to the registry ``RULES``."""
 
 from fedrebasin.rules import (
+    fourier,
     layers,
     lookups,
     norms,
@@ -21,6 +22,7 @@ __all__ = [
     "Rule",
     "Traced",
     "Value",
+    "fourier",
     "layers",
     "lookups",
     "norms",

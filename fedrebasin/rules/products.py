@@ -15,7 +15,7 @@ from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
 
-@rule("matmul", "linalg_matmul", "mm", "bmm", "mv", "dot", "vdot")
+@rule("matmul", "linalg_matmul", "mm", "_sparse_mm", "bmm", "mv", "dot", "vdot")
 def matmul(traced: Traced, a: Value, b: Value, *_: Any, **__: Any) -> Value:
     """(*batch, m, k) by (*batch, k, n); either may be a vector."""
     batch = _meet(traced, a.axes[:-2], b.axes[:-2])

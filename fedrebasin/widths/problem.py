@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedrebasin.errors import SpecMismatchError
 from fedrebasin.layout import Free, Layout, Product, Sum, has_leaf, leaves
+from fedrebasin.matching.numbers import refuse_complex
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.widths.maps import Maps, common_units, layouts_of, map_axis, read_axis, unflatten
 
@@ -30,6 +31,7 @@ class WidthProblem:
         self.names = common_units(reference_spec, model_spec)
         for spec, state, label in ((reference_spec, reference, "reference"), (model_spec, model, "model")):
             spec.check_state(state, label)
+            refuse_complex(spec.parameters, state, label, "where widths change", "merge models of one width")
             bad = next((name for name in spec.parameters if not bool(state[name].isfinite().all())), None)
             if bad is not None:
                 raise SpecMismatchError(f"{label}: expected finite weights; {bad!r} holds a NaN or an infinity")
