@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import RebasinError, SpecMismatchError
+from fedrebasin.export import identity
 from fedrebasin.matching import ManyMatching, match_many
 from fedrebasin.perms import identity_perms
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.walk import identity
 
 State = Mapping[str, Tensor]
 

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from fedrebasin.axes import is_fixed, leaf
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
+from fedrebasin.export import identity
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
 
@@ -108,9 +109,9 @@ class Walk:
                 f"model: {op or name} in {where or 'the model'} returns a tensor whose size depends on the data; let "
                 "forward keep sizes (multiply by the mask, say), or hand over a spec written for this model"
             ) from error
-        if not shapes:
-            return None  # an assertion, or a number
-        self.traced.output_shapes = shapes
+        if not shapes:  # a number, or an assertion
+            return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
+        self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         try:
             if rule is None:
@@ -173,13 +174,6 @@ def opaque(node: torch.fx.Node, reason: str) -> Any:
     return tuple(fixed(tensor) for tensor in value) if isinstance(value, tuple | list) else fixed(value)
 
 
-def identity(tensor: Tensor) -> object:
-    """Equal for two entries of a state dict that are one tensor."""
-    if tensor.is_meta or not tensor.numel() or not tensor.data_ptr():
-        return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape)
-
-
 def module_path(node: torch.fx.Node) -> str:
     """The name of the module that calls the op; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -206,6 +200,17 @@ def _used(node: torch.fx.Node) -> set[int]:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, Tensor)]
+
+
+def _masks(node: torch.fx.Node) -> set[int]:
+    """Which entries of a list of indices are masks of booleans."""
+    listed = next((item for item in node.args if isinstance(item, list | tuple)), ())
+    values = [item.meta.get("val") if isinstance(item, torch.fx.Node) else None for item in listed]
+    return {
+        place
+        for place, value in enumerate(values)
+        if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+    }
 
 
 def _may_be_written(node: torch.fx.Node) -> bool:

@@ -13,9 +13,10 @@ from torch import nn
 
 from fedrebasin.check import check_spec, output_change
 from fedrebasin.errors import RebasinError, UnsupportedOpError
+from fedrebasin.export import export_model
 from fedrebasin.simulations.inspection_inputs import Input, example_inputs, text_of
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.trace import export_model, spec_of
+from fedrebasin.trace import spec_of
 
 #: a change of the outputs that float64 arithmetic in another order explains
 _ROUNDING = 1e-9

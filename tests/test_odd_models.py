@@ -77,12 +77,6 @@ def test_an_op_that_is_a_plain_function_is_named_without_its_address() -> None:
     assert [note for note in trace(net, X).notes if "_add_batch_dim (first" in note and " at 0x" not in note]
 
 
-def test_sizes_that_depend_on_the_data_are_refused_with_what_to_do() -> None:
-    net = Net(lambda h: h[h[:, 0] > 0])
-    with pytest.raises(TraceError, match="index in the model returns a tensor whose size depends on the data; let"):
-        trace(net, X)
-
-
 def test_a_data_parallel_model_is_traced_and_proved_under_its_names() -> None:
     net = nn.DataParallel(Net())
     assert check_spec(net, trace(net, X), X).perm_shapes == {"module.first": (6,)}

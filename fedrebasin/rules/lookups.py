@@ -14,7 +14,7 @@ from fedrebasin.rules.parts import narrow, select
 from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
-_TABLE = "table"
+_TABLE, _MASK = "table", "places in a row, by a mask"
 
 
 @rule("embedding")
@@ -52,10 +52,22 @@ def embedding_bag(
 @rule("index", "_unsafe_index")
 def index(traced: Traced, x: Value, indices: Sequence[Value | None]) -> Value:
     """``x[indices]``: tables are read at points, whose axes stand where the tables were if these are neighbours."""
-    result = _points(traced, x, indices)
-    if result.shape != traced.output_shapes[0]:  # a mask of booleans
+    if not traced.masks:
+        return _points(traced, x, indices)
+    before, covered, after = _under_mask(traced, x, indices)
+    for axis in covered:
+        axes.fix(axis, _MASK)
+    return Value([*before, leaf(traced.output_shapes[0][len(before)], _MASK), *after])
+
+
+def _under_mask(traced: Traced, x: Value, indices: Sequence[Value | None]) -> tuple[list[Node], list[Node], list[Node]]:
+    """The axes of ``x`` before those that a mask of booleans covers, these, which are the mask's own, and the rest."""
+    masks = [(dim, value) for dim, value in enumerate(indices) if value is not None]
+    if len(masks) > 1:
         raise NotCoveredError
-    return result
+    ((dim, mask),) = masks
+    end = dim + len(mask.axes)
+    return x.axes[:dim], [traced.tie(*pair) for pair in zip(x.axes[dim:end], mask.axes, strict=True)], x.axes[end:]
 
 
 def _points(traced: Traced, x: Value, indices: Sequence[Value | None]) -> Value:
@@ -74,6 +86,13 @@ def _points(traced: Traced, x: Value, indices: Sequence[Value | None]) -> Value:
 @rule("index_put", "_unsafe_index_put", "_index_put_impl")
 def index_put(traced: Traced, x: Value, indices: Sequence[Value | None], values: Value, *_: Any, **__: Any) -> Value:
     """``x[indices] = values``."""
+    if traced.masks:
+        before, covered, after = _under_mask(traced, x, indices)
+        count = values.shape[-1 - len(after)] if len(values.axes) > len(after) else 1
+        for axis in covered if count > 1 else ():  # values go to their places in a row
+            axes.fix(axis, _MASK)
+        pointwise(traced, Value([*before, leaf(count, _MASK if count > 1 else ""), *after]), values)
+        return Value(list(x.axes))
     target = _points(traced, x, indices)
     if len(values.axes) > len(target.axes) or any(
         size not in (1, axis.size) for size, axis in zip(values.shape[::-1], target.axes[::-1], strict=False)

@@ -39,11 +39,13 @@ class Value:
 
 @dataclass
 class Traced:
-    """What the rules share: tied axes, seen tensors, running statistics, the shapes that the op at hand returns."""
+    """What the rules share: tied axes, seen tensors, running statistics; of the op at hand the shapes that it returns,
+    and which entries of a list of indices are masks of booleans."""
 
     tensors: list[list[Node]] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    masks: set[int] = field(default_factory=set)
 
     def tie(self, *nodes: Node) -> Node:
         """One permutation moves all these axes."""

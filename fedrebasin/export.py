@@ -1,0 +1,187 @@
+"""A model's graphs by ``torch.export``: in evaluation mode, in training mode where that uses more, all sizes known.
+
+Where an inner size depends on the data (edges of a graph network, the number of graphs in a batch), the graph is run
+once on the example inputs, and holds what came out.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from fedrebasin.batches import mode_of, split_inputs, unwrapped
+from fedrebasin.errors import TraceError, first_line
+from fedrebasin.sizes import depends_on_numbers, settle_sizes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model's graphs and what they leave out; made by :func:`export_model`, read by :func:`spec_of`.
+
+    ``training`` is there only if some parameter is not used in evaluation mode; if it was needed and could not be
+    made, ``failure`` says why. ``mutated`` names the buffers that a forward pass in training mode writes.
+    """
+
+    program: ExportedProgram
+    training: ExportedProgram | None
+    failure: str
+    state: dict[str, Tensor]
+    parameters: frozenset[str]
+    mutated: frozenset[str]
+    inputs: int
+
+
+def export_model(model: nn.Module, example_inputs: Any) -> Exported:
+    """Export ``model`` with ``torch.export``; parameters and raised errors as for :func:`trace`."""
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    args, kwargs = split_inputs(example_inputs)
+    model = unwrapped(model)
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            kind = "sparse" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise TraceError(
+                f"model: expected dense tensors in its state dict; {name!r} is {kind}; keep it out (persistent=False)"
+            )
+    try:
+        program = _export(model, args, kwargs, training=False)
+    except Exception as error:  # export raises kinds of its own for every way in which it can fail
+        raise TraceError(
+            f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
+            f"({first_line(error)}); check that model(*example_inputs) runs and that no branch "
+            "depends on the data, or hand over a spec written for this model"
+        ) from error
+    training, failure = None, ""
+    if _unused(program, state):
+        try:
+            training = _export(model, args, kwargs, training=True)
+        except Exception as error:  # noqa: BLE001 - kinds of its own here, too
+            failure = first_line(error)
+    return Exported(
+        program=program,
+        training=training,
+        failure=failure,
+        state=state,
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        mutated=_mutated_buffers(model, args, kwargs),
+        inputs=len(args),
+    )
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back attributes, and what is in them, that a forward pass sets: tensors without data may be left in them."""
+    before = [
+        (
+            attributes,
+            dict(attributes),
+            [(held, held.copy()) for held in attributes.values() if isinstance(held, dict | list)],
+        )
+        for attributes in map(vars, model.modules())
+    ]
+    try:
+        yield
+    finally:
+        for attributes, kept, containers in before:
+            attributes.clear()
+            attributes.update(kept)
+            for held, content in containers:
+                held.clear()
+                held.update(content) if isinstance(held, dict) else held.extend(content)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Have models of transformers return no cache of keys and values: export does not know the type."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    using = [config for config in configs if getattr(config, "use_cache", False) is True]
+    try:
+        for config in using:
+            config.use_cache = False
+        yield
+    finally:
+        for config in using:
+            config.use_cache = True
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch logs tracebacks of failures that are reported here in one line
+    try:
+        with (
+            _attributes_kept(model),
+            _without_cache(model),
+            mode_of(model, training=training),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()),  # graphs that torch prints when it fails
+        ):
+            warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
+            try:
+                program = torch.export.export(model, args, kwargs, strict=False)
+            except GuardOnDataDependentSymNode as error:
+                if "specialized integer" not in str(error):
+                    raise
+                program = torch.export.draft_export(model, args, kwargs, strict=False)  # with what the inputs say
+                if depends_on_numbers(program):
+                    raise
+            settle_sizes(program, args, kwargs)
+            return program
+    finally:
+        logging.disable(before)
+
+
+def identity(tensor: Tensor) -> object:
+    """Equal for two entries of a state dict that are one tensor."""
+    if tensor.is_meta or not tensor.numel() or not tensor.data_ptr():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> bool:
+    """Whether some parameter has no user in the graph, and is not another name of one that has."""
+    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and targets[node.name] in state]
+    used = {identity(state[str(targets[node.name])]) for node in nodes if node.users}
+    return any(isinstance(tensor, nn.Parameter) and identity(tensor) not in used for tensor in state.values())
+
+
+def _mutated_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """The buffers that a forward pass in training mode writes, seen on a copy without memory."""
+    if not any(buffer.is_floating_point() and buffer.ndim for buffer in model.buffers()):
+        return frozenset()
+    try:
+        shadow = copy.deepcopy(model, _without_memory(model)).to("meta")
+        before = {name: (buffer, buffer._version) for name, buffer in shadow.named_buffers()}
+        inputs, keywords = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        with torch.no_grad():
+            shadow.train()(*inputs, **keywords)
+    except Exception:  # noqa: BLE001 - what does not run without memory keeps its buffers fixed, but for running statistics
+        return frozenset()
+    after = dict(shadow.named_buffers())
+    return frozenset(
+        name for name, (buffer, version) in before.items() if after[name] is not buffer or buffer._version != version
+    )
+
+
+def _without_memory(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {
+        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.detach().to("meta")
+        for tensor in (*model.parameters(), *model.buffers(), *held)
+    }

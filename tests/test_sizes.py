@@ -1,0 +1,141 @@
+"""Sizes that depend on the data, masks of booleans, and what of it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedrebasin import PermutationSpec, TraceError, check_spec, trace
+
+X = (torch.linspace(-1, 1, 20).view(5, 4),)
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 2], [1, 2, 3, 4, 0, 2]])
+Step = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """Two layers with a step between them, and weights that it may use."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(4, 8), nn.Linear(8, 2), step
+        self.gate, self.mask = nn.Parameter(torch.linspace(-1, 1, 8)), nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.step(self, self.first(x)))
+        return found
+
+
+class Graph(nn.Module):
+    """A graph convolution with self-loops in the place of those that are there, and a sum over each graph's nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, edges: Tensor, graphs: Tensor) -> Tensor:
+        loops = torch.arange(len(x)).expand(2, -1)
+        edges = torch.cat([edges[:, edges[0] != edges[1]], loops], 1)
+        hidden = self.first(x)
+        hidden = torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]])
+        hidden = F.dropout(F.relu(self.norm(hidden)), 0.5, self.training)
+        pooled = hidden.new_zeros(int(graphs.max()) + 1, 8).index_add(0, graphs, hidden)
+        found: Tensor = self.last(pooled)
+        return found
+
+
+def proved(net: nn.Module, inputs: Any = X) -> PermutationSpec:
+    return check_spec(net, trace(net, inputs, strict=True), inputs)
+
+
+def test_a_graph_network_is_traced_silently_and_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    net = Graph()
+    before, random = {name: tensor.clone() for name, tensor in net.state_dict().items()}, torch.get_rng_state()
+    spec = trace(net, (X[0], EDGES, torch.tensor([0, 0, 1, 1, 1])), strict=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
+    assert spec.perm_shapes == {"first": (8,)}
+    assert {axis.name for axis in spec.tied["first"]} >= {"first.weight", "norm.running_mean", "last.weight"}
+    # other sizes than those of the trace
+    check_spec(net, spec, (torch.randn(6, 4), EDGES, torch.tensor([0, 1, 2, 3, 3, 3])))
+
+
+@pytest.mark.parametrize("rows", [lambda h: h.sum(1) > 0, lambda h: h.sum(1) > 99, lambda h: h.sum(1) > -99])
+def test_rows_that_a_mask_leaves_keep_their_units_free(rows: Callable[[Tensor], Tensor]) -> None:
+    assert proved(Net(lambda _, h: h[rows(h)])).perm_shapes == {"first": (8,)}
+
+
+def test_units_that_a_mask_chooses_stay() -> None:
+    spec = proved(Net(lambda net, h: h[:, net.gate > 2].sum(1, keepdim=True) + h))
+    assert spec.perm_shapes == {}
+    assert "places in a row, by a mask" in str(spec)
+
+
+def _without_some(net: Net, h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, net.gate > 0] = 0
+    return h
+
+
+def _other_rows(net: Net, h: Tensor) -> Tensor:
+    h = h.clone()
+    h[h.sum(1) > 0] = net.gate
+    return h
+
+
+def _without_some_weights(net: Net, h: Tensor) -> Tensor:
+    weight = net.first.weight.clone()
+    weight[net.mask > 0] = 0
+    return h + F.linear(X[0], weight)
+
+
+@pytest.mark.parametrize(
+    ("step", "tied"), [(_without_some, "gate"), (_other_rows, "gate"), (_without_some_weights, "mask")]
+)
+def test_a_mask_moves_with_what_it_covers(step: Step, tied: str) -> None:
+    (axes,) = proved(Net(step)).tied.values()
+    assert tied in {axis.name for axis in axes}
+
+
+def test_values_that_go_to_a_masks_places_in_a_row_fix_them() -> None:
+    def filled(net: Net, h: Tensor) -> Tensor:
+        h = h.clone()
+        h[:, torch.tensor([True, False] * 4)] = net.gate[:4] + net.gate[4:]
+        return h
+
+    assert proved(Net(filled)).perm_shapes == {}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda _, h: h * 2 if h.sum() > 0 else h,
+        lambda _, h: h[: int(h.abs().sum()) % 3 + 1],
+        lambda _, h: h * 2 if bool((h > 0).all()) else h,
+    ],
+)
+def test_a_branch_on_the_data_is_refused(step: Step) -> None:
+    with pytest.raises(TraceError, match=r"check that .* no branch depends on the data"):
+        trace(Net(step), X)
+
+
+def test_a_model_that_keeps_a_cache_is_traced_without_it() -> None:
+    class Cached(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda _, h: h)
+            self.config = SimpleNamespace(use_cache=True)
+
+        def forward(self, x: Tensor) -> Any:
+            found = super().forward(x)
+            return (found, SimpleNamespace(keys=found)) if self.config.use_cache else found
+
+    net = Cached()
+    assert proved(net).perm_shapes == {"first": (8,)}
+    assert net.config.use_cache is True
