@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.errors import TraceError, first_line
+from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import depends_on_numbers, settle_sizes
 
 
@@ -51,10 +52,10 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            kind = "sparse" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise TraceError(
-                f"model: expected dense tensors in its state dict; {name!r} is {kind}; keep it out (persistent=False)"
-            )
+            kind, remedy = f"a {type(value).__name__}", "leave it out of state_dict()"
+            if isinstance(value, Tensor):
+                kind, remedy = "sparse", "register it with persistent=False"
+            raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {kind}; {remedy}")
     try:
         program = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -123,6 +124,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         with (
             _attributes_kept(model),
             _without_cache(model),
+            packed_as_padded(),
             mode_of(model, training=training),
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -131,9 +133,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
             warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)
-            except GuardOnDataDependentSymNode as error:
-                if "specialized integer" not in str(error):
-                    raise
+            except GuardOnDataDependentSymNode:
                 program = torch.export.draft_export(model, args, kwargs, strict=False)  # with what the inputs say
                 if depends_on_numbers(program):
                     raise

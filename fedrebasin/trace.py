@@ -53,6 +53,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Per
 
     Examples
     --------
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> spec = trace(net, (torch.randn(3, 4),))
     >>> spec.tied["0"]

@@ -122,7 +122,7 @@ class Walk:
         used = _used(node)
         for index, (value, shape) in enumerate(zip(values_in(result), shapes, strict=False)):
             if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
-                return self._fix_op(node, args, kwargs, op or name, where)
+                return self._without_rule(node, values, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
         if isinstance(result, Value) and result.uniform and _may_be_written(node):
             result.uniform = False

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 from fedrebasin import PermutationSpec, TraceError, check_spec, trace
 
@@ -70,6 +71,24 @@ def test_a_graph_network_is_traced_silently_and_left_as_it_was(capfd: pytest.Cap
 @pytest.mark.parametrize("rows", [lambda h: h.sum(1) > 0, lambda h: h.sum(1) > 99, lambda h: h.sum(1) > -99])
 def test_rows_that_a_mask_leaves_keep_their_units_free(rows: Callable[[Tensor], Tensor]) -> None:
     assert proved(Net(lambda _, h: h[rows(h)])).perm_shapes == {"first": (8,)}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda h, graphs: h.repeat_interleave(graphs + 1, 0),
+        lambda h, graphs: h[torch.where(graphs > 0)[0]],
+        lambda h, graphs: torch.stack([part.sum(0) for part in h.split(torch.bincount(graphs).tolist())]),
+        lambda h, graphs: pad_sequence([h[graphs == one] for one in range(2)]).sum(0),
+    ],
+)
+def test_rows_by_numbers_in_the_input_keep_their_units_free(step: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Grouped(Net):
+        def forward(self, x: Tensor, graphs: Tensor) -> Any:
+            return self.last(step(self.first(x), graphs))
+
+    net = Grouped(lambda _, h: h)
+    assert proved(net, (X[0], torch.tensor([0, 0, 1, 1, 1]))).perm_shapes == {"first": (8,)}
 
 
 def test_units_that_a_mask_chooses_stay() -> None:
@@ -139,3 +158,56 @@ def test_a_model_that_keeps_a_cache_is_traced_without_it() -> None:
     net = Cached()
     assert proved(net).perm_shapes == {"first": (8,)}
     assert net.config.use_cache is True
+
+
+class Packed(nn.Module):
+    """Sequences of their own lengths through a recurrent layer."""
+
+    def __init__(self, kind: type[nn.RNNBase], *, first: bool, state: bool, **options: Any) -> None:
+        super().__init__()
+        self.core = kind(4, 6, batch_first=first, **options)  # type: ignore[call-arg]  # the base has a mode
+        width = 6 * (2 if self.core.bidirectional else 1)
+        self.last, self.state = nn.Linear(width, 2), state
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        found, hidden = self.core(packed)
+        if self.state:
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            ends = [hidden[-2], hidden[-1]] if self.core.bidirectional else [hidden[-1]]
+            return self.last(torch.cat(ends, 1))  # type: ignore[no-any-return]
+        padded, counts = pad_packed_sequence(found, batch_first=True, total_length=9)
+        return self.last(padded.sum(1) / counts.unsqueeze(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nn.LSTM, {}), (nn.GRU, {"num_layers": 2}), (nn.RNN, {"bidirectional": True}), (nn.LSTM, {"num_layers": 2})],
+)
+def test_packed_sequences_are_traced_and_proved(
+    kind: type[nn.RNNBase], options: dict[str, Any], first: bool, state: bool
+) -> None:
+    net = Packed(kind, first=first, state=state, **options)
+    spec = proved(net, (torch.randn(3, 7, 4), torch.tensor([4, 7, 2])))
+    count = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    assert sorted(spec.perm_shapes.values()) == [(6,)] * count
+    found = net(torch.randn(3, 7, 4), torch.tensor([4, 7, 2]))  # nothing is left patched
+    assert found.shape == (3, 2)
+
+
+def test_packed_sequences_with_a_learned_state_and_from_a_list() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core, self.last = nn.GRU(4, 6), nn.Linear(6, 2)
+            self.start = nn.Parameter(torch.randn(1, 1, 6))
+
+        def forward(self, x: Tensor) -> Any:
+            packed = pack_sequence([x[0, :3], x[1, :2]])
+            return self.last(self.core(packed, self.start.expand(-1, 2, -1).contiguous())[1][0])
+
+    spec = proved(Learned(), (torch.randn(2, 4, 4),))
+    assert spec.perm_shapes == {"start:2": (6,)} or set(spec.perm_shapes.values()) == {(6,)}
+    assert {"start", "core.weight_hh_l0", "last.weight"} <= {axis.name for axes in spec.tied.values() for axis in axes}

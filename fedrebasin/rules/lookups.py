@@ -212,8 +212,13 @@ def repeat(traced: Traced, x: Value, counts: Sequence[int]) -> Value:
 
 @rule("repeat_interleave")
 def repeat_interleave(traced: Traced, x: Value, count: Any, dim: int | None = None, **_: Any) -> Value:
-    """Equal copies of every unit beside it."""
-    del traced
+    """Equal copies of every unit beside it; with a number of copies for each unit, their places count."""
+    if isinstance(count, Value) and dim is not None and count.axes:
+        for axis in (x.axes[dim], count.axes[0]):
+            axes.fix(axis, _TABLE)
+        result = list(x.axes)
+        result[dim] = leaf(traced.output_shapes[0][dim], _TABLE)
+        return Value(result)
     if not isinstance(count, int):
         raise NotCoveredError
     if dim is None:
