@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from networks_attention import ATTENTION
 from networks_recurrent import RECURRENT
 from networks_spectral import SPECTRAL
@@ -207,7 +208,28 @@ def _transposed() -> Case:
 
 NUMBERS = torch.randint(9, (2, 5), generator=torch.Generator().manual_seed(0))
 
+
+class Regions(nn.Module):
+    """Deformable convolutions and a pooling of boxes, as detectors have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.where = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 18, 3, padding=1)
+        self.moved = torchvision.ops.DeformConv2d(5, 6, 3, padding=1)
+        self.masked = torchvision.ops.DeformConv2d(6, 4, 3, padding=1, bias=False)
+        self.last = nn.Conv2d(4, 2, 3)
+        self.register_buffer("boxes", torch.tensor([[0, 0, 0, 5, 5], [1, 1, 1, 4, 4]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        where = self.where(x)
+        x = self.masked(F.relu(self.moved(x, where)), where, where[:, :9].sigmoid())
+        found: Tensor = self.last(torchvision.ops.roi_align(x, self.boxes.to(x), 3))
+        return found
+
+
 ZOO: dict[str, Callable[[], Case]] = {
+    "regions": lambda: (Regions(), IMAGE, [(4,), (5,), (6,)]),
     "convolutions": _transposed,
     "u-net": lambda: (UNet(), IMAGE, [(4,), (4,), (4,), (6,)]),
     "shortcuts": lambda: (Shortcuts(), IMAGE, [(3,), (3,), (3,), (4,)]),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks_recurrent import LAST_STATES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
@@ -189,6 +190,8 @@ class Packed(nn.Module):
 def test_packed_sequences_are_traced_and_proved(
     kind: type[nn.RNNBase], options: dict[str, Any], first: bool, state: bool
 ) -> None:
+    if kind is nn.LSTM and not LAST_STATES:
+        pytest.skip("torch gives the states of a packed LSTM wrong shapes")
     net = Packed(kind, first=first, state=state, **options)
     spec = proved(net, (torch.randn(3, 7, 4), torch.tensor([4, 7, 2])))
     count = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)

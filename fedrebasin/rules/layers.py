@@ -6,7 +6,7 @@ from typing import Any
 
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf
-from fedrebasin.rules.registry import Traced, Value, rule
+from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
 
 @rule("linear")
@@ -57,6 +57,19 @@ def transposed_convolution(
     parts = traced.split(into, [groups, into.size // groups])
     axes.depend(inner, parts[:1])
     return _with_output(traced, x, weight, bias, axes.product([parts[0], inner]))
+
+
+@rule("torchvision.deform_conv2d")
+def deformable_convolution(
+    traced: Traced, x: Value, weight: Value, offset: Value, mask: Value, bias: Value, *geometry: Any
+) -> Value:
+    """As ``convolution``, read at positions that ``offset`` and ``mask`` say, for all channels the same."""
+    groups, offset_groups, _ = geometry[-3:]
+    if offset_groups != 1:
+        raise NotCoveredError
+    for axis in (*offset.axes[1:], *mask.axes[1:]):
+        axes.fix(axis, "kernel or spatial")
+    return _convolve(traced, x, weight, bias, groups, out_dim=0)
 
 
 def _convolve(traced: Traced, x: Value, weight: Value, bias: Value | None, groups: int, out_dim: int) -> Value:

@@ -135,6 +135,16 @@ def unfold(traced: Traced, x: Value, dim: int, size: int, step: int) -> Value:
     return Value([*x.axes[:dim], *_fixed([traced.output_shapes[0][dim]]), *x.axes[dim + 1 :], *_fixed([size])])
 
 
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def regions(traced: Traced, x: Value, boxes: Value, *_: Any, **__: Any) -> Any:
+    """(batch, channel, *spatial) read within boxes is (box, channel, *positions), from ``roi_pool`` twice."""
+    traced.fix(boxes, _SPATIAL)
+    for axis in (x.axes[0], *x.axes[2:]):
+        axes.fix(axis, _SPATIAL)
+    results = [Value([*_fixed(shape[:1]), x.axes[1], *_fixed(shape[2:])]) for shape in traced.output_shapes]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def grid_sampler(traced: Traced, x: Value, grid: Value, *_: Any, **__: Any) -> Value:
     """(batch, channel, *spatial) read at (batch, *points, coordinate) is (batch, channel, *points)."""
