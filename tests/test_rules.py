@@ -7,6 +7,7 @@ from typing import Any
 import networks_zoo
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrebasin import Axis, PermutationSpec, check_spec, trace
@@ -116,3 +117,37 @@ def test_where_the_order_does_not_count_the_axis_is_free(op: Any) -> None:
     spec = trace(net, inputs, strict=True)
     assert list(spec.perm_shapes.values()) == [(6,)]
     assert check_spec(net, spec, inputs).checked
+
+
+class Experts(nn.Module):
+    """Rows go to experts, whose matrices are applied in one grouped product, as transformers' models do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        self.up, self.down = nn.Parameter(torch.randn(3, 6, 5)), nn.Parameter(torch.randn(3, 5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = torch.ops.transformers.grouped_mm_fallback
+        x = self.first(x)
+        experts = self.router(x).argmax(1)
+        order, ends = experts.argsort(), F.one_hot(experts, 3).sum(0).cumsum(0)
+        found = grouped(F.relu(grouped(x[order], self.up, ends)), self.down, ends)
+        result: Tensor = self.last(x + found[order.argsort()])
+        return result
+
+
+def test_experts_in_a_grouped_product_share_the_orders_of_their_units() -> None:
+    def product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        rows = torch.arange(len(x)).unsqueeze(1)
+        return torch.einsum("rk,rkn->rn", x, weight[(rows >= ends).sum(1)])
+
+    with torch.library._scoped_library("transformers", "FRAGMENT") as library:
+        library.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor")
+        library.impl("grouped_mm_fallback", product, "CPU")
+        torch.library.register_fake(
+            "transformers::grouped_mm_fallback", lambda x, w, _: x.new_empty(len(x), w.shape[2]), lib=library
+        )
+        inputs = (torch.randn(7, 4),)
+        spec = check_spec(Experts(), trace(Experts(), inputs, strict=True), inputs)
+    assert sorted(spec.perm_shapes.values()) == [(5,), (6,)]

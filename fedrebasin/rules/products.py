@@ -139,6 +139,20 @@ def _labels(term: str, ndim: int) -> list[str | int]:
     return [*before, *range(-hidden, 0), *after]
 
 
+@rule("_grouped_mm", "transformers.grouped_mm_fallback")
+def grouped_product(
+    traced: Traced, a: Value, b: Value, ends: Value | None = None, bias: Value | None = None, *_: Any
+) -> Value:
+    """(rows, k) by (group, k, n), each group of rows by a matrix of its own: all share the orders of k and n."""
+    if len(a.axes) != 2 or len(b.axes) != 3 or ends is None or bias is not None:
+        raise NotCoveredError
+    for axis in (b.axes[0], *ends.axes):
+        axes.fix(axis, "groups of rows")
+    traced.tie(a.axes[1], b.axes[1])
+    traced.within([a.axes[0], a.axes[1], b.axes[2]])
+    return Value([a.axes[0], b.axes[2]])
+
+
 @rule("bilinear")
 def bilinear(traced: Traced, a: Value, b: Value, weight: Value, bias: Value | None = None) -> Value:
     """``weight`` is (out, in of a, in of b)."""
