@@ -21,10 +21,10 @@ def settle_sizes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
         return
     leaves = iter(torch.utils._pytree.tree_leaves((args, kwargs)))
     held = {**program.constants, **program.state_dict}
-    inputs = [
-        next(leaves) if spec.kind is InputKind.USER_INPUT else held[str(spec.target)].detach().clone()
-        for spec in program.graph_signature.input_specs
-    ]
+    inputs = []
+    for spec in program.graph_signature.input_specs:
+        value = next(leaves) if spec.kind is InputKind.USER_INPUT else held[str(spec.target)]
+        inputs.append(value.clone() if spec.kind is InputKind.BUFFER else value)  # into which a graph may write
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         _Run(program.graph_module).run(*inputs)
 
