@@ -208,3 +208,36 @@ def there_and_back(f: int, a: int, b: int, c: int) -> Block:
     if b % 2:
         return Block(f, lambda net, x: F.linear(F.linear(x, net.core).relu(), net.core.t()), core=parameter(a + 1, f))
     return Block(f, lambda net, x: torch.tanh(x @ net.core) @ net.core.mT, core=parameter(f, a + 1))
+
+
+@piece
+def waves(f: int, a: int, b: int, c: int) -> Block:
+    if b % 3 == 0:  # of the features, whose places count then
+        return Block(f, lambda net, x: torch.fft.ifft(torch.fft.fft(x).abs()).real)
+    by = nn.Parameter(torch.randn(PLACES // 2 + 1, f, a + 1, dtype=torch.cfloat))
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        found = torch.einsum(
+            "bkf,kfg->bkg", torch.fft.rfft(x, dim=1), net.by.to(torch.promote_types(x.dtype, torch.cfloat))
+        )
+        return torch.fft.irfft(found, n=PLACES, dim=1)
+
+    return Block(a + 1, run, by=by)
+
+
+@piece
+def masked(f: int, a: int, b: int, c: int) -> Block:
+    def run(net: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        if a % 3 == 0:
+            x[..., net.gate > 0] = 0
+        elif a % 3 == 1:
+            x[x.sum(-1) > 0] = net.gate
+        else:
+            core = net.core.clone()
+            core[net.mask > 0] = 0
+            return F.linear(x, core)
+        return x
+
+    width = b + 1 if a % 3 == 2 else f
+    return Block(width, run, gate=parameter(f), core=parameter(width, f), mask=parameter(width, f))
