@@ -227,17 +227,21 @@ def waves(f: int, a: int, b: int, c: int) -> Block:
 
 @piece
 def masked(f: int, a: int, b: int, c: int) -> Block:
-    def run(net: Any, x: Tensor) -> Tensor:
+    def features(net: Any, x: Tensor) -> Tensor:
         x = x.clone()
-        if a % 3 == 0:
-            x[..., net.gate > 0] = 0
-        elif a % 3 == 1:
-            x[x.sum(-1) > 0] = net.gate
-        else:
-            core = net.core.clone()
-            core[net.mask > 0] = 0
-            return F.linear(x, core)
+        x[..., net.gate > 0] = 0
         return x
 
-    width = b + 1 if a % 3 == 2 else f
-    return Block(width, run, gate=parameter(f), core=parameter(width, f), mask=parameter(width, f))
+    def places(net: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[x.sum(-1) > 0] = net.gate
+        return x
+
+    def weights(net: Any, x: Tensor) -> Tensor:
+        core = net.core.clone()
+        core[net.mask > 0] = 0
+        return F.linear(x, core)
+
+    if a % 3 < 2:
+        return Block(f, [features, places][a % 3], gate=parameter(f))
+    return Block(b + 1, weights, core=parameter(b + 1, f), mask=parameter(b + 1, f))
