@@ -104,8 +104,8 @@ def sinkhorn_matching(
     CalibrationError
         If the data is empty, can be read only once or has no targets, or the start's loss is not finite.
     RebasinError
-        If an option is out of range, some but not all of ``net``, ``batches`` and ``loss`` are given, or ``loss``
-        returns no scalar.
+        If an option is out of range, some but not all of ``net``, ``batches`` and ``loss`` are given, weights are
+        complex where they are, or ``loss`` returns no scalar.
 
     References
     ----------

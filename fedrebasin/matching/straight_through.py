@@ -80,7 +80,7 @@ def straight_through_matching(
     CalibrationError
         If the data is empty, can be read only once or has no targets, or the start's loss is not finite.
     RebasinError
-        If ``epochs``, ``lr`` or ``lam`` is out of range, or ``loss`` returns no scalar.
+        If ``epochs``, ``lr`` or ``lam`` is out of range, weights are complex, or ``loss`` returns no scalar.
 
     References
     ----------

@@ -57,7 +57,7 @@ def matched_averaging(
     ------
     RebasinError
         If a parameter is out of range; if heads or groups of inner units, or layers that look at all units at once
-        (LayerNorm), are in the network, or nobody knows how some op reads its weight.
+        (LayerNorm), are in the network, weights are complex, or nobody knows how some op reads its weight.
     SpecMismatchError
         If the networks are not of one kind, or a state dict does not fit or holds a NaN or an infinity.
 

@@ -60,7 +60,8 @@ def match_widths(
     Raises
     ------
     RebasinError
-        If ``unmatched`` is unknown; if it is not ``"pad"`` and nobody knows how some op reads its weight.
+        If ``unmatched`` is unknown; if it is not ``"pad"`` and nobody knows how some op reads its weight; if weights
+        are complex.
     SpecMismatchError
         If the networks are not of one kind, or a state dict does not fit or holds a NaN or an infinity.
 
