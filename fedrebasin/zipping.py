@@ -66,8 +66,8 @@ def zip_trunks(
     Raises
     ------
     RebasinError
-        If there are not two models and specs, or weights are complex; as :func:`match_trunks`; where widths cannot change (LayerNorm, heads
-        inside the trunk), or a permutation of the trunk is not seen in activations.
+        If there are not two models and specs, or weights are complex; as :func:`match_trunks`; where widths cannot
+        change (LayerNorm, heads inside the trunk), or a permutation of the trunk is not seen in activations.
     SpecMismatchError
         As :func:`match_trunks`.
     CalibrationError
