@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
 
-DTYPES = {
-    name: getattr(torch, name) for name in "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
-}
+_NAMES = "float32 float64 float16 bfloat16 complex64 complex128 int64 int32 int16 int8 uint8 bool"
+DTYPES = {name: getattr(torch, name) for name in _NAMES.split()}
 #: arguments of common factories that would start a download, and what leaves it out
 _PRETRAINED = {"weights": None, "weights_backbone": None, "pretrained": False}
 _INPUT = re.compile(
@@ -119,6 +118,8 @@ def example_inputs(model: nn.Module, inputs: Sequence[Input], *, vocab: int | No
 def _draw(one: Input, bound: int, generator: torch.Generator) -> Tensor:
     if one.dtype is torch.bool:
         return torch.ones(one.shape, dtype=torch.bool)
+    if one.dtype.is_complex:
+        return torch.randn(one.shape, generator=generator, dtype=one.dtype)
     if one.dtype.is_floating_point:
         return torch.randn(one.shape, generator=generator).to(one.dtype)
     return torch.randint(min(bound, torch.iinfo(one.dtype).max), one.shape, generator=generator, dtype=one.dtype)

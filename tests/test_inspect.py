@@ -108,6 +108,13 @@ def test_a_mistake_is_one_line_and_status_2_and_writes_nothing(
     assert {path for path in home.rglob("*") if "__pycache__" not in path.parts} == before
 
 
+def test_complex_inputs_and_graphs_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("networks_spectral:Complex --input 3x4:complex64") == 0
+    assert "passed on random weights" in capsys.readouterr().out
+    assert run("test_sizes:Graph --input 5x4 --input 2x6:int64 --input 5:int64 --vocab 5") == 0
+    assert "passed on random weights" in capsys.readouterr().out
+
+
 def test_an_op_without_a_rule_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspected_nets:Filled --input 3x4") == 0
     said = capsys.readouterr().out
