@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.parameter import UninitializedTensorMixin
 
 from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.errors import TraceError, first_line
@@ -51,11 +52,9 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     model = unwrapped(model)
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided:
-            kind, remedy = f"a {type(value).__name__}", "leave it out of state_dict()"
-            if isinstance(value, Tensor):
-                kind, remedy = "sparse", "register it with persistent=False"
-            raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {kind}; {remedy}")
+        fault = _fault(value)
+        if fault:
+            raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {fault}")
     try:
         program = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -79,6 +78,15 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         mutated=_mutated_buffers(model, args, kwargs),
         inputs=len(args),
     )
+
+
+def _fault(value: object) -> str:
+    """Why an entry of a state dict cannot be permuted, and what to do, or ``""``."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}; leave it out of state_dict()"
+    if isinstance(value, UninitializedTensorMixin):
+        return "not initialised; run the model once before"
+    return "" if value.layout is torch.strided else "sparse; register it with persistent=False"
 
 
 @contextmanager

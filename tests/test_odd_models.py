@@ -165,5 +165,7 @@ def test_what_is_no_dense_tensor_is_refused_by_name_and_a_sparse_table_outside_t
         trace(Graph(persistent=True), inputs)
     with pytest.raises(TraceError, match="'_extra_state' is a dict"):
         trace(Counted(4, 2), inputs)
+    with pytest.raises(TraceError, match=r"'0.weight' is not initialised; run the model once before"):
+        trace(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)), inputs)
     net = Graph(persistent=False)
     assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {"first": (8,)}
