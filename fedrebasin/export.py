@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.errors import TraceError, first_line
@@ -84,7 +84,7 @@ def _fault(value: object) -> str:
     """Why an entry of a state dict cannot be permuted, and what to do, or ``""``."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}; leave it out of state_dict()"
-    if isinstance(value, UninitializedTensorMixin):
+    if isinstance(value, UninitializedParameter | UninitializedBuffer):
         return "not initialised; run the model once before"
     return "" if value.layout is torch.strided else "sparse; register it with persistent=False"
 
