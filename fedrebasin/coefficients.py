@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from fedrebasin.errors import RebasinError
 
 
@@ -24,3 +27,14 @@ def check_coefficients(coefficients: Sequence[float] | None, count: int) -> list
     if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) <= 0:
         raise RebasinError(f"coefficients: expected finite numbers, none negative and not all zero; got {values}")
     return [value / sum(values) for value in values]
+
+
+def wide_type(tensor: Tensor) -> torch.dtype | None:
+    """The type that averages of such tensors are summed in; None for integers and booleans, which are not averaged.
+
+    >>> wide_type(torch.tensor(1j)), wide_type(torch.tensor(1))
+    (torch.complex128, None)
+    """
+    if tensor.is_complex():
+        return torch.complex128
+    return torch.float64 if tensor.is_floating_point() else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.check import check_spec
-from fedrebasin.coefficients import check_coefficients
+from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import CalibrationError, RebasinError, SpecMismatchError
 from fedrebasin.held_out import split_calibration
@@ -115,9 +115,9 @@ def merge(models: Sequence[State], *, coefficients: Sequence[float] | None = Non
     heaviest = models[weights.index(max(weights))]
 
     def average(name: str, tensor: Tensor) -> Tensor:
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        wide = wide_type(tensor)
+        if wide is None:
             return heaviest[name].to(tensor.device).clone()
-        wide = torch.complex128 if tensor.is_complex() else torch.float64
         total = torch.zeros_like(tensor, dtype=wide)
         for model, weight in zip(models, weights, strict=True):
             if weight:

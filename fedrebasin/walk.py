@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf
+from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
 from fedrebasin.export import identity
@@ -77,7 +78,7 @@ class Walk:
         name = source.target
         if name not in self.parameters:
             tensor = self.state[name]
-            reason = "" if tensor.is_floating_point() or tensor.is_complex() else "table of integers"
+            reason = "table of integers" if wide_type(tensor) is None else ""
             own = Value([leaf(size, reason) for size in tensor.shape], name=name)
             alias = self.first.setdefault(identity(tensor), own)
             self.parameters[name] = Value(alias.axes, name=name)

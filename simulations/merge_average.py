@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedrebasin.coefficients import wide_type
 from fedrebasin.perms import Perms, moved_fraction
 from fedrebasin.permute import permute_tensor
 from fedrebasin.spec import PermutationSpec
@@ -31,10 +32,10 @@ def averaged(
     heaviest = weights.index(max(weights))
     for name, layouts in spec.axes.items():
         like = described(states[0])[name]
-        if not (like.is_floating_point() or like.is_complex()):
+        wide = wide_type(like)
+        if wide is None:
             yield name, permute_tensor(layouts, moves[heaviest], states[heaviest][name])
             continue
-        wide = torch.complex128 if like.is_complex() else torch.float64
         total = torch.zeros(like.numel(), dtype=wide)
         for state, own, weight in zip(states, moves, weights, strict=True):
             if weight:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedrebasin.coefficients import wide_type
+
 State = dict[str, Tensor]
 
 
@@ -45,7 +47,7 @@ def average_states(states: Sequence[State], coefficients: Sequence[float]) -> St
     found: State = {}
     for name, first in states[0].items():
         tensors = [one[name] for one in states]
-        if not (first.is_floating_point() or first.is_complex()):
+        if wide_type(first) is None:
             found[name] = torch.stack([tensor.long() for tensor in tensors]).amax(0).to(first.dtype)
             continue
         wide = first.dtype if first.dtype.itemsize >= 4 else torch.float32

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches, tensors
+from fedrebasin.coefficients import wide_type
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import CalibrationError, RebasinError
 
@@ -98,8 +99,7 @@ def distill(
                 optimizer.step()
                 schedule.step()
     result = extract(model, merged)
-    counters = {name for name, x in result.items() if not (x.is_floating_point() or x.is_complex())}
-    return {name: merged[name].clone() if name in counters else x for name, x in result.items()}
+    return {name: merged[name].clone() if wide_type(x) is None else x for name, x in result.items()}
 
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedrebasin.coefficients import wide_type
 from fedrebasin.matching.descent import improve
 from fedrebasin.matching.plan import Block, plan_of
 from fedrebasin.matching.problem import WeightProblem
@@ -46,7 +47,7 @@ class ManyProblem:
             for label, model in zip(labels or [f"models[{place}]" for place in self.places], models, strict=True)
         ]
         if len({pair.dtype for pair in self.pairs}) > 1:
-            wide = [{name: _wide(tensor) for name, tensor in model.items()} for model in models]
+            wide = [{name: x.to(wide_type(x) or x.dtype) for name, x in model.items()} for model in models]
             self.pairs = [WeightProblem(spec, model, model, device=device) for model in wide]
         norms = [{name: scale**0.5 for name, scale in pair.scales.items()} for pair in self.pairs]
         for name in self.plan.names:
@@ -122,9 +123,3 @@ class ManyProblem:
             improve(pair, block)
         pair.reference.update({name: pair.model[name] for name in self.plan.names})
         pair.forget()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.double() if tensor.is_floating_point() else tensor
