@@ -58,3 +58,32 @@ def test_of_a_large_network_the_start_that_is_ahead_after_the_dearest_turn_goes_
     history = weight_matching(spec, state, other).history
     assert turns == ([3.0, 2.0, 3.0, 3.0] if ahead == "anchored" else [2.0, 3.0, 3.0, 3.0])
     assert history[1] - history[0] == pytest.approx(3e3)
+
+
+@pytest.mark.parametrize(
+    ("gains", "turns"),
+    [
+        ([6.0, 1.0, 1.0, 1.0, 1.0], 1),
+        ([8.0, 0.2, 1.0, 1.0, 1.0], 2),
+        ([8.0, 1.5, 0.2, 0.1, 0.3], 5),  # behind by 0.2, 0.05, 0.03, 0.02 of what the other one gained: never hopeless
+        ([8.0, 1.0, 0.1, 0.1, 0.9], 3),
+        ([11.0, 0.1, 0.1, 0.1, 0.1], 5),  # ahead
+    ],
+)
+def test_a_descent_is_given_up_once_its_turns_gain_too_little_to_come_level(
+    monkeypatch: pytest.MonkeyPatch, gains: list[float], turns: int
+) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    spec, state = trace(net, (torch.zeros(1, 3),)), net.state_dict()
+    problem = WeightProblem(spec, state, state)
+    steps = descent.Descent(problem, list(problem.blocks), 10.0)
+    left = list(gains)
+
+    def improve(_: WeightProblem, block: Block) -> float:
+        steps._waiting.update([block] if len(left) > 1 else [])
+        return left.pop(0)
+
+    monkeypatch.setattr(descent, "improve", improve)
+    history = steps.finish(hurdle=20.0).history
+    assert len(history) == turns + 1
+    assert history[-1] == pytest.approx(10.0 + sum(gains[:turns]))
