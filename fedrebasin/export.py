@@ -6,7 +6,6 @@ once on the example inputs, and holds what came out.
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import warnings
@@ -25,14 +24,16 @@ from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import depends_on_numbers, settle_sizes
+from fedrebasin.written import written_buffers
 
 
 @dataclass(frozen=True)
 class Exported:
     """A model's graphs and what they leave out; made by :func:`export_model`, read by :func:`spec_of`.
 
-    ``training`` is there only if some parameter is not used in evaluation mode; if it was needed and could not be
-    made, ``failure`` says why. ``mutated`` names the buffers that a forward pass in training mode writes.
+    ``training`` is there only if some parameter, or a buffer that training writes, is not used in evaluation mode; if
+    it was needed and could not be made, ``failure`` says why. ``written`` names the buffers that a forward pass in
+    training mode writes: all of them or, where no graph shows what some go with, none.
     """
 
     program: ExportedProgram
@@ -40,7 +41,7 @@ class Exported:
     failure: str
     state: dict[str, Tensor]
     parameters: frozenset[str]
-    mutated: frozenset[str]
+    written: frozenset[str]
     inputs: int
 
 
@@ -64,18 +65,22 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
             "depends on the data, or hand over a spec written for this model"
         ) from error
     training, failure = None, ""
-    if _unused(program, state):
+    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
+    written = written_buffers(model, args, kwargs)
+    unused = _unused(program, state).intersection(parameters | written)
+    if unused:
         try:
             training = _export(model, args, kwargs, training=True)
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
             failure = first_line(error)
+            written = frozenset() if unused & written else written
     return Exported(
         program=program,
         training=training,
         failure=failure,
         state=state,
-        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
-        mutated=_mutated_buffers(model, args, kwargs),
+        parameters=parameters,
+        written=written,
         inputs=len(args),
     )
 
@@ -107,8 +112,15 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             attributes.clear()
             attributes.update(kept)
             for held, content in containers:
-                held.clear()
-                held.update(content) if isinstance(held, dict) else held.extend(content)
+                if not _same(held, content):  # one that cannot be changed (a config of diffusers) has not been
+                    held.clear()
+                    held.update(content) if isinstance(held, dict) else held.extend(content)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two dicts or two lists hold the same objects in the same order."""
+    items = [[*held.keys(), *held.values()] if isinstance(held, dict) else held for held in (first, second)]
+    return len(items[0]) == len(items[1]) and all(one is other for one, other in zip(*items, strict=True))
 
 
 @contextmanager
@@ -158,38 +170,9 @@ def identity(tensor: Tensor) -> object:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> bool:
-    """Whether some parameter has no user in the graph, and is not another name of one that has."""
+def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> set[str]:
+    """Tensors that have no user in the graph, and are not another name of one that has."""
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and targets[node.name] in state]
     used = {identity(state[str(targets[node.name])]) for node in nodes if node.users}
-    return any(isinstance(tensor, nn.Parameter) and identity(tensor) not in used for tensor in state.values())
-
-
-def _mutated_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
-    """The buffers that a forward pass in training mode writes, seen on a copy without memory."""
-    if not any(buffer.is_floating_point() and buffer.ndim for buffer in model.buffers()):
-        return frozenset()
-    try:
-        shadow = copy.deepcopy(model, _without_memory(model)).to("meta")
-        before = {name: (buffer, buffer._version) for name, buffer in shadow.named_buffers()}
-        inputs, keywords = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        with torch.no_grad():
-            shadow.train()(*inputs, **keywords)
-    except Exception:  # noqa: BLE001 - what does not run without memory keeps its buffers fixed, but for running statistics
-        return frozenset()
-    after = dict(shadow.named_buffers())
-    return frozenset(
-        name for name, (buffer, version) in before.items() if after[name] is not buffer or buffer._version != version
-    )
-
-
-def _without_memory(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return {
-        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else tensor.detach().to("meta")
-        for tensor in (*model.parameters(), *model.buffers(), *held)
-    }
+    return {name for name, tensor in state.items() if identity(tensor) not in used}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -47,22 +48,24 @@ class Proof:
                 "model: expected weights on a device with memory; got the meta device, where nothing can be computed; "
                 "build the model on the CPU for the proof"
             )
-        for dtype in (torch.float64, torch.float32):
+        for whole, dtype in product((True, False), (torch.float64, torch.float32)):
             self.model = _copy(model).cpu()
             self.model = self.model.double() if dtype is torch.float64 else self.model.float()
             for parameter in self.model.parameters():
                 if parameter.is_complex():  # which these leave as they are
                     parameter.data = parameter.data.to(torch.promote_types(dtype, torch.complex64))
             self.state = redraw(self.model.state_dict(), spec.parameters, self.generator)
-            self.args, self.kwargs = redraw_inputs((args, kwargs), dtype, self.generator)
+            self.args, self.kwargs = redraw_inputs((args, kwargs), dtype, self.generator, whole=whole)
             self.tolerance = _TOLERANCE[dtype]
             try:
                 with Calibration(self.state):
-                    self.run(self.state, write=True)
-                self.outputs = self.run(self.state)
+                    self._run(self.state, write=True)
+                self.outputs, after = self._run(self.state)
                 break
-            except Exception as error:  # a forward with hard-coded float32 tensors does not run in float64
-                if dtype is torch.float32:
+            except Exception as error:
+                # a forward with hard-coded float32 tensors does not run in float64, one that looks up a floating input
+                # as a number of a category not on others
+                if dtype is torch.float32 and not whole:
                     raise InvalidSpecError(
                         "model: expected to run on random weights and on inputs like example_inputs; got "
                         f"{first_line(error)}, so the spec cannot be proved; check that model(*example_inputs) runs"
@@ -73,19 +76,26 @@ class Proof:
                 f"{'none' if not self.outputs else 'a NaN or an infinity'}, so the spec cannot be proved; let forward "
                 "return what comes before (logits, say)"
             )
+        self.written = {
+            name: after[name]
+            for name in spec.buffers
+            if name in after and not torch.equal(after[name], self.state[name]) and bool(after[name].isfinite().all())
+        }
+
+    def run(self, state: dict[str, Tensor]) -> list[Tensor]:
+        """The outputs in evaluation mode; where training uses more tensors, in training, too; dropout drops nothing."""
+        return self._run(state)[0]
 
     @torch.no_grad()
-    def run(self, state: dict[str, Tensor], *, write: bool = False) -> list[Tensor]:
-        """The outputs in evaluation mode; where training uses more tensors, in training, too; dropout drops nothing.
-
-        Running statistics that training writes go to copies, or with ``write`` into ``state``.
-        """
+    def _run(self, state: dict[str, Tensor], *, write: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The outputs, and the state after training, in copies or with ``write`` in ``state`` itself."""
+        own: dict[str, Tensor] = {}
         with _NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
             outputs = self._call(dict(state), training=False)  # functional_call writes into the dict that it is given
             if self.spec.training:
                 own = {name: tensor if write else tensor.clone() for name, tensor in state.items()}
                 outputs += self._call(own, training=True)
-        return outputs
+        return outputs, own
 
     def _call(self, state: dict[str, Tensor], *, training: bool) -> list[Tensor]:
         torch.manual_seed(0)  # a model that draws numbers draws the same ones each time
@@ -93,15 +103,21 @@ class Proof:
             return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
 
     def change(self, perms: Perms) -> float:
-        """The largest relative change of any output under these permutations."""
-        return self.change_to(permute(self.spec, perms, self.state))
+        """The largest relative change of any output, or buffer that training writes, under these permutations."""
+        written = permute(self.spec, perms, {**self.state, **self.written})
+        return self._change(permute(self.spec, perms, self.state), written)
 
     def change_to(self, state: dict[str, Tensor]) -> float:
         """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
+        return self._change(state, self.written)
+
+    def _change(self, state: dict[str, Tensor], written: dict[str, Tensor]) -> float:
+        outputs, after = self._run(state)
+        pairs = [*zip(outputs, self.outputs, strict=True), *((after[name], written[name]) for name in self.written)]
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
-            for new, old in zip(self.run(state), self.outputs, strict=True)
-            if old.numel()
+            for new, old in pairs
+            if old.numel() and old.is_floating_point()
         ]
         return max((math.inf if math.isnan(change) else change for change in changes), default=0.0)
 

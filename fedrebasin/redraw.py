@@ -56,22 +56,31 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
     return drawn
 
 
-def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, *, whole: bool = True) -> Any:
     """Draw every floating tensor of the inputs anew, however nested; integers and the rest stay.
+
+    Without ``whole``, whole numbers in floating tensors stay, too: a model may use them to look something up.
 
     >>> redraw_inputs({"ids": torch.tensor([3])}, torch.float64, torch.Generator())
     {'ids': tensor([3])}
+    >>> drawn = redraw_inputs(torch.tensor([3.0, 0.5]), torch.float64, torch.Generator(), whole=False)
+    >>> drawn[0].item(), drawn[1].item() != 0.5
+    (3.0, True)
     """
     if isinstance(value, Tensor):
         if value.is_complex():
             dtype = torch.promote_types(dtype, torch.complex64)
         elif not value.is_floating_point():
             return value.cpu()
-        return torch.randn(value.shape, generator=generator, dtype=dtype)
+        drawn = torch.randn(value.shape, generator=generator, dtype=dtype)
+        if whole or value.is_complex():
+            return drawn
+        value = value.detach().cpu().to(dtype)
+        return torch.where(value == value.round(), value, drawn)
     if isinstance(value, Mapping):
-        return {key: redraw_inputs(item, dtype, generator) for key, item in value.items()}
+        return {key: redraw_inputs(item, dtype, generator, whole=whole) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(redraw_inputs(item, dtype, generator) for item in value)
+        return tuple(redraw_inputs(item, dtype, generator, whole=whole) for item in value)
     return value
 
 

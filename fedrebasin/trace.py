@@ -3,7 +3,7 @@
 The graph of ``torch.export`` is walked once (:mod:`fedrebasin.walk`). Every tensor is a list of axes
 (:mod:`fedrebasin.axes`); one rule per op (:mod:`fedrebasin.rules`) says which axes the op ties. Inputs and
 outputs are fixed, parameters start free, and what is free at the end may be permuted without changing the
-network's function. Parameters that only training uses (auxiliary heads) are tied by a second graph.
+network's function. What only training uses (auxiliary heads, averages behind a codebook) is tied by a second graph.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     state = exported.state
     used = {identity(state[name]) for name in walk.uses}
     for name, value in walk.parameters.items():
-        if name not in exported.parameters and name not in walk.traced.statistics | exported.mutated:
+        if name not in exported.parameters and name not in walk.traced.statistics | exported.written:
             walk.traced.fix(value, "table that training does not change")
         elif identity(state[name]) not in used:
             walk.traced.fix(value, f"not used in evaluation mode{exported.failure and '; training mode fails'}")
@@ -93,8 +93,9 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     ]
     if exported.failure:
         notes.append(
-            f"some parameters are not used in evaluation mode, and the model cannot be exported in training mode "
-            f"({exported.failure}): they stay fixed, and further training sees them beside permuted units"
+            "some parameters, or buffers that training writes, are not used in evaluation mode, and the model cannot "
+            f"be exported in training mode ({exported.failure}): they stay fixed, and further training may see them "
+            "beside permuted units"
         )
     return PermutationSpec(
         axes=freeze_all(found),

@@ -9,7 +9,7 @@ from typing import Any
 import networks
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedrebasin import InvalidSpecError, PermutationSpec, SpecMismatchError, check_spec, trace
 from fedrebasin.layout import Fixed, Free, Layout, leaves
@@ -118,3 +118,26 @@ def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match="spec: "):
         PermutationSpec.load(path)
+
+
+class Clicks(nn.Module):
+    """Looks categories up that come as floating numbers beside others, as click models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 4), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape ``(batch, 3)`` to ``(batch, 1)``; the first column is a category."""
+        out: Tensor = self.head(torch.cat([self.table(x[:, 0].long()), x[:, 1:]], 1))
+        return out
+
+
+def test_categories_in_floating_inputs_are_kept() -> None:
+    net, inputs = Clicks(), (torch.cat([torch.arange(40.0).unsqueeze(1) % 10, torch.rand(40, 2)], 1),)
+    spec = check_spec(net, trace(net, inputs), inputs)
+    assert spec.checked and spec.perm_shapes == {"table.weight:1": (4,), "head.0": (8,)}
+    with pytest.raises(InvalidSpecError, match=r"leaves out 'head.2.weight' dim 1"):
+        check_spec(net, _fix(spec, "head.2.weight", 1), inputs)
+    with pytest.raises(InvalidSpecError, match=r"expected to run on random weights .* index out of range"):
+        check_spec(net, spec, (torch.full((40, 3), 10.0),))

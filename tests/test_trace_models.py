@@ -171,3 +171,49 @@ def test_models_of_the_timm_package(name: str) -> None:
     net = timm.create_model(name, pretrained=False, num_classes=5)
     inputs = (torch.zeros(2, 3, *((224, 224) if "224" in name else (64, 64))),)
     assert check_spec(net, trace(net, inputs, strict=True), inputs).checked
+
+
+class Frozen(dict[str, int]):
+    """A configuration that refuses to be changed, as those of diffusers."""
+
+    def clear(self) -> None:
+        raise AttributeError("frozen")
+
+    def update(self, *_: Any, **__: Any) -> None:
+        raise AttributeError("frozen")
+
+
+def test_what_a_forward_pass_leaves_in_attributes_is_put_back_and_a_frozen_one_is_left_alone() -> None:
+    class Noted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.config, self.seen, self.last = Frozen(width=6), {"first": 1}, [0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x).relu()
+            self.seen["second"] = self.config["width"]
+            self.last[0] = h.shape[0]
+            out: Tensor = self.two(h)
+            return out
+
+    net = Noted()
+    assert trace(net, (torch.zeros(3, 4),)).perm_shapes == {"one": (6,)}
+    assert net.config == {"width": 6} and net.seen == {"first": 1} and net.last == [0]
+
+
+def test_empty_parts_and_parts_that_are_all_empty_are_concatenated() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x)
+            nothing = torch.cat([h[0, :0], h[1, :0]])
+            out: Tensor = self.two(torch.cat([torch.cat([nothing, h.flatten()[:0]]), h.flatten()]).view(h.shape))
+            return out
+
+    inputs = (torch.zeros(3, 4),)
+    net = Parts()
+    assert check_spec(net, trace(net, inputs), inputs).checked

@@ -14,6 +14,8 @@ from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 def concatenate(traced: Traced, values: Sequence[Value], dim: int = 0) -> Value:
     """The axis of concatenation is the sum of its parts' axes."""
     values = [value for value in values if value.shape != (0,)]
+    if not values:
+        raise NotCoveredError
     dim %= len(values[0].axes)
     for other, meeting in enumerate(zip(*(value.axes for value in values), strict=True)):
         if other != dim:

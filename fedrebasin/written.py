@@ -1,0 +1,80 @@
+"""Which buffers a forward pass in training mode writes: running averages, codebooks, banks of keys."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedrebasin.batches import tensors
+
+
+def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """The floating ones that are no single numbers, seen on a copy: without memory, if the model runs there.
+
+    >>> sorted(written_buffers(nn.BatchNorm1d(3), (torch.zeros(2, 3),), {}))
+    ['running_mean', 'running_var']
+    """
+    if not any(map(_counts, model.buffers())):
+        return frozenset()
+    for device in ("meta", "cpu"):
+        try:
+            return _written(copy.deepcopy(model, _on_meta(model) if device == "meta" else {}).to(device), args, kwargs)
+        except Exception:  # noqa: BLE001 - branches on values, norms that want larger batches: any error of a model's
+            continue
+    return frozenset()
+
+
+def _counts(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.ndim > 0
+
+
+def _written(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """Buffers that a forward pass writes, or puts others in the place of."""
+    before = {name: (buffer, buffer._version) for name, buffer in shadow.named_buffers() if _counts(buffer)}
+    device = next(buffer.device for buffer, _ in before.values())
+    inputs, keywords = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _Writes() as writes:
+        shadow.train()(*inputs, **keywords)
+    after = dict(shadow.named_buffers())
+    return frozenset(
+        name
+        for name, (buffer, version) in before.items()
+        if after[name] is not buffer or buffer._version != version or _storage(buffer) in writes.storages
+    )
+
+
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for modes
+    """Sees which storages are written, also by way of ``tensor.data``, which counts no version."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(getattr(getattr(func, "_schema", None), "arguments", ()), args, strict=False):
+            if argument.is_write:
+                self.storages.update(map(_storage, tensors(value)))
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for all views of one memory, also where there is none."""
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _on_meta(model: nn.Module) -> dict[int, Any]:
+    """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {
+        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.detach().to("meta")
+        for tensor in (*model.parameters(), *model.buffers(), *held)
+    }
