@@ -72,7 +72,7 @@ def test_a_spec_that_leaves_such_averages_behind_is_refused() -> None:
     net = Codebook()
     spec = trace(net, INPUTS)
     sums = (spec.axes["sums"][0], Fixed(8))
-    with pytest.raises(InvalidSpecError, match="permuting 'into' alone changes an output.*leaves out 'sums' dim 1"):
+    with pytest.raises(InvalidSpecError, match=r"permuting 'into' alone changes an output.*leaves out 'sums' dim 1"):
         check_spec(net, replace(spec, axes={**spec.axes, "sums": sums}), INPUTS)
 
 
