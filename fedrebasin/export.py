@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fedrebasin.batches import mode_of, split_inputs, unwrapped
+from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import depends_on_numbers, settle_sizes
@@ -33,7 +34,8 @@ class Exported:
 
     ``training`` is there only if some parameter, or a buffer that training writes, is not used in evaluation mode; if
     it was needed and could not be made, ``failure`` says why. ``written`` names the buffers that a forward pass in
-    training mode writes: all of them or, where no graph shows what some go with, none.
+    training mode writes: all of them or, where no graph shows what some go with, none. ``followers`` maps modules that
+    look like copies to their originals.
     """
 
     program: ExportedProgram
@@ -42,6 +44,7 @@ class Exported:
     state: dict[str, Tensor]
     parameters: frozenset[str]
     written: frozenset[str]
+    followers: dict[str, str]
     inputs: int
 
 
@@ -81,6 +84,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         state=state,
         parameters=parameters,
         written=written,
+        followers=followers(model),
         inputs=len(args),
     )
 

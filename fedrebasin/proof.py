@@ -104,16 +104,16 @@ class Proof:
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output, or buffer that training writes, under these permutations."""
-        written = permute(self.spec, perms, {**self.state, **self.written})
-        return self._change(permute(self.spec, perms, self.state), written)
+        moved = permute(self.spec, perms, {**self.state, **self.written})
+        return self._change(permute(self.spec, perms, self.state), {name: moved[name] for name in self.written})
 
     def change_to(self, state: dict[str, Tensor]) -> float:
         """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
-        return self._change(state, self.written)
+        return self._change(state, {})
 
     def _change(self, state: dict[str, Tensor], written: dict[str, Tensor]) -> float:
         outputs, after = self._run(state)
-        pairs = [*zip(outputs, self.outputs, strict=True), *((after[name], written[name]) for name in self.written)]
+        pairs = [*zip(outputs, self.outputs, strict=True), *((after[name], one) for name, one in written.items())]
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
             for new, old in pairs
@@ -132,7 +132,7 @@ class Proof:
     def rounding(self) -> float:
         """The largest relative change of any output if every weight is nudged by a few units of its last place."""
         nudged = {name: self._nudged(tensor) for name, tensor in self.state.items() if tensor.is_floating_point()}
-        return self.change_to({**self.state, **nudged})
+        return self._change({**self.state, **nudged}, self.written)
 
     def _nudged(self, tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedrebasin.copies import tie_copies
 from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.layout import Fixed, Free, Layout
 from fedrebasin.layout_edit import fix_leaf, map_leaves, rename_leaf
@@ -135,6 +136,20 @@ class PermutationSpec:
         if len(set(after)) != len(after):
             raise RebasinError(f"names: expected a name of its own for each permutation; got {sorted(names.values())}")
         return self._map(lambda end: rename_leaf(end, names))
+
+    def tie(self, copies: Mapping[str, str]) -> PermutationSpec:
+        """This spec with copies of some modules that move with their originals: momentum encoders, teachers.
+
+        For each copy its original (``{"target": "online"}``), which has tensors of the same names and shapes. What
+        makes the one from the other outside of ``forward`` no trace can see. A checked spec stays checked.
+
+        >>> spec = PermutationSpec({"online.w": (Free("a", 3),), "target.w": (Fixed(3, "not in the exported graph"),)})
+        >>> spec.tie({"target": "online"}).tied
+        {'a': (Axis(name='online.w', dim=0), Axis(name='target.w', dim=0))}
+        """
+        said = tuple(f"{copy!r} looks like a copy" for copy in copies)
+        notes = tuple(note for note in self.notes if not note.startswith(said))
+        return replace(self, axes=tie_copies(self.axes, copies, self.uses), notes=notes)
 
     def only(self, tensors: Iterable[str], *, fix: bool = True) -> PermutationSpec:
         """The spec of some of the tensors, where the others stay at home and are not permuted.

@@ -97,6 +97,11 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
             f"be exported in training mode ({exported.failure}): they stay fixed, and further training may see them "
             "beside permuted units"
         )
+    notes += [
+        f"{copy!r} looks like a copy of {original!r} that training does not reach; if something outside of forward "
+        f"makes the one from the other, spec.tie({{{copy!r}: {original!r}}}) moves them alike"
+        for copy, original in exported.followers.items()
+    ]
     return PermutationSpec(
         axes=freeze_all(found),
         buffers=tuple(name for name in state if name not in exported.parameters),

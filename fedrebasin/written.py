@@ -15,8 +15,11 @@ from fedrebasin.batches import tensors
 def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
     """The floating ones that are no single numbers, seen on a copy: without memory, if the model runs there.
 
-    >>> sorted(written_buffers(nn.BatchNorm1d(3), (torch.zeros(2, 3),), {}))
-    ['running_mean', 'running_var']
+    Running statistics of norms may be missing: their ops say who they are.
+
+    >>> net = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    >>> sorted(written_buffers(net, (torch.zeros(2, 3),), {}))
+    ['parametrizations.weight.0._u', 'parametrizations.weight.0._v']
     """
     if not any(map(_counts, model.buffers())):
         return frozenset()

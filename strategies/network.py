@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ def build_network(
         raise UsageError("example_inputs: needed with model=, as (images,), for its trace and the check of the spec")
     checked = check_spec(net, trace(net, example_inputs) if spec is None else spec, example_inputs, seed=seed)
     log(INFO, "rebasin: the spec has %d perms, and its check has passed", len(checked.perm_shapes))
+    for note in checked.notes:
+        log(WARNING, "rebasin: %s", note)
     return net, checked
 
 
