@@ -88,8 +88,10 @@ def _tree(layout: Layout) -> object:
             return layout.size
 
 
-def followers(model: nn.Module) -> dict[str, str]:
+def followers(model: nn.Module, unused: Collection[str] = ()) -> dict[str, str]:
     """Modules that look like copies which follow another one: equal to it in names and values, but not trained.
+
+    ``unused`` names parameters that are in no graph, and so are not trained, either.
 
     >>> import copy
     >>> online = nn.Linear(2, 3)
@@ -98,16 +100,17 @@ def followers(model: nn.Module) -> dict[str, str]:
     {'target': 'online'}
     """
     trained: dict[object, list[str]] = {}
-    frozen: list[tuple[str, object]] = []
+    rest: list[tuple[str, object]] = []
     for name, module in model.named_modules():
-        kind: object = tuple((key, tuple(tensor.shape)) for key, tensor in module.named_parameters())
-        training = {tensor.requires_grad for tensor in module.parameters()}
-        if name and training == {True}:
+        parameters = dict(module.named_parameters())
+        kind: object = tuple((key, tuple(tensor.shape)) for key, tensor in parameters.items())
+        reached = {tensor.requires_grad and f"{name}.{key}" not in unused for key, tensor in parameters.items()}
+        if name and reached == {True}:
             trained.setdefault(kind, []).append(name)
-        elif name and training == {False} and any(tensor.ndim > 1 for tensor in module.parameters()):
-            frozen.append((name, kind))
+        elif name and reached == {False} and any(tensor.ndim > 1 for tensor in parameters.values()):
+            rest.append((name, kind))
     found: dict[str, str] = {}
-    for name, kind in frozen:
+    for name, kind in rest:
         if not any(name.startswith(f"{outer}.") for outer in found):
             for other in [other for other in trained.get(kind, ()) if _equal(model, name, other)][:1]:
                 found[name] = other

@@ -74,6 +74,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     if unused:
         try:
             training = _export(model, args, kwargs, training=True)
+            unused &= _unused(training, state)
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
             failure = first_line(error)
             written = frozenset() if unused & written else written
@@ -84,7 +85,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         state=state,
         parameters=parameters,
         written=written,
-        followers=followers(model),
+        followers=followers(model, unused),
         inputs=len(args),
     )
 

@@ -102,6 +102,10 @@ def test_a_trace_points_out_what_looks_like_a_copy(caplog: pytest.LogCaptureFixt
     said = "'target' looks like a copy of 'online' that training does not reach"
     assert [note for note in spec.notes if said in note] and said in caplog.text
     assert not spec.tie({"target": "online"}).notes
+    average = nn.ModuleDict({"net": nn.Linear(6, 3)})
+    average["slow"] = torch.optim.swa_utils.AveragedModel(average["net"])  # trainable, but in no graph
+    average.forward = average["net"].forward  # type: ignore[method-assign]
+    assert "'slow.module' looks like a copy of 'net'" in trace(average, INPUTS).notes[0]
     with torch.no_grad():
         for matrix in (one for one in net.target.parameters() if one.ndim > 1):
             matrix += 1  # frozen, and not equal: a part that came trained
