@@ -34,8 +34,8 @@ class Exported:
 
     ``training`` is there only if some parameter, or a buffer that training writes, is not used in evaluation mode; if
     it was needed and could not be made, ``failure`` says why. ``written`` names the buffers that a forward pass in
-    training mode writes: all of them or, where no graph shows what some go with, none. ``followers`` maps modules that
-    look like copies to their originals.
+    training mode writes: all of them or, where no graph shows what some go with, none. ``unused`` names parameters that
+    are in no graph, but for modules that look like copies, which ``followers`` maps to their originals.
     """
 
     program: ExportedProgram
@@ -44,6 +44,7 @@ class Exported:
     state: dict[str, Tensor]
     parameters: frozenset[str]
     written: frozenset[str]
+    unused: tuple[str, ...]
     followers: dict[str, str]
     inputs: int
 
@@ -78,6 +79,8 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
             failure = first_line(error)
             written = frozenset() if unused & written else written
+    found = followers(model, unused)
+    copies = tuple(f"{name}." for name in found)
     return Exported(
         program=program,
         training=training,
@@ -85,7 +88,8 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         state=state,
         parameters=parameters,
         written=written,
-        followers=followers(model, unused),
+        unused=tuple(name for name in state if name in unused & parameters and not name.startswith(copies)),
+        followers=found,
         inputs=len(args),
     )
 

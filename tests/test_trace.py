@@ -116,6 +116,7 @@ def test_a_layer_that_the_forward_pass_skips_is_fixed() -> None:
     spec = trace(Skips(), (torch.zeros(1, 2),))
     assert list(spec.perm_shapes) == ["used"]
     assert "not used in evaluation mode: spare.weight:0" in str(spec)
+    assert spec.notes[0].startswith("forward uses 'spare.weight' and others neither in evaluation nor in training mode")
 
 
 def test_a_branch_on_data_is_refused_with_what_to_do() -> None:
