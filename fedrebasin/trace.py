@@ -100,9 +100,9 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     elif exported.unused:
         more = " and others" if len(exported.unused) > 1 else ""
         notes.append(
-            f"forward uses {exported.unused[0]!r}{more} neither in evaluation nor in training mode: they stay fixed, and "
-            "what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, too, "
-            "in a module with the same state dict, or fix what they read by spec.fix"
+            f"forward uses {exported.unused[0]!r}{more} neither in evaluation nor in training mode: they stay fixed, "
+            "and what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, "
+            "too, in a module with the same state dict, or fix what they read by spec.fix"
         )
     notes += [
         f"{copy!r} looks like a copy of {original!r} that training does not reach; if something outside of forward "
