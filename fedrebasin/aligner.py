@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from fedrebasin.assignment import best_assignment
 from fedrebasin.batches import Batches, count_inputs
 from fedrebasin.chain import chain_spec
-from fedrebasin.check import check_spec
+from fedrebasin.check import proved_trace
 from fedrebasin.errors import CalibrationError, SpecMismatchError
 from fedrebasin.matching.activation import activation_matching
 from fedrebasin.matching.correlation import CrossMoments
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.permute import permute
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.trace import trace
 
 #: A state dict of NumPy arrays or of tensors; answers are of the same kind.
 Arrays = Mapping[str, Any]
@@ -117,7 +116,7 @@ class PermutationAligner:
             if self.spec is None:
                 args, kwargs, _ = next(iter(batches))
                 example = kwargs or args
-                self.spec = check_spec(model_a, trace(model_a, example), example, seed=self._seed)
+                self.spec = proved_trace(model_a, example, seed=self._seed)
             states = model_a.state_dict(), model_b.state_dict()
             return activation_matching(self.spec, model_a, *states, calibration_data, seed=self._seed).perms
         if isinstance(model_a, nn.Module) or isinstance(model_b, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,20 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
             )
         raise InvalidSpecError(_culprit(model, spec, example_inputs, proof, perms))
     return replace(spec, checked=True)
+
+
+def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> PermutationSpec:
+    """The checked spec of a fresh trace; a ``UserWarning`` says what stays fixed that need not, note by note.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> proved_trace(net, (torch.randn(3, 4),)).checked
+    True
+    """
+    spec = check_spec(model, trace(model, example_inputs), example_inputs, seed=seed)
+    for note in spec.notes:
+        warnings.warn(f"model: {note}", stacklevel=3)
+    return spec
 
 
 def _culprit(model: nn.Module, spec: PermutationSpec, example_inputs: Any, proof: Proof, perms: Perms) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.check import check_spec
+from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import CalibrationError, RebasinError, SpecMismatchError
@@ -18,7 +18,6 @@ from fedrebasin.matching import match_many, weight_matching
 from fedrebasin.permute import like_state, permute
 from fedrebasin.selection import corrected, names_of, select_candidate
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.trace import trace
 
 State = Mapping[str, Tensor]
 
@@ -166,6 +165,11 @@ def merge_modules(
     nn.Module
         A copy of the first module with the merged weights, in evaluation mode.
 
+    Warns
+    -----
+    UserWarning
+        For what the trace leaves fixed although it need not (``spec.notes``).
+
     Raises
     ------
     RebasinError
@@ -183,7 +187,7 @@ def merge_modules(
         raise RebasinError(f"select: expected None or 'calibration'; got {select!r}")
     if select is not None and calibration is None:
         raise CalibrationError(f"select={select!r} needs calibration, a collection of input batches")
-    spec = check_spec(modules[0], trace(modules[0], example_inputs), example_inputs, seed=seed)
+    spec = proved_trace(modules[0], example_inputs, seed=seed)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)
     aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, states, strict=True)]

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.check import check_spec
+from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections import methods
 from fedrebasin.errors import RebasinError
 from fedrebasin.merge import merge
 from fedrebasin.permute import like_state, permute
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.trace import trace
 from fedrebasin.trunk import match_trunks, trunk_tensors
 
 State = Mapping[str, Tensor]
@@ -130,7 +129,7 @@ def merge_trunk_modules(
     >>> [merged(torch.zeros(1, 4)).shape[1] for merged in merge_trunk_modules(nets, (torch.randn(2, 4),), until="0")]
     [2, 5]
     """
-    specs = [check_spec(module, trace(module, example_inputs), example_inputs, seed=seed) for module in modules]
+    specs = [proved_trace(module, example_inputs, seed=seed) for module in modules]
     states = [module.state_dict() for module in modules]
     merged = merge_trunks(
         specs,

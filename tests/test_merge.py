@@ -118,3 +118,19 @@ def test_merge_modules_repairs_where_there_is_calibration_data() -> None:
     torch.testing.assert_close(
         repaired[0](batches[0]).std(0).sum(), (stds[0].sum() + stds[1].sum()) / 2, rtol=1e-3, atol=0
     )
+
+
+def test_merge_modules_warns_of_what_stays_fixed() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+            self.decoder = nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            code: Tensor = self.encoder(x)
+            return code
+
+    with pytest.warns(UserWarning, match="model: forward uses 'decoder.weight' and others neither") as caught:
+        merge_modules([Encoder(), Encoder()], (torch.zeros(2, 4),))
+    assert [one.filename for one in caught] == [__file__]
