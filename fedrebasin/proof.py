@@ -48,32 +48,25 @@ class Proof:
                 "model: expected weights on a device with memory; got the meta device, where nothing can be computed; "
                 "build the model on the CPU for the proof"
             )
+        # a forward with float32 tensors or masks in its code does not run in float64, one that looks up floating inputs
+        # as numbers of categories only on whole numbers
         for whole, dtype in product((True, False), (torch.float64, torch.float32)):
-            self.model = _copy(model).cpu()
-            self.model = self.model.double() if dtype is torch.float64 else self.model.float()
-            for parameter in self.model.parameters():
-                if parameter.is_complex():  # which these leave as they are
-                    parameter.data = parameter.data.to(torch.promote_types(dtype, torch.complex64))
-            self.state = redraw(self.model.state_dict(), spec.parameters, self.generator)
-            self.args, self.kwargs = redraw_inputs((args, kwargs), dtype, self.generator, whole=whole)
-            self.tolerance = _TOLERANCE[dtype]
+            cause: Exception | None = None
             try:
-                with Calibration(self.state):
-                    self._run(self.state, write=True)
-                self.outputs, after = self._run(self.state)
+                after = self._draw(model, (args, kwargs), dtype, whole=whole)
+            except Exception as error:  # noqa: BLE001 - whatever the model raises
+                cause = error
+            if not cause and self.outputs and all(bool(output.isfinite().all()) for output in self.outputs):
                 break
-            except Exception as error:
-                # a forward with hard-coded float32 tensors does not run in float64, one that looks up a floating input
-                # as a number of a category not on others
-                if dtype is torch.float32 and not whole:
-                    raise InvalidSpecError(
-                        "model: expected to run on random weights and on inputs like example_inputs; got "
-                        f"{first_line(error)}, so the spec cannot be proved; check that model(*example_inputs) runs"
-                    ) from error
-        if not self.outputs or not all(bool(output.isfinite().all()) for output in self.outputs):
+        else:
+            if cause:
+                raise InvalidSpecError(
+                    "model: expected to run on random weights and on inputs like example_inputs; got "
+                    f"{first_line(cause)}, so the spec cannot be proved; check that model(*example_inputs) runs"
+                ) from cause
             raise InvalidSpecError(
                 "model: expected finite floating outputs on random weights; got "
-                f"{'none' if not self.outputs else 'a NaN or an infinity'}, so the spec cannot be proved; let forward "
+                f"{'a NaN or an infinity' if self.outputs else 'none'}, so the spec cannot be proved; let forward "
                 "return what comes before (logits, say)"
             )
         self.written = {
@@ -81,6 +74,21 @@ class Proof:
             for name in spec.buffers
             if name in after and not torch.equal(after[name], self.state[name]) and bool(after[name].isfinite().all())
         }
+
+    def _draw(self, model: nn.Module, inputs: Any, dtype: torch.dtype, *, whole: bool) -> dict[str, Tensor]:
+        """Draw weights and inputs, set ``outputs``, and return the state after a forward pass in training mode."""
+        self.model = _copy(model).cpu()
+        self.model = self.model.double() if dtype is torch.float64 else self.model.float()
+        for parameter in self.model.parameters():
+            if parameter.is_complex():  # which these leave as they are
+                parameter.data = parameter.data.to(torch.promote_types(dtype, torch.complex64))
+        self.state = redraw(self.model.state_dict(), self.spec.parameters, self.generator)
+        self.args, self.kwargs = redraw_inputs(inputs, dtype, self.generator, whole=whole)
+        self.tolerance = _TOLERANCE[dtype]
+        with Calibration(self.state):
+            self._run(self.state, write=True)
+        self.outputs, after = self._run(self.state)
+        return after
 
     def run(self, state: dict[str, Tensor]) -> list[Tensor]:
         """The outputs in evaluation mode; where training uses more tensors, in training, too; dropout drops nothing."""

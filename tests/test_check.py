@@ -141,3 +141,21 @@ def test_categories_in_floating_inputs_are_kept() -> None:
         check_spec(net, _fix(spec, "head.2.weight", 1), inputs)
     with pytest.raises(InvalidSpecError, match=r"expected to run on random weights .* index out of range"):
         check_spec(net, spec, (torch.full((40, 3), 10.0),))
+
+
+def test_a_mask_that_overflows_in_double_precision_is_proved_in_single() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.two(self.one(x).tanh())
+            return (scores + torch.zeros(3) * torch.finfo(scores.dtype).min).softmax(-1)
+
+    net, inputs = Masked(), (torch.zeros(2, 4),)
+    spec = trace(net, inputs)
+    proof = Proof(net, spec, inputs, seed=0)
+    assert proof.state["one.weight"].dtype == torch.float32 and check_spec(net, spec, inputs).checked
+    with pytest.raises(InvalidSpecError, match=r"leaves out 'two.weight' dim 1"):
+        check_spec(net, _fix(spec, "two.weight", 1), inputs)
