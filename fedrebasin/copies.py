@@ -119,4 +119,7 @@ def followers(model: nn.Module, unused: Collection[str] = ()) -> dict[str, str]:
 
 def _equal(model: nn.Module, first: str, second: str) -> bool:
     pairs = zip(model.get_submodule(first).parameters(), model.get_submodule(second).parameters(), strict=True)
-    return all(not one.is_meta and torch.equal(one, other) for one, other in pairs)
+    return all(
+        (one.dtype, one.device) == (other.dtype, other.device) and not one.is_meta and torch.equal(one, other)
+        for one, other in pairs
+    )
