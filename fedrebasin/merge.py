@@ -37,6 +37,7 @@ def align(
 
     Examples
     --------
+    >>> from fedrebasin import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> spec = trace(net, (torch.randn(2, 4),))
     >>> list(align(spec, net.state_dict(), net.state_dict()))

@@ -62,6 +62,7 @@ def merge_trunks(
 
     Examples
     --------
+    >>> from fedrebasin import trace
     >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (2, 5)]
     >>> specs = [trace(net, (torch.randn(2, 4),)) for net in nets]
     >>> one, other = merge_trunks(specs, [net.state_dict() for net in nets], until="0")
