@@ -34,14 +34,15 @@ def tie_copies(axes: Axes, copies: Mapping[str, str], used: Collection[str]) -> 
         return root(same[perm]) if perm in same else perm
 
     stay: set[str] = set()
-    for name, other in pairs.items():
-        for mine, theirs in zip(axes[name], axes[other], strict=True) if name in used else ():
-            ends = list(leaves(mine)), list(leaves(theirs))
-            for one, two in zip(*ends, strict=True) if _tree(mine) == _tree(theirs) else ():
+    for name in (name for name in pairs if name in used):
+        for mine, theirs in zip(axes[name], axes[pairs[name]], strict=True):
+            alike = _tree(mine) == _tree(theirs)
+            ends = list(zip(leaves(mine), leaves(theirs), strict=True)) if alike else []
+            for one, two in ends:
                 if isinstance(one, Free) and isinstance(two, Free) and root(one.perm) != root(two.perm):
                     same[root(one.perm)] = root(two.perm)
-            if [isinstance(end, Free) for end in ends[0]] != [isinstance(end, Free) for end in ends[1]]:
-                stay.update(end.perm for end in (*ends[0], *ends[1]) if isinstance(end, Free))
+            if not alike or any(isinstance(one, Free) != isinstance(two, Free) for one, two in ends):
+                stay.update(end.perm for end in (*leaves(mine), *leaves(theirs)) if isinstance(end, Free))
     overs: dict[str, set[str]] = {}
     for end in all_leaves(axes):
         if isinstance(end, Free):
@@ -112,9 +113,15 @@ def followers(model: nn.Module, unused: Collection[str] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, kind in rest:
         if not any(name.startswith(f"{outer}.") for outer in found):
-            for other in [other for other in trained.get(kind, ()) if _equal(model, name, other)][:1]:
-                found[name] = other
+            original = next((other for other in trained.get(kind, ()) if _equal(model, name, other)), None)
+            if original:
+                found[name] = original
     return found
+
+
+def note_on(follower: str) -> str:
+    """How a spec's note on a module that looks like a copy begins."""
+    return f"{follower!r} looks like a copy of "
 
 
 def _equal(model: nn.Module, first: str, second: str) -> bool:

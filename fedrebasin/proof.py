@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedrebasin.batches import mode_of, split_inputs, tensors, unwrapped
 from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.perms import Perms, random_perms
-from fedrebasin.permute import permute
+from fedrebasin.permute import permute, permute_tensor
 from fedrebasin.redraw import Calibration, redraw, redraw_inputs
 from fedrebasin.spec import PermutationSpec
 
@@ -70,9 +70,10 @@ class Proof:
                 "return what comes before (logits, say)"
             )
         self.written = {
-            name: after[name]
-            for name in spec.buffers
-            if name in after and not torch.equal(after[name], self.state[name]) and bool(after[name].isfinite().all())
+            name: one
+            for name, one in after.items()
+            if name in spec.buffers and one.is_floating_point() and bool(one.isfinite().all())
+            if not torch.equal(one, self.state[name])
         }
 
     def _draw(self, model: nn.Module, inputs: Any, dtype: torch.dtype, *, whole: bool) -> dict[str, Tensor]:
@@ -112,8 +113,8 @@ class Proof:
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output, or buffer that training writes, under these permutations."""
-        moved = permute(self.spec, perms, {**self.state, **self.written})
-        return self._change(permute(self.spec, perms, self.state), {name: moved[name] for name in self.written})
+        written = {name: permute_tensor(self.spec.axes[name], perms, one) for name, one in self.written.items()}
+        return self._change(permute(self.spec, perms, self.state), written)
 
     def change_to(self, state: dict[str, Tensor]) -> float:
         """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
@@ -125,7 +126,7 @@ class Proof:
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
             for new, old in pairs
-            if old.numel() and old.is_floating_point()
+            if old.numel()
         ]
         return max((math.inf if math.isnan(change) else change for change in changes), default=0.0)
 

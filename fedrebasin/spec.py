@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedrebasin.copies import tie_copies
+from fedrebasin.copies import note_on, tie_copies
 from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.layout import Fixed, Free, Layout
 from fedrebasin.layout_edit import fix_leaf, map_leaves, rename_leaf
@@ -147,8 +147,7 @@ class PermutationSpec:
         >>> spec.tie({"target": "online"}).tied
         {'a': (Axis(name='online.w', dim=0), Axis(name='target.w', dim=0))}
         """
-        said = tuple(f"{copy!r} looks like a copy" for copy in copies)
-        notes = tuple(note for note in self.notes if not note.startswith(said))
+        notes = tuple(note for note in self.notes if not note.startswith(tuple(map(note_on, copies))))
         return replace(self, axes=tie_copies(self.axes, copies, self.uses), notes=notes)
 
     def only(self, tensors: Iterable[str], *, fix: bool = True) -> PermutationSpec:

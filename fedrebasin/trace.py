@@ -18,6 +18,7 @@ from torch import nn
 from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
+from fedrebasin.copies import note_on
 from fedrebasin.export import Exported, export_model, identity
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk
@@ -105,7 +106,7 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
             "too, in a module with the same state dict, or fix what they read by spec.fix"
         )
     notes += [
-        f"{copy!r} looks like a copy of {original!r} that training does not reach; if something outside of forward "
+        f"{note_on(copy)}{original!r} that training does not reach; if something outside of forward "
         f"makes the one from the other, spec.tie({{{copy!r}: {original!r}}}) moves them alike"
         for copy, original in exported.followers.items()
     ]

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin import RebasinError, check_spec, permute, random_perms, trace
+from fedrebasin.copies import tie_copies
+from fedrebasin.layout import Free, Product, Sum
 from fedrebasin.strategies.network import build_network
+from fedrebasin.ties import Axes, perm_shapes
 
 INPUTS = (torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)),)
 
@@ -110,6 +113,12 @@ def test_a_trace_points_out_what_looks_like_a_copy(caplog: pytest.LogCaptureFixt
         for matrix in (one for one in net.target.parameters() if one.ndim > 1):
             matrix += 1  # frozen, and not equal: a part that came trained
     assert not trace(net, INPUTS).notes
+
+
+def test_axes_composed_of_different_parts_stay() -> None:
+    parts = [Free("p", 2), Free("q", 2)], [Free("r", 2), Free("s", 2)]
+    axes: Axes = {"a.w": (Product(tuple(parts[0])),), "b.w": (Sum(tuple(parts[1])),)}
+    assert not perm_shapes(tie_copies(axes, {"b": "a"}, axes))
 
 
 def test_families_over_other_units_stay() -> None:

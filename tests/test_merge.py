@@ -14,6 +14,7 @@ from fedrebasin import (
     interpolate,
     merge,
     merge_modules,
+    merge_trunk_modules,
     permute,
     random_perms,
     trace,
@@ -133,4 +134,5 @@ def test_merge_modules_warns_of_what_stays_fixed() -> None:
 
     with pytest.warns(UserWarning, match="model: forward uses 'decoder.weight' and others neither") as caught:
         merge_modules([Encoder(), Encoder()], (torch.zeros(2, 4),))
-    assert [one.filename for one in caught] == [__file__]
+        merge_trunk_modules([Encoder(), Encoder()], (torch.zeros(2, 4),), until="encoder.0")
+    assert [one.filename for one in caught] == [__file__] * 3
