@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fedrebasin.matching.descent import out_of_reach
 from fedrebasin.matching.many_problem import ManyProblem
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.star import star
@@ -14,8 +15,6 @@ from fedrebasin.matching.weight import weight_matching
 #: An ascent ends with a sweep that adds less than this share of what has been gained since the identity.
 _ENOUGH = 1e-4
 _MAX_SWEEPS = 100
-#: A second start is given up once this many times its last sweep's gain would not bring it level.
-_HOPE = 2.0
 
 
 def merge_many(problem: ManyProblem, *, seed: int = 0) -> list[float]:
@@ -110,7 +109,7 @@ def ascend(problem: ManyProblem, *, before: float, seed: int = 0, hurdle: float 
             break
         problem.gather(problem.places)
         history.append(max(problem.objective(), history[-1]))
-        if gained < _ENOUGH * (history[-1] - before) or history[-1] + _HOPE * gained < hurdle:
+        if gained < _ENOUGH * (history[-1] - before) or out_of_reach(hurdle, history[-1], gained, before):
             break
     return history
 
