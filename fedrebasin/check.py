@@ -108,6 +108,11 @@ def _explain(model: nn.Module, spec: PermutationSpec, example_inputs: Any, perm:
         right = trace(model, example_inputs)
     except RebasinError:
         return f"{said}; it ties {_list(tied)}; mend the spec or trace the model again"
+    if right.axes == spec.axes:
+        return (
+            f"{said}, though it is as traced: forward goes another way than when it was traced (to other experts, by "
+            f"another branch); trace it with example_inputs that go every way, or keep the units by spec.fix({perm!r})"
+        )
     truth = max((set(axes) for axes in right.tied.values()), key=lambda axes: len(axes & tied), default=set())
     truth = truth if truth & tied else set()
     for wrong, verb in ((truth - tied, "leaves out"), (tied - truth, "wrongly ties")):

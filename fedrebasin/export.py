@@ -1,7 +1,9 @@
 """A model's graphs by ``torch.export``: in evaluation mode, in training mode where that uses more, all sizes known.
 
 Where an inner size depends on the data (edges of a graph network, the number of graphs in a batch), the graph is run
-once on the example inputs, and holds what came out.
+once on the example inputs, and holds what came out. Where a branch depends on the data (a check for NaNs, an input that
+is scaled if it has not been), the graph holds the one that the example inputs take; if that leaves parameters out, the
+model is refused: the other branch may see them beside permuted units.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.packed import packed_as_padded
-from fedrebasin.sizes import depends_on_numbers, settle_sizes
+from fedrebasin.sizes import deciding_nodes, depends_on_numbers, settle_sizes
 from fedrebasin.written import written_buffers
 
 
@@ -35,7 +37,8 @@ class Exported:
     ``training`` is there only if some parameter, or a buffer that training writes, is not used in evaluation mode; if
     it was needed and could not be made, ``failure`` says why. ``written`` names the buffers that a forward pass in
     training mode writes: all of them or, where no graph shows what some go with, none. ``unused`` names parameters that
-    are in no graph, but for modules that look like copies, which ``followers`` maps to their originals.
+    are in no graph, but for modules that look like copies, which ``followers`` maps to their originals. ``branched``:
+    the way through a graph depends on values.
     """
 
     program: ExportedProgram
@@ -46,6 +49,7 @@ class Exported:
     written: frozenset[str]
     unused: tuple[str, ...]
     followers: dict[str, str]
+    branched: bool
     inputs: int
 
 
@@ -61,12 +65,11 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         if fault:
             raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {fault}")
     try:
-        program = _export(model, args, kwargs, training=False)
+        program, branched = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
         raise TraceError(
             f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
-            f"({first_line(error)}); check that model(*example_inputs) runs and that no branch "
-            "depends on the data, or hand over a spec written for this model"
+            f"({first_line(error)}); check that model(*example_inputs) runs, or hand over a spec written for this model"
         ) from error
     training, failure = None, ""
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
@@ -74,13 +77,20 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     unused = _unused(program, state).intersection(parameters | written)
     if unused:
         try:
-            training = _export(model, args, kwargs, training=True)
-            unused &= _unused(training, state)
+            training, on_values = _export(model, args, kwargs, training=True)
+            unused, branched = unused & _unused(training, state), branched or on_values
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
             failure = first_line(error)
             written = frozenset() if unused & written else written
     found = followers(model, unused)
     copies = tuple(f"{name}." for name in found)
+    left_out = tuple(name for name in state if name in unused & parameters and not name.startswith(copies))
+    if branched and left_out:
+        raise TraceError(
+            f"example_inputs: a branch of {type(model).__name__}.forward depends on the data, and the one that these "
+            f"take leaves out {left_out[0]!r}{' and others' if len(left_out) > 1 else ''}, which other inputs may use; "
+            "choose inputs that use every parameter, or hand over a spec written for this model"
+        )
     return Exported(
         program=program,
         training=training,
@@ -88,8 +98,9 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         state=state,
         parameters=parameters,
         written=written,
-        unused=tuple(name for name in state if name in unused & parameters and not name.startswith(copies)),
+        unused=left_out,
         followers=found,
+        branched=branched,
         inputs=len(args),
     )
 
@@ -146,7 +157,10 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
+) -> tuple[ExportedProgram, bool]:
+    """The graph of a mode, and whether the way through it depends on values."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs tracebacks of failures that are reported here in one line
     try:
@@ -161,13 +175,11 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         ):
             warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
             try:
-                program = torch.export.export(model, args, kwargs, strict=False)
-            except GuardOnDataDependentSymNode:
-                program = torch.export.draft_export(model, args, kwargs, strict=False)  # with what the inputs say
-                if depends_on_numbers(program):
-                    raise
+                program, guarded = torch.export.export(model, args, kwargs, strict=False), False
+            except GuardOnDataDependentSymNode:  # goes the way that the inputs say
+                program, guarded = torch.export.draft_export(model, args, kwargs, strict=False), True
             settle_sizes(program, args, kwargs)
-            return program
+            return program, guarded and depends_on_numbers(program)
     finally:
         logging.disable(before)
 
@@ -180,8 +192,9 @@ def identity(tensor: Tensor) -> object:
 
 
 def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> set[str]:
-    """Tensors that have no user in the graph, and are not another name of one that has."""
+    """Tensors that no node uses, but for what says which branch is taken, and that are no other name of one in use."""
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and targets[node.name] in state]
-    used = {identity(state[str(targets[node.name])]) for node in nodes if node.users}
+    deciding = deciding_nodes(program)
+    used = {identity(state[str(targets[node.name])]) for node in nodes if not deciding.issuperset(node.users)}
     return {name for name, tensor in state.items() if identity(tensor) not in used}

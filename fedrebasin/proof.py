@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,15 @@ from fedrebasin.permute import permute, permute_tensor
 from fedrebasin.redraw import Calibration, redraw, redraw_inputs
 from fedrebasin.spec import PermutationSpec
 
+_KEEP: tuple[Literal["none", "whole", "all"], ...] = ("none", "whole", "all")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 class Proof:
     """A copy of the model with random weights and inputs on which its units are alive, and its outputs.
 
-    In float64; in float32 where the forward pass has tensors of that type in its code.
+    In float64; in float32 where the forward pass has tensors of that type in its code. Where a branch depends on the
+    data, the example inputs are taken as well as random ones: they may go different ways.
 
     Examples
     --------
@@ -49,14 +51,14 @@ class Proof:
                 "build the model on the CPU for the proof"
             )
         # a forward with float32 tensors or masks in its code does not run in float64, one that looks up floating inputs
-        # as numbers of categories only on whole numbers
-        for whole, dtype in product((True, False), (torch.float64, torch.float32)):
+        # as numbers of categories only on whole numbers, one that asserts a range only on numbers in it
+        for keep, dtype in product(_KEEP, (torch.float64, torch.float32)):
             cause: Exception | None = None
             try:
-                after = self._draw(model, (args, kwargs), dtype, whole=whole)
+                after = self._draw(model, (args, kwargs), dtype, keep)
             except Exception as error:  # noqa: BLE001 - whatever the model raises
                 cause = error
-            if not cause and self.outputs and all(bool(output.isfinite().all()) for output in self.outputs):
+            if not cause and self.outputs and _finite(self.outputs):
                 break
         else:
             if cause:
@@ -76,7 +78,9 @@ class Proof:
             if not torch.equal(one, self.state[name])
         }
 
-    def _draw(self, model: nn.Module, inputs: Any, dtype: torch.dtype, *, whole: bool) -> dict[str, Tensor]:
+    def _draw(
+        self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Literal["none", "whole", "all"]
+    ) -> dict[str, Tensor]:
         """Draw weights and inputs, set ``outputs``, and return the state after a forward pass in training mode."""
         self.model = _copy(model).cpu()
         self.model = self.model.double() if dtype is torch.float64 else self.model.float()
@@ -84,11 +88,18 @@ class Proof:
             if parameter.is_complex():  # which these leave as they are
                 parameter.data = parameter.data.to(torch.promote_types(dtype, torch.complex64))
         self.state = redraw(self.model.state_dict(), self.spec.parameters, self.generator)
-        self.args, self.kwargs = redraw_inputs(inputs, dtype, self.generator, whole=whole)
+        self.inputs = [redraw_inputs(inputs, dtype, self.generator, keep)]
         self.tolerance = _TOLERANCE[dtype]
         with Calibration(self.state):
             self._run(self.state, write=True)
         self.outputs, after = self._run(self.state)
+        if self.branched and keep != "all":
+            self.inputs.append(redraw_inputs(inputs, dtype, self.generator, "all"))
+            outputs, written = self._run(self.state)
+            if _finite(outputs):
+                self.outputs, after = outputs, written
+            else:
+                self.inputs.pop()
         return after
 
     def run(self, state: dict[str, Tensor]) -> list[Tensor]:
@@ -99,17 +110,21 @@ class Proof:
     def _run(self, state: dict[str, Tensor], *, write: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The outputs, and the state after training, in copies or with ``write`` in ``state`` itself."""
         own: dict[str, Tensor] = {}
-        with _NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
-            outputs = self._call(dict(state), training=False)  # functional_call writes into the dict that it is given
+        outputs: list[Tensor] = []
+        with _NothingDropped() as mode, torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
+            for inputs in self.inputs:  # functional_call writes into the dict that it is given
+                outputs += self._call(dict(state), inputs, training=False)
             if self.spec.training:
                 own = {name: tensor if write else tensor.clone() for name, tensor in state.items()}
-                outputs += self._call(own, training=True)
+                for inputs in self.inputs:
+                    outputs += self._call(own, inputs, training=True)
+        self.branched = mode.branched
         return outputs, own
 
-    def _call(self, state: dict[str, Tensor], *, training: bool) -> list[Tensor]:
+    def _call(self, state: dict[str, Tensor], inputs: tuple[Any, Any], *, training: bool) -> list[Tensor]:
         torch.manual_seed(0)  # a model that draws numbers draws the same ones each time
         with mode_of(self.model, training=training):
-            return tensors(functional_call(self.model, state, self.args, self.kwargs, tie_weights=False))
+            return tensors(functional_call(self.model, state, *inputs, tie_weights=False))
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output, or buffer that training writes, under these permutations."""
@@ -154,12 +169,19 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
 
 
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(output.isfinite().all()) for output in outputs)
+
+
 class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
-    """Makes dropout and stochastic depth keep everything: their noise is what it is on average."""
+    """Makes dropout and stochastic depth keep everything, as they do on average; sees if truth values are taken."""
 
     supports_higher_order_operators = True
+    branched = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.branched = self.branched or args[0].dtype is torch.bool or args[0].is_floating_point()
         if func is torch.ops.aten.bernoulli_.float:
             return args[0].fill_(args[1] if len(args) > 1 else 0.5)
         return func(*args, **(kwargs or {}))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,14 +56,17 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
     return drawn
 
 
-def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, *, whole: bool = True) -> Any:
+def redraw_inputs(
+    value: Any, dtype: torch.dtype, generator: torch.Generator, keep: Literal["none", "whole", "all"] = "none"
+) -> Any:
     """Draw every floating tensor of the inputs anew, however nested; integers and the rest stay.
 
-    Without ``whole``, whole numbers in floating tensors stay, too: a model may use them to look something up.
+    With ``keep="whole"``, whole numbers in floating tensors stay, too: a model may use them to look something up.
+    With ``"all"`` nothing is drawn.
 
     >>> redraw_inputs({"ids": torch.tensor([3])}, torch.float64, torch.Generator())
     {'ids': tensor([3])}
-    >>> drawn = redraw_inputs(torch.tensor([3.0, 0.5]), torch.float64, torch.Generator(), whole=False)
+    >>> drawn = redraw_inputs(torch.tensor([3.0, 0.5]), torch.float64, torch.Generator(), keep="whole")
     >>> drawn[0].item(), drawn[1].item() != 0.5
     (3.0, True)
     """
@@ -72,15 +75,15 @@ def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, *,
             dtype = torch.promote_types(dtype, torch.complex64)
         elif not value.is_floating_point():
             return value.cpu()
+        given = value.detach().cpu().to(dtype)
+        if keep == "all":
+            return given
         drawn = torch.randn(value.shape, generator=generator, dtype=dtype)
-        if whole or value.is_complex():
-            return drawn
-        value = value.detach().cpu().to(dtype)
-        return torch.where(value == value.round(), value, drawn)
+        return drawn if keep == "none" or value.is_complex() else torch.where(given == given.round(), given, drawn)
     if isinstance(value, Mapping):
-        return {key: redraw_inputs(item, dtype, generator, whole=whole) for key, item in value.items()}
+        return {key: redraw_inputs(item, dtype, generator, keep) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(redraw_inputs(item, dtype, generator, whole=whole) for item in value)
+        return tuple(redraw_inputs(item, dtype, generator, keep) for item in value)
     return value
 
 

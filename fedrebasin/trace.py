@@ -105,6 +105,11 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
             "and what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, "
             "too, in a module with the same state dict, or fix what they read by spec.fix"
         )
+    if exported.branched:
+        notes.append(
+            "a branch of forward depends on the data, and the one that the example inputs take was followed; if other "
+            "inputs take another one, prove the spec with them as well: check_spec(model, spec, inputs)"
+        )
     notes += [
         f"{note_on(copy)}{original!r} that training does not reach; if something outside of forward "
         f"makes the one from the other, spec.tie({{{copy!r}: {original!r}}}) moves them alike"

@@ -54,7 +54,7 @@ def test_running_statistics_follow_their_input() -> None:
 def test_one_example_leaves_units_of_both_signs() -> None:
     net = nn.Sequential(nn.Linear(5, 64), nn.PReLU(64), nn.Linear(64, 2))
     proof = _proof(net, torch.zeros(1, 5))
-    units = F.linear(proof.args[0], proof.state["0.weight"], proof.state["0.bias"])
+    units = F.linear(proof.inputs[0][0][0], proof.state["0.weight"], proof.state["0.bias"])
     assert 8 < int((units > 0).sum()) < 60
 
 
@@ -73,7 +73,7 @@ def test_a_tied_weight_stays_tied_and_is_set_once() -> None:
     net = nn.Sequential(first, nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), first)
     proof = _proof(net, torch.zeros(4, 6))
     assert proof.state["0.weight"] is proof.state["4.weight"]
-    size = (F.linear(proof.args[0], proof.state["0.weight"])).std()
+    size = (F.linear(proof.inputs[0][0][0], proof.state["0.weight"])).std()
     assert 0.5 < float(size) < 1.5
 
 

@@ -1,4 +1,4 @@
-"""Sizes that depend on the data, masks of booleans, and what of it is refused."""
+"""Sizes that depend on the data, and masks of booleans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from networks_recurrent import LAST_STATES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
-from fedrebasin import PermutationSpec, TraceError, check_spec, trace
+from fedrebasin import PermutationSpec, check_spec, trace
 
 X = (torch.linspace(-1, 1, 20).view(5, 4),)
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 2], [1, 2, 3, 4, 0, 2]])
@@ -131,19 +131,6 @@ def test_values_that_go_to_a_masks_places_in_a_row_fix_them() -> None:
         return h
 
     assert proved(Net(filled)).perm_shapes == {}
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        lambda _, h: h * 2 if h.sum() > 0 else h,
-        lambda _, h: h[: int(h.abs().sum()) % 3 + 1],
-        lambda _, h: h * 2 if bool((h > 0).all()) else h,
-    ],
-)
-def test_a_branch_on_the_data_is_refused(step: Step) -> None:
-    with pytest.raises(TraceError, match=r"check that .* no branch depends on the data"):
-        trace(Net(step), X)
 
 
 def test_a_model_that_keeps_a_cache_is_traced_without_it() -> None:

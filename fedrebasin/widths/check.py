@@ -63,7 +63,7 @@ def check_widths(
         maps[perm][torch.randperm(units, generator=generator)[:fewer], torch.arange(fewer)] = 1.0
     proof, other_proof = Proof(narrow, specs[1], example_inputs, seed), Proof(wide, specs[0], example_inputs, seed)
     placed = resize(WidthMatching(specs[0], specs[1], maps, maps), proof.state)
-    other_proof.args, other_proof.kwargs = proof.args, proof.kwargs
+    other_proof.inputs = proof.inputs
     other_proof.outputs = proof.outputs
     change = other_proof.change_to({name: placed[name].to(tensor) for name, tensor in other_proof.state.items()})
     if change > proof.tolerance and change > proof.widen_tolerance():

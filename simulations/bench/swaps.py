@@ -86,7 +86,7 @@ def _proofs(model: nn.Module, seed: int) -> Iterator[Proof]:
 
 
 def _text(proof: Proof) -> str:
-    return "x".join(map(str, proof.args[0].shape))
+    return "x".join(map(str, proof.inputs[0][0][0].shape))
 
 
 def _in_float32(proof: Proof) -> Proof:
@@ -94,7 +94,7 @@ def _in_float32(proof: Proof) -> Proof:
     quick = copy.deepcopy(proof)
     quick.model.float()
     quick.state = {key: value.float() if value.is_floating_point() else value for key, value in proof.state.items()}
-    quick.args = tuple(value.float() for value in proof.args)
+    quick.inputs = [(tuple(value.float() for value in args), kwargs) for args, kwargs in proof.inputs]
     quick.outputs = quick.run(quick.state)
     return quick
 
