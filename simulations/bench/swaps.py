@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from fedrebasin.errors import RebasinError
+from fedrebasin.export import export_model
 from fedrebasin.proof import Proof
 from fedrebasin.simulations.commands import bench_command
 from fedrebasin.simulations.inspection_zoo_row import BEYOND, ON_META, zoo_model, zoo_models
 from fedrebasin.simulations.results import load_results, provenance, save_results
-from fedrebasin.trace import trace
+from fedrebasin.trace import spec_of
 
 #: the smallest inputs, tried in this order; the last stage sees one pixel of two images, or 49 of one
 _INPUTS = ((2, 3, 32, 32), (2, 3, 64, 64), (2, 3, 96, 96), (1, 3, 224, 224), (2, 3, 299, 299))
@@ -72,12 +73,12 @@ def _proofs(model: nn.Module, seed: int) -> Iterator[Proof]:
     for shape in _INPUTS:
         inputs = (torch.zeros(shape),)
         try:
-            spec = trace(model, inputs)
+            exported = export_model(model, inputs)
         except RebasinError:
             continue
-        if any("exported in training mode" in note for note in spec.notes):  # an auxiliary head, at too small a size
+        if exported.failure:  # of the training mode: an auxiliary head, at too small a size
             continue
-        proof = Proof(model, spec, inputs, seed)
+        proof = Proof(model, spec_of(exported), inputs, seed)
         proof.widen_tolerance()
         found = True
         yield proof
