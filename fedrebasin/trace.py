@@ -44,7 +44,8 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Per
     Raises
     ------
     TraceError
-        If ``torch.export`` cannot export the model with these inputs.
+        If ``torch.export`` cannot export the model with these inputs, or a branch of it that depends on the data leaves
+        parameters out with them.
     UnsupportedOpError
         With ``strict``, if an op has no rule.
 
