@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedrebasin.batches import mode_of, split_inputs, tensors, unwrapped
 from fedrebasin.errors import InvalidSpecError, first_line
@@ -52,7 +53,7 @@ class Proof:
             )
         # a forward with float32 tensors or masks in its code does not run in float64, one that looks up floating inputs
         # as numbers of categories only on whole numbers, one that asserts a range only on numbers in it
-        for keep, dtype in product(_KEEP, (torch.float64, torch.float32)):
+        for keep, dtype in product(_KEEP if _vary((args, kwargs)) else _KEEP[:1], (torch.float64, torch.float32)):
             cause: Exception | None = None
             try:
                 after = self._draw(model, (args, kwargs), dtype, keep)
@@ -64,7 +65,8 @@ class Proof:
             if cause:
                 raise InvalidSpecError(
                     "model: expected to run on random weights and on inputs like example_inputs; got "
-                    f"{first_line(cause)}, so the spec cannot be proved; check that model(*example_inputs) runs"
+                    f"{first_line(cause)}, so the spec cannot be proved; check that model(*example_inputs) runs, and "
+                    "let them vary: on equal numbers alone nothing is seen"
                 ) from cause
             raise InvalidSpecError(
                 "model: expected finite floating outputs on random weights; got "
@@ -167,6 +169,12 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy, also where a module holds a computed tensor, which deepcopy refuses."""
     held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
+
+
+def _vary(inputs: Any) -> bool:
+    """False if there are but floating tensors, each of equal numbers."""
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.numel()]
+    return any(not tensor.is_floating_point() or bool((tensor != tensor.flatten()[0]).any()) for tensor in given)
 
 
 def _finite(outputs: list[Tensor]) -> bool:

@@ -85,6 +85,9 @@ def test_a_model_that_asserts_a_range_is_proved_on_the_inputs_themselves() -> No
 
     net, pixels = Pixels(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.rand(3, 4),)
     assert check_spec(net, trace(net, pixels), pixels).perm_shapes == {"0": (8,)}
+    black = (torch.zeros(3, 4),)
+    with pytest.raises(InvalidSpecError, match=r"got AssertionError: expected pixels, .* let them vary"):
+        check_spec(net, trace(net, black), black)
 
 
 @pytest.mark.parametrize(
