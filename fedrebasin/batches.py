@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedrebasin.errors import CalibrationError
 
@@ -174,3 +176,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return _Inside(model, "module")
     return model
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also where a module holds computed tensors (buffers, attributes), which ``copy.deepcopy`` refuses.
+
+    >>> net = nn.Linear(2, 2)
+    >>> net.squares = [net.weight**2]
+    >>> deep_copy(net).squares[0].requires_grad
+    False
+    """
+    held = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})

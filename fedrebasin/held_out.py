@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs, split_inputs, tensors
+from fedrebasin.batches import Batches, count_inputs, deep_copy, split_inputs, tensors
 from fedrebasin.errors import CalibrationError, RebasinError, first_line
 
 #: The measured part is cut into about this many pieces, so that differences have standard errors.
@@ -150,7 +149,7 @@ def _rows_are_examples(net: nn.Module, parsed: tuple[Any, Any, Any], batch: Any)
     if rows is None:
         return False
     args, kwargs, _ = parsed
-    model = copy.deepcopy(net).eval()
+    model = deep_copy(net).eval()
     where = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
     def run(chosen: Tensor) -> Tensor | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.batches import deep_copy
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
@@ -205,6 +205,6 @@ def merge_modules(
     elif corrections and (calibration is not None or not CORRECTIONS[corrections[0]].inputs):
         setting = CorrectionSetting(modules[0], calibration, weights, example_inputs, seed)
         merged = correct(corrections[0], setting, merged, aligned)
-    result = copy.deepcopy(modules[0])
+    result = deep_copy(modules[0])
     result.load_state_dict(merged)
     return result.eval()

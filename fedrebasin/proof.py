@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import product
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedrebasin.batches import mode_of, split_inputs, tensors, unwrapped
+from fedrebasin.batches import deep_copy, mode_of, split_inputs, tensors, unwrapped
 from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.perms import Perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
@@ -84,7 +83,7 @@ class Proof:
         self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Literal["none", "whole", "all"]
     ) -> dict[str, Tensor]:
         """Draw weights and inputs, set ``outputs``, and return the state after a forward pass in training mode."""
-        self.model = _copy(model).cpu()
+        self.model = deep_copy(model).cpu()
         self.model = self.model.double() if dtype is torch.float64 else self.model.float()
         for parameter in self.model.parameters():
             if parameter.is_complex():  # which these leave as they are
@@ -163,12 +162,6 @@ class Proof:
     def _nudged(self, tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
         return tensor * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also where a module holds a computed tensor, which deepcopy refuses."""
-    held = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
 
 
 def _vary(inputs: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.batches import deep_copy
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections import methods
@@ -147,7 +147,7 @@ def merge_trunk_modules(
     )
     results = []
     for module, state in zip(modules, merged, strict=True):
-        result = copy.deepcopy(module)
+        result = deep_copy(module)
         result.load_state_dict(state)
         results.append(result.eval())
     return results

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fedrebasin.batches import tensors
+from fedrebasin.batches import deep_copy, tensors
 
 
 def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
@@ -25,7 +26,8 @@ def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return frozenset()
     for device in ("meta", "cpu"):
         try:
-            return _written(copy.deepcopy(model, _on_meta(model) if device == "meta" else {}).to(device), args, kwargs)
+            shadow = copy.deepcopy(model, _on_meta(model)) if device == "meta" else deep_copy(model)
+            return _written(shadow.to(device), args, kwargs)
         except Exception:  # noqa: BLE001 - branches on values, norms that want larger batches: any error of a model's
             continue
     return frozenset()
@@ -74,7 +76,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _on_meta(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    held = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
     return {
         id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
         if isinstance(tensor, nn.Parameter)

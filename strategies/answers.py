@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from logging import WARNING
 from typing import Any
@@ -12,6 +11,7 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.common.logger import log
 from torch import nn
 
+from fedrebasin.batches import deep_copy
 from fedrebasin.corrections.federated import Node, answer, count_releases
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.queries import About
@@ -108,7 +108,7 @@ def answer_queries(
     def handle(message: Message, context: Context) -> Message:
         try:
             asked = read_query(message)
-            net: object = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+            net: object = deep_copy(model) if isinstance(model, nn.Module) else model()
             if not isinstance(net, nn.Module):
                 raise UsageError(f"model: expected a function that makes an nn.Module; it made a {type(net).__name__}")
             spent = None if privacy is None else spend(privacy, asked.kind, asked.about, context)

@@ -13,7 +13,7 @@ from networks_recurrent import LAST_STATES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedrebasin import InvalidSpecError, TraceError, check_spec, trace
+from fedrebasin import InvalidSpecError, TraceError, check_spec, merge_modules, trace
 from fedrebasin.layout import Fixed
 from fedrebasin.proof import Proof
 
@@ -124,6 +124,23 @@ def test_what_a_first_call_keeps_in_the_model_is_put_back() -> None:
     net = Keeps()
     trace(net, X)
     assert (net.cache, net.seen, net.ready, len(net.first._forward_hooks)) == ({}, [], False, 0)
+
+
+def test_a_model_that_holds_computed_tensors_is_traced_proved_and_merged() -> None:
+    class Computed(Net):
+        def __init__(self) -> None:
+            super().__init__(torch.tanh)
+            self.slopes = nn.Parameter(torch.ones(6))
+            self.register_buffer("filters", 2 * self.slopes)
+            self.kept = [{"squares": self.slopes**2}]
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + (self.filters + self.kept[0]["squares"]).sum() * self.slopes.sum()
+
+    nets = [Computed(), Computed()]
+    assert check_spec(nets[0], trace(nets[0], X), X).perm_shapes["first"] == (6,)
+    merged = merge_modules(nets, X, calibration=[torch.randn(100, 4)])
+    assert torch.equal(merged.filters, torch.full((6,), 2.0))
 
 
 def test_a_proof_with_inputs_that_the_model_does_not_take_is_refused_with_what_came() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.batches import Batches, count_inputs, deep_copy
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import SpecMismatchError
 from fedrebasin.permute import like_state
@@ -18,7 +17,7 @@ from fedrebasin.permute import like_state
 def working_copy(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
     """``net`` with the weights of ``state``, in evaluation mode, on ``device`` or where ``state`` is."""
     target = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
-    model = copy.deepcopy(net).to(target).eval()
+    model = deep_copy(net).to(target).eval()
     load(model, state)
     return model
 
