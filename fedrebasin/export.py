@@ -1,9 +1,7 @@
 """A model's graphs by ``torch.export``: in evaluation mode, in training mode where that uses more, all sizes known.
 
 Where an inner size depends on the data (edges of a graph network, the number of graphs in a batch), the graph is run
-once on the example inputs, and holds what came out. Where a branch depends on the data (a check for NaNs, an input that
-is scaled if it has not been), the graph holds the one that the example inputs take; if that leaves parameters out, the
-model is refused: the other branch may see them beside permuted units.
+once on the example inputs, and holds what came out. Where a branch does, there are several graphs (``branches.py``).
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fedrebasin.batches import mode_of, split_inputs, unwrapped
+from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.packed import packed_as_padded
-from fedrebasin.sizes import deciding_nodes, depends_on_numbers, settle_sizes
+from fedrebasin.sizes import settle_sizes
 from fedrebasin.written import written_buffers
 
 
@@ -34,22 +32,22 @@ from fedrebasin.written import written_buffers
 class Exported:
     """A model's graphs and what they leave out; made by :func:`export_model`, read by :func:`spec_of`.
 
-    ``training`` is there only if some parameter, or a buffer that training writes, is not used in evaluation mode; if
-    it was needed and could not be made, ``failure`` says why. ``written`` names the buffers that a forward pass in
-    training mode writes: all of them or, where no graph shows what some go with, none. ``unused`` names parameters that
-    are in no graph, but for modules that look like copies, which ``followers`` maps to their originals. ``branched``:
-    the way through a graph depends on values.
+    Those of training mode are among the ``programs`` (``training``) only if some parameter, or a buffer that training
+    writes, is not used in evaluation mode; if they were needed and could not be made, ``failure`` says why. ``written``
+    names the buffers that a forward pass in training mode writes: all of them or, where no graph shows what some go with,
+    none. ``unused`` names parameters that are in no graph, but for modules that look like copies, which ``followers``
+    maps to their originals. ``more_ways``: other inputs may take a way that is in no graph (``branches.py``).
     """
 
-    program: ExportedProgram
-    training: ExportedProgram | None
+    programs: tuple[ExportedProgram, ...]
+    training: bool
     failure: str
     state: dict[str, Tensor]
     parameters: frozenset[str]
     written: frozenset[str]
     unused: tuple[str, ...]
     followers: dict[str, str]
-    branched: bool
+    more_ways: bool
     inputs: int
 
 
@@ -65,44 +63,50 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         if fault:
             raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {fault}")
     try:
-        program, branched = _export(model, args, kwargs, training=False)
+        ways = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
         raise TraceError(
             f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
             f"({first_line(error)}); check that model(*example_inputs) runs, or hand over a spec written for this model"
         ) from error
-    training, failure = None, ""
+    training, failure = Ways(), ""
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     written = written_buffers(model, args, kwargs)
-    unused = _unused(program, state).intersection(parameters | written)
+    unused = _unused(ways.programs, state).intersection(parameters | written)
     if unused:
         try:
-            training, on_values = _export(model, args, kwargs, training=True)
-            unused, branched = unused & _unused(training, state), branched or on_values
+            training = _export(model, args, kwargs, training=True)
+            unused &= _unused(training.programs, state)
         except Exception as error:  # noqa: BLE001 - kinds of its own here, too
             failure = first_line(error)
             written = frozenset() if unused & written else written
     found = followers(model, unused)
     copies = tuple(f"{name}." for name in found)
-    left_out = tuple(name for name in state if name in unused & parameters and not name.startswith(copies))
-    if branched and left_out:
-        raise TraceError(
-            f"example_inputs: a branch of {type(model).__name__}.forward depends on the data, and the one that these "
-            f"take leaves out {left_out[0]!r}{' and others' if len(left_out) > 1 else ''}, which other inputs may use; "
-            "choose inputs that use every parameter, or hand over a spec written for this model"
-        )
+    outside = [name for name in state if name in parameters and not name.startswith(copies)]
+    programs = [*ways.programs, *training.programs]
+    if ways.cut or training.cut:
+        _refuse_left_out(model, _unused(programs, state, deciding=True).intersection(outside))
     return Exported(
-        program=program,
-        training=training,
+        programs=tuple(programs),
+        training=bool(training.programs),
         failure=failure,
         state=state,
         parameters=parameters,
         written=written,
-        unused=left_out,
+        unused=tuple(name for name in outside if name in unused),
         followers=found,
-        branched=branched,
+        more_ways=ways.cut or training.cut or ways.mixed or training.mixed,
         inputs=len(args),
     )
+
+
+def _refuse_left_out(model: nn.Module, names: set[str]) -> None:
+    for name in sorted(names)[:1]:
+        raise TraceError(
+            f"example_inputs: the way through {type(model).__name__}.forward depends on the data, and those that were "
+            f"followed leave out {name!r}{' and others' if len(names) > 1 else ''}, which other inputs may use; choose "
+            "inputs that use every parameter, or hand over a spec written for this model"
+        )
 
 
 def _fault(value: object) -> str:
@@ -157,10 +161,8 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
-) -> tuple[ExportedProgram, bool]:
-    """The graph of a mode, and whether the way through it depends on values."""
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Ways:
+    """The graphs of a mode."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs tracebacks of failures that are reported here in one line
     try:
@@ -175,11 +177,11 @@ def _export(
         ):
             warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
             try:
-                program, guarded = torch.export.export(model, args, kwargs, strict=False), False
-            except GuardOnDataDependentSymNode:  # goes the way that the inputs say
-                program, guarded = torch.export.draft_export(model, args, kwargs, strict=False), True
+                program = torch.export.export(model, args, kwargs, strict=False)
+            except ASKED:
+                return export_ways(model, args, kwargs)
             settle_sizes(program, args, kwargs)
-            return program, guarded and depends_on_numbers(program)
+            return Ways([program])
     finally:
         logging.disable(before)
 
@@ -191,10 +193,13 @@ def identity(tensor: Tensor) -> object:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _unused(program: ExportedProgram, state: dict[str, Tensor]) -> set[str]:
-    """Tensors that no node uses, but for what says which branch is taken, and that are no other name of one in use."""
-    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and targets[node.name] in state]
-    deciding = deciding_nodes(program)
-    used = {identity(state[str(targets[node.name])]) for node in nodes if not deciding.issuperset(node.users)}
+def _unused(programs: list[ExportedProgram], state: dict[str, Tensor], *, deciding: bool = False) -> set[str]:
+    """Tensors that no graph uses, with ``deciding`` but to choose a way, and that are no other name of one in use."""
+    used = set()
+    for program in programs:
+        targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+        idle = deciding_nodes(program) if deciding else set()
+        for node in program.graph.nodes:
+            if node.op == "placeholder" and targets[node.name] in state and not idle.issuperset(node.users):
+                used.add(identity(state[str(targets[node.name])]))
     return {name for name, tensor in state.items() if identity(tensor) not in used}

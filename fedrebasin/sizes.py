@@ -29,24 +29,6 @@ def settle_sizes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
         _Run(program.graph_module).run(*inputs)
 
 
-def depends_on_numbers(program: ExportedProgram) -> bool:
-    """Whether a graph takes a truth value, or a number with a fraction, out of a tensor: a branch may depend on it.
-
-    Such a graph, drawn with the example inputs' own numbers, is that of the way that these take.
-    """
-    taken = [node.args[0] for node in program.graph.nodes if node.target is torch.ops.aten.item.default]
-    return any(isinstance(node, Node) and _is_fraction(node.meta.get("val")) for node in taken)
-
-
-def deciding_nodes(program: ExportedProgram) -> set[Node]:
-    """Nodes that lead to nothing but assertions on numbers: what says which branch is taken."""
-    found: set[Node] = set()
-    for node in reversed(program.graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default or (node.users and found.issuperset(node.users)):
-            found.add(node)
-    return found
-
-
 class _Run(Interpreter):
     """Leaves in every node tensors without data, of the shapes that came out, and numbers as they are."""
 
@@ -65,7 +47,3 @@ class _Run(Interpreter):
 def _is_open(value: Any) -> bool:
     sizes = [size for part in torch.utils._pytree.tree_leaves(value) for size in getattr(part, "shape", (part,))]
     return any(isinstance(size, torch.SymInt) for size in sizes)
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.dtype is torch.bool or value.is_floating_point())

@@ -44,8 +44,8 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Per
     Raises
     ------
     TraceError
-        If ``torch.export`` cannot export the model with these inputs, or a branch of it that depends on the data leaves
-        parameters out with them.
+        If ``torch.export`` cannot export the model with these inputs, or the way through it depends on the data, and
+        those that could be followed leave parameters out.
     UnsupportedOpError
         With ``strict``, if an op has no rule.
 
@@ -72,9 +72,8 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
 
 def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     walk = Walk(exported.state, strict=strict)
-    walk.program(exported.program)
-    if exported.training is not None:
-        walk.program(exported.training)
+    for program in exported.programs:
+        walk.program(program)
     state = exported.state
     used = {identity(state[name]) for name in walk.uses}
     for name, value in walk.parameters.items():
@@ -106,10 +105,10 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
             "and what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, "
             "too, in a module with the same state dict, or fix what they read by spec.fix"
         )
-    if exported.branched:
+    if exported.more_ways:
         notes.append(
-            "a branch of forward depends on the data, and the one that the example inputs take was followed; if other "
-            "inputs take another one, prove the spec with them as well: check_spec(model, spec, inputs)"
+            "the way through forward depends on the data, and not every way was followed; prove the spec with inputs "
+            "that go elsewhere as well: check_spec(model, spec, inputs)"
         )
     notes += [
         f"{note_on(copy)}{original!r} that training does not reach; if something outside of forward "
@@ -122,7 +121,7 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
         uses=walk.uses,
         notes=tuple(notes),
         inputs=exported.inputs,
-        training=exported.training is not None,
+        training=exported.training,
     )
 
 

@@ -42,7 +42,7 @@ class Filled(Mlp):
 
 class Branching(Mlp):
     def forward(self, x):
-        return super().forward(x) if x.sum() > 1e9 else x
+        return super().forward(x) if float(x.sum()) > 1e9 else x
 
 
 class Plain(Mlp):

@@ -1,4 +1,4 @@
-"""Branches that depend on the data: the one that the example inputs take is followed, if it leaves nothing out."""
+"""Branches that depend on the data: every way is followed, or that of the example inputs, if it leaves nothing out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedrebasin import InvalidSpecError, PermutationSpec, TraceError, check_spec
 
 X = (torch.linspace(-1, 1, 20).view(5, 4),)
 Step = Callable[["Net", Tensor], Tensor]
+numbers = pytest.mark.skipif(torch.__version__ < "2.14", reason="torch takes wrong numbers out of tensors")
 
 
 class Net(nn.Module):
@@ -41,28 +42,108 @@ def _asserted(net: Net, h: Tensor) -> Tensor:
     return net.inner(h)
 
 
+def _settled(net: Net, h: Tensor) -> Tensor:
+    for _ in range(5):
+        before, h = h, torch.relu(net.inner(h))
+        if torch.allclose(before, h):
+            break
+    return h
+
+
+def _grown(net: Net, h: Tensor) -> Tensor:
+    while h.abs().sum() < 1e3:  # told true, it does not end
+        h = 2 * h + 1
+    return net.inner(h)
+
+
+def _parted(net: Net, h: Tensor) -> Tensor:
+    for _ in range(2):  # twice 32 ways
+        h = net.inner(h) if h.sum() > 0 else h
+        h = 1 + h if h.max() > 0 else h
+        h = 2 + h if h.min() > 0 else h
+        h = 2 * h if h.mean() > 0 else h
+        h = 3 * h if h.std() > 0 else h
+    return h
+
+
+@pytest.mark.parametrize(
+    ("step", "perms"),
+    [
+        (_checked, {"first", "inner"}),
+        (_asserted, {"first", "inner"}),
+        (lambda net, h: net.inner(h / 255 if h.max() > 1 else h), {"first", "inner"}),
+        (lambda net, h: net.inner(h) if torch.equal(h, h.abs()) else net.inner(-h), {"first", "inner"}),
+        (lambda net, h: h if h.sum() > 0 else net.inner(h), {"first"}),
+        (lambda net, h: h if (h > 1).any().item() else net.inner(h), {"first"}),
+        (lambda net, h: 2 * h if net.inner(h).sum() < 1e9 else h, {"first", "inner"}),
+        (lambda net, h: net.inner(h) if h.sum() < 1e9 else net.inner(h.flip(1)), {"inner"}),
+    ],
+)
+def test_every_way_that_truths_part_is_followed(step: Step, perms: set[str]) -> None:
+    spec = proved(Net(step))
+    assert spec.perm_shapes.keys() == perms
+    assert spec.notes == ()
+
+
+def test_the_outputs_of_an_early_exit_keep_their_order() -> None:
+    class Early(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, h: torch.relu(net.inner(h)))
+            self.exit = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            early: Tensor = self.exit(torch.relu(self.first(x)))
+            return early if early.softmax(1).max() > 0.9 else super().forward(x)
+
+    spec = proved(Early())
+    assert spec.perm_shapes == {"first": (8,), "inner": (8,)}
+    assert {axis.name for axis in spec.tied["first"]} == {"first.weight", "first.bias", "inner.weight", "exit.weight"}
+
+
 @pytest.mark.parametrize(
     "step",
     [
-        _checked,
-        _asserted,
-        lambda net, h: net.inner(h / 255 if h.max() > 1 else h),
         lambda net, h: net.inner(h * float(h.std())),
         lambda net, h: net.inner(h)[: int(h.abs().sum()) % 3 + 1],
+        lambda net, h: net.inner(h) if float(h.sum()) > 0 else 2 * net.inner(h),
+        pytest.param(
+            lambda net, h: net.inner(h) if h.sum().item() > 0 else 2 * net.inner(h),
+            marks=numbers,
+        ),
+        _settled,
+        _grown,
+        _parted,
     ],
 )
-def test_the_branch_that_the_inputs_take_is_followed_and_noted(step: Step) -> None:
-    spec = proved(Net(step))
-    assert spec.perm_shapes == {"first": (8,), "inner": (8,)}
-    assert [note[:42] for note in spec.notes] == ["a branch of forward depends on the data, a"]
+def test_where_there_may_be_more_ways_a_note_says_so(step: Step) -> None:
+    (note,) = proved(Net(step)).notes
+    assert "not every way was followed" in note
+
+
+def test_layers_that_ask_alike_are_told_alike() -> None:
+    class Layer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.register_buffer("ready", torch.tensor(False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.ready else super().forward(2 * x)
+
+    net = Net(lambda net, h: net.layers(net.inner(h)))
+    net.layers = nn.Sequential(*(Layer() for _ in range(6)))  # 64 ways
+    net.spare = nn.Parameter(torch.ones(8))
+    spec = proved(net)
+    assert len(spec.perm_shapes) == 8
+    assert [note.split(" ")[0] for note in spec.notes] == ["forward", "the"]
 
 
 def test_a_number_on_which_no_branch_depends_is_not_noted() -> None:
     assert proved(Net(lambda net, h: net.inner(h / h.max().item()))).notes == ()
 
 
-def test_a_branch_that_other_inputs_take_has_to_agree_as_well() -> None:
-    net = Net(lambda net, h: net.inner(h) if h.sum() < 1e9 else net.inner(h.flip(1)))
+@numbers
+def test_a_way_that_was_not_followed_has_to_agree_where_the_proof_takes_it() -> None:
+    net = Net(lambda net, h: net.inner(h) if float(h.sum()) < 1e9 else net.inner(h.flip(1)))
     spec, far = trace(net, X), (1e20 * X[0],)
     assert check_spec(net, spec, X).checked
     with pytest.raises(InvalidSpecError, match=r"permuting 'first' alone changes an output"):
@@ -70,8 +151,10 @@ def test_a_branch_that_other_inputs_take_has_to_agree_as_well() -> None:
     assert check_spec(net, trace(net, far), far).perm_shapes == {"inner": (8,)}
 
 
-def test_a_branch_that_random_inputs_take_has_to_agree_as_well() -> None:
-    net, far = Net(lambda net, h: net.inner(h) if h.sum() > 1e9 else net.inner(h.flip(1))), (1e20 * X[0],)
+@numbers
+def test_random_inputs_may_take_a_way_that_was_not_followed() -> None:
+    far = (1e20 * X[0],)
+    net = Net(lambda net, h: net.inner(h) if float(h.sum()) > 1e9 else net.inner(h.flip(1)))
     with pytest.raises(InvalidSpecError, match=r"though it is as traced: .* by another branch"):
         check_spec(net, trace(net, far), far)
 
@@ -90,24 +173,44 @@ def test_a_model_that_asserts_a_range_is_proved_on_the_inputs_themselves() -> No
         check_spec(net, trace(net, black), black)
 
 
+@numbers
 @pytest.mark.parametrize(
     "step",
     [
-        lambda net, h: h if h.sum() > 0 else net.inner(h),
-        lambda net, h: h if net.inner(h).sum() < 1e9 else net.inner(h),  # says which way, and is on no way itself
+        lambda net, h: h if float(h.sum()) > 0 else net.inner(h),
+        lambda net, h: h if float(net.inner(h).sum()) < 1e9 else net.inner(h),  # which chooses, and is on no way itself
     ],
 )
-def test_a_branch_that_leaves_a_parameter_out_is_refused(step: Step) -> None:
+def test_a_way_that_leaves_a_parameter_out_is_refused(step: Step) -> None:
     with pytest.raises(
-        TraceError, match=r"example_inputs: a branch .* leaves out 'inner.weight' and others, .* use every parameter"
+        TraceError,
+        match=r"example_inputs: the way through Net.forward .* leave out 'inner.bias' and others, .* use every",
     ):
         trace(Net(step), X)
+
+
+def test_on_the_meta_device_numbers_show_no_way() -> None:
+    net = Net(lambda net, h: net.inner(h) if float(h.sum()) > 0 else h).to("meta")
+    with pytest.raises(TraceError, match=r"depends on numbers, and the meta device has none"):
+        trace(net, (X[0].to("meta"),))
+    net.step = lambda net, h: net.inner(h) if h.sum() > 0 else h
+    assert trace(net, (X[0].to("meta"),)).perm_shapes == {"first": (8,)}
+
+
+def test_a_model_that_ends_every_way_in_an_error_is_refused_with_it() -> None:
+    def wrong(net: Net, h: Tensor) -> Tensor:
+        if h.sum() > 0:
+            raise ValueError("large")
+        raise ValueError("small")
+
+    with pytest.raises(TraceError, match=r"cannot export Net .*ValueError: small"):
+        trace(Net(wrong), X)
 
 
 def test_what_only_training_uses_may_be_behind_a_branch() -> None:
     net = Net(lambda net, h: net.inner(h) if net.training and h.sum() < 1e9 else h)
     spec = proved(net)
-    assert spec.training and len(spec.notes) == 1
+    assert spec.training and spec.notes == ()
     assert {axis.name for axis in spec.tied["first"]} >= {"inner.weight", "last.weight"}
 
 
@@ -129,9 +232,10 @@ class Experts(nn.Module):
         return found
 
 
+@numbers
 def test_experts_that_the_inputs_do_not_reach_are_found_by_the_proof() -> None:
     torch.manual_seed(0)
-    net, one, many = Experts(), (torch.zeros(1, 4),), (torch.randn(64, 4),)
+    net, one, many = Experts(), (torch.zeros(20, 4),), (torch.randn(64, 4),)
     with pytest.raises(InvalidSpecError, match=r"though it is as traced: .* \(to other experts"):
         check_spec(net, trace(net, one), one)
     assert check_spec(net, trace(net, many), many).perm_shapes == {"first": (8,)}

@@ -80,7 +80,7 @@ BAD = {
     "inspected_nets:Mlp --input x=3x4 --input 3x4": "--input: expected inputs without a keyword first",
     "inspected_nets:Mlp --input 3x4 --input x=3x4": "a keyword names an input that is also given without one",
     "inspected_nets:Mlp --input 3x5": "torch.export cannot export Mlp",
-    "inspected_nets:Branching --input 3x4": "a branch of Branching.forward depends on the data",
+    "inspected_nets:Branching --input 3x4": "hand over a spec written for this model",
     "inspected_nets:Filled --input 3x4 --strict": "no rule covers it",
     "inspected_nets:Filled --input 3x4 --strict --no-check": "no rule covers it",
     "inspected_nets:Mlp --input 3x4 --save .": "--save: expected the path of a file",
