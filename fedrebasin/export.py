@@ -34,9 +34,9 @@ class Exported:
 
     Those of training mode are among the ``programs`` (``training``) only if some parameter, or a buffer that training
     writes, is not used in evaluation mode; if they were needed and could not be made, ``failure`` says why. ``written``
-    names the buffers that a forward pass in training mode writes: all of them or, where no graph shows what some go with,
-    none. ``unused`` names parameters that are in no graph, but for modules that look like copies, which ``followers``
-    maps to their originals. ``more_ways``: other inputs may take a way that is in no graph (``branches.py``).
+    names the buffers that a forward pass in training mode writes: all of them or, where no graph shows what some go
+    with, none. ``unused`` names parameters that are in no graph, but for modules that look like copies, which
+    ``followers`` maps to their originals. ``more_ways``: other inputs may take a way that is in no graph.
     """
 
     programs: tuple[ExportedProgram, ...]
