@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_the_table_has_a_column_for_each_set_and_the_references_below(results: d
         and (row["source"], row["images"]) == ("own", 90)
     ]
     assert table["**aligned average + regmean**"][3].startswith(f"{sum(losses) / 2:.3f} ± ")
+
+
+def test_a_reference_that_an_older_file_lacks_is_a_dash_there(results: dict[str, list[dict]]) -> None:  # type: ignore[type-arg]
+    older = copy.deepcopy(results)
+    for one in older["references"]:
+        if one["clients"] == 3:
+            del one["rows"]["ensemble of probabilities"]
+    table = {row[0]: row[1:] for row in tables.calibration(older)[1]}
+    assert table["ensemble of probabilities"][3] == "-" != table["ensemble of probabilities"][0]
 
 
 def test_the_distance_is_to_the_better_ensemble_seed_by_seed_and_the_first_of_equal_rows_counts() -> None:

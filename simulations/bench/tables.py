@@ -149,10 +149,14 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
         rows.append([f"**{label}**" if path == "aligned" else label, *map(_scores, whole.values())])
     for name in [name for name in result["references"][0]["rows"] if not name.startswith("client ")]:
         found = {
-            clients: [one["rows"][name] for one in result["references"] if str(one["clients"]) == clients]
+            clients: [
+                one["rows"][name]
+                for one in result["references"]
+                if str(one["clients"]) == clients and name in one["rows"]
+            ]
             for clients in columns.values()
         }
-        rows.append([name, *(_scores(found[clients]) for clients in columns.values())])
+        rows.append([name, *(_scores(found[clients] or None) for clients in columns.values())])
     return ["test loss / top-1 %", *columns], rows
 
 
