@@ -111,7 +111,8 @@ def _explain(model: nn.Module, spec: PermutationSpec, example_inputs: Any, perm:
     if right.axes == spec.axes:
         return (
             f"{said}, though it is as traced: forward goes another way than when it was traced (to other experts, by "
-            f"another branch); trace it with example_inputs that go every way, or keep the units by spec.fix({perm!r})"
+            "another branch), or magnifies rounding; trace it with example_inputs that go every way, or keep the units "
+            f"by spec.fix({perm!r})"
         )
     truth = max((set(axes) for axes in right.tied.values()), key=lambda axes: len(axes & tied), default=set())
     truth = truth if truth & tied else set()
