@@ -138,6 +138,8 @@ class Proof:
 
     def _change(self, state: dict[str, Tensor], written: dict[str, Tensor]) -> float:
         outputs, after = self._run(state)
+        if [output.shape for output in outputs] != [output.shape for output in self.outputs]:
+            return math.inf  # forward went another way
         pairs = [*zip(outputs, self.outputs, strict=True), *((after[name], one) for name, one in written.items())]
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))

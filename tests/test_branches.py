@@ -151,6 +151,13 @@ def test_a_way_that_was_not_followed_has_to_agree_where_the_proof_takes_it() -> 
     assert check_spec(net, trace(net, far), far).perm_shapes == {"inner": (8,)}
 
 
+def test_outputs_of_another_shape_are_a_change() -> None:
+    spec = trace(Net(lambda net, h: net.inner(h)), X)
+    net = Net(lambda net, h: net.inner(h)[: 1 + int((h[:, 0] > h[:, 1]).sum())])
+    with pytest.raises(InvalidSpecError, match=r"permuting 'first' alone changes an output by inf"):
+        check_spec(net, spec, X)
+
+
 @numbers
 def test_random_inputs_may_take_a_way_that_was_not_followed() -> None:
     far = (1e20 * X[0],)
