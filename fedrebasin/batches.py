@@ -186,5 +186,14 @@ def deep_copy(model: nn.Module) -> nn.Module:
     >>> deep_copy(net).squares[0].requires_grad
     False
     """
-    held = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf})
+    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, and what modules hold as attributes or in lists and dicts; some may come twice.
+
+    >>> [tuple(tensor.shape) for tensor in held_tensors(nn.Linear(3, 2))]
+    [(2, 3), (2,)]
+    """
+    return [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import CodeType
@@ -78,7 +79,7 @@ def export_ways(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _by_truths(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ways:
     """Every way that truth values part, those with few answers true before others."""
     ways, failures = Ways(), []
-    leads: dict[_Place, set[bool]] = {}
+    leads: defaultdict[_Place, set[bool]] = defaultdict(set)
     often: set[_Place] = set()
     waiting: list[dict[_Place, bool]] = [{}]
     for _ in range(_MOST_WAYS):
@@ -91,21 +92,20 @@ def _by_truths(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 _forget_questions(program)
                 settle_sizes(program, args, kwargs)
                 ways.programs.append(program)
-                for place, answer in answers.given.items():
-                    leads.setdefault(place, set()).add(answer)
+                for place in answers.asked:
+                    leads[place].add(told.get(place, False))
             except ASKED:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the model raises on that way
                 failures.append(error)
-        often |= answers.often
-        places = list(answers.given)
-        for count in range(len(told), len(places)):
-            waiting.append({**{place: answers.given[place] for place in places[:count]}, places[count]: True})
+        often.update(place for place, count in answers.asked.items() if count > 1)
+        news = list(answers.asked)[len(told) :]
+        waiting += [{**told, **dict.fromkeys(news[:count], False), place: True} for count, place in enumerate(news)]
     beyond = [error for error in failures if not _of_the_model(error)]
     if not ways.programs:
         raise (beyond or failures)[0]
     ways.cut = bool(waiting or beyond)
-    ways.mixed = any(len(leads.get(place, ())) > 1 for place in often)
+    ways.mixed = any(len(leads[place]) > 1 for place in often)
     return ways
 
 
@@ -130,9 +130,8 @@ class _Answers(TorchFunctionMode):
 
     def __init__(self, told: dict[_Place, bool]) -> None:
         super().__init__()
-        self.given: dict[_Place, bool] = {}
-        self.often: set[_Place] = set()
-        self._told, self._asked = told, 0
+        self.asked: Counter[_Place] = Counter()
+        self._told = told
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.item and args[0].dtype is torch.bool:
@@ -145,14 +144,11 @@ class _Answers(TorchFunctionMode):
             return self._answer()
 
     def _answer(self) -> bool:
-        self._asked += 1
-        if self._asked > _MOST_QUESTIONS:
-            raise _EndlessError(f"a way through forward asks for data more than {_MOST_QUESTIONS} times")
         place = _place()
-        if place in self.given:
-            self.often.add(place)
-        self.given.setdefault(place, self._told.get(place, False))
-        return self.given[place]
+        self.asked[place] += 1
+        if self.asked.total() > _MOST_QUESTIONS:
+            raise _EndlessError(f"a way through forward asks for data more than {_MOST_QUESTIONS} times")
+        return self._told.get(place, False)
 
 
 class _EndlessError(RebasinError):
@@ -194,10 +190,8 @@ def deciding_nodes(program: ExportedProgram) -> set[Node]:
     """Nodes that lead to nothing: to no more than assertions, or to questions that were answered."""
     found: set[Node] = set()
     for node in reversed(program.graph.nodes):
-        leads_on = node.op in ("output", "placeholder") or node.target is not torch.ops.aten._assert_scalar.default
-        if node.op == "call_function" and not node.users:
-            leads_on = leads_on and _writes(node)
-        if not leads_on or (node.users and found.issuperset(node.users)):
+        ends = node.op == "call_function" and not _writes(node)  # where nothing uses it
+        if found.issuperset(node.users) if node.users else ends:
             found.add(node)
     return found
 

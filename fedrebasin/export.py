@@ -101,11 +101,11 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
 
 
 def _refuse_left_out(model: nn.Module, names: set[str]) -> None:
-    for name in sorted(names)[:1]:
+    if names:
         raise TraceError(
             f"example_inputs: the way through {type(model).__name__}.forward depends on the data, and those that were "
-            f"followed leave out {name!r}{' and others' if len(names) > 1 else ''}, which other inputs may use; choose "
-            "inputs that use every parameter, or hand over a spec written for this model"
+            f"followed leave out {min(names)!r}{' and others' if len(names) > 1 else ''}, which other inputs may use; "
+            "choose inputs that use every parameter, or hand over a spec written for this model"
         )
 
 

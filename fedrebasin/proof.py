@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from fedrebasin.batches import deep_copy, mode_of, split_inputs, tensors, unwrap
 from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.perms import Perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
-from fedrebasin.redraw import Calibration, redraw, redraw_inputs
+from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs
 from fedrebasin.spec import PermutationSpec
 
-_KEEP: tuple[Literal["none", "whole", "all"], ...] = ("none", "whole", "all")
+_KEEP: tuple[Keep, ...] = ("none", "whole", "all")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -79,9 +79,7 @@ class Proof:
             if not torch.equal(one, self.state[name])
         }
 
-    def _draw(
-        self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Literal["none", "whole", "all"]
-    ) -> dict[str, Tensor]:
+    def _draw(self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Keep) -> dict[str, Tensor]:
         """Draw weights and inputs, set ``outputs``, and return the state after a forward pass in training mode."""
         self.model = deep_copy(model).cpu()
         self.model = self.model.double() if dtype is torch.float64 else self.model.float()

@@ -31,6 +31,9 @@ _LINEAR = {
     "aten::mv": (None, (0, 1), -1),
 }
 
+#: Which floating inputs are not drawn anew.
+Keep = Literal["none", "whole", "all"]
+
 
 def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: torch.Generator) -> dict[str, Tensor]:
     """Draw every floating tensor anew: matrices about zero, vectors and all that is no parameter in [0.5, 1.5].
@@ -56,9 +59,7 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
     return drawn
 
 
-def redraw_inputs(
-    value: Any, dtype: torch.dtype, generator: torch.Generator, keep: Literal["none", "whole", "all"] = "none"
-) -> Any:
+def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, keep: Keep = "none") -> Any:
     """Draw every floating tensor of the inputs anew, however nested; integers and the rest stay.
 
     With ``keep="whole"``, whole numbers in floating tensors stay, too: a model may use them to look something up.

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fedrebasin.batches import deep_copy, tensors
+from fedrebasin.batches import deep_copy, held_tensors, tensors
 
 
 def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
@@ -75,11 +74,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _on_meta(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy that puts meta tensors in the place of parameters and buffers."""
-    held = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+    """A memo for deepcopy that puts meta tensors in the place of all that modules hold."""
     return {
         id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
         if isinstance(tensor, nn.Parameter)
         else tensor.detach().to("meta")
-        for tensor in (*model.parameters(), *model.buffers(), *held)
+        for tensor in held_tensors(model)
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, tensors
+from fedrebasin.batches import Batches, deep_copy, tensors
 from fedrebasin.coefficients import wide_type
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import CalibrationError, RebasinError
@@ -132,7 +131,7 @@ class _Reread:
     def __init__(
         self, model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: Sequence[float], batches: Batches
     ) -> None:
-        self._teacher, self._ends, self._weights, self._batches = copy.deepcopy(model).eval(), ends, weights, batches
+        self._teacher, self._ends, self._weights, self._batches = deep_copy(model).eval(), ends, weights, batches
         self.steps = sum(1 for _ in batches)
 
     def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:

@@ -156,7 +156,7 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
             ]
             for clients in columns.values()
         }
-        rows.append([name, *(_scores(found[clients] or None) for clients in columns.values())])
+        rows.append([name, *(_scores(found[clients]) for clients in columns.values())])
     return ["test loss / top-1 %", *columns], rows
 
 
