@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -26,6 +27,15 @@ from fedrebasin.errors import TraceError, first_line
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import settle_sizes
 from fedrebasin.written import written_buffers
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread at a time: export changes what all threads share (warnings, loggers, stderr, torch's functions)."""
+    with _LOCK:
+        yield
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Exported:
     inputs: int
 
 
+@alone()
 def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     """Export ``model`` with ``torch.export``; parameters and raised errors as for :func:`trace`."""
     if not isinstance(model, nn.Module):

@@ -19,7 +19,7 @@ from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
 from fedrebasin.copies import note_on
-from fedrebasin.export import Exported, export_model, identity
+from fedrebasin.export import Exported, alone, export_model, identity
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk
 
@@ -64,13 +64,22 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Per
     return spec_of(export_model(model, example_inputs), strict=strict)
 
 
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Without garbage collection: one pass over all that torch and an export hold takes longer than the whole walk."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@alone()
+@_collection_paused()
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     """Walk the graphs and turn the tied axes into a spec; parameters and raised errors as for :func:`trace`."""
-    with _collection_paused():
-        return _spec_of(exported, strict=strict)
-
-
-def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
     walk = Walk(exported.state, strict=strict)
     for program in exported.programs:
         walk.program(program)
@@ -123,15 +132,3 @@ def _spec_of(exported: Exported, *, strict: bool) -> PermutationSpec:
         inputs=exported.inputs,
         training=exported.training,
     )
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Without garbage collection: one pass over all that torch and an export hold takes longer than the whole walk."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import networks
 import pytest
 import torch
@@ -131,3 +136,13 @@ def test_a_model_that_leaves_torch_is_refused_with_what_to_do() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TraceError, match=r"expected a torch.nn.Module; got function"):
         trace(lambda x: x, (torch.zeros(2),))  # type: ignore[arg-type]
+
+
+def test_threads_that_trace_at_once_get_the_same_spec_and_leave_the_process_as_it_was() -> None:
+    def traced(_: int) -> dict[str, Any]:
+        return trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.zeros(2, 4),)).to_json()
+
+    before = sys.stderr, logging.root.manager.disable, nn.LSTM.forward
+    with ThreadPoolExecutor(3) as pool:
+        assert all(spec == traced(0) for spec in pool.map(traced, range(9)))
+    assert (sys.stderr, logging.root.manager.disable, nn.LSTM.forward) == before

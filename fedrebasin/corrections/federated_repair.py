@@ -74,6 +74,7 @@ def federated_repair(case: Case) -> Correction:
             "net: expected a norm, or a hidden linear or convolution layer with a bias, to repair; found none"
         )
     affine, uses = Affine(max_gain=case.options.max_gain), case.uses(model)
+    device = next(iter(model.state_dict().values())).device  # not always that of ``case.merged``
     goals: dict[int, Measured] = {}
     for group in [[site] for site in sites] if case.options.sequential else [sites]:
         asked = [] if goals else sites
@@ -88,7 +89,7 @@ def federated_repair(case: Case) -> Correction:
             },
             {name: state[name] for name in needed},
             read_until(uses, _keys(asked), state) if asked else (),
-            _reader(group, asked, next(iter(state.values())).device),
+            _reader(group, asked, device),
             lambda measured: rms_of([*measured[0].values(), *measured[1].values()]),
         )
         answers: dict[int, tuple[Measured, Measured]] = yield query
