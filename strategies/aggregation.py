@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import INFO
 
+import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
@@ -126,12 +127,19 @@ def complete_model(params: ArrayRecord, buffers: State, sent: ArrayRecord) -> Ar
     return model
 
 
-def adopt_model(strategy: Strategy, model: ArrayRecord) -> None:
+def adopt_model(strategy: Strategy, model: ArrayRecord, trained: Sequence[str], *, anew: bool) -> None:
     """Make a model that the inner strategy did not compute its current one.
 
-    FedAvgM keeps its own and never takes it from ``configure_train``; the others refresh theirs there.
+    FedAvgM keeps its own and never takes it from ``configure_train``; the others refresh theirs there. ``anew``: its
+    units have an order of their own, so that moments of steps before it mean nothing.
     """
     for link in chain(strategy):
         current = getattr(link, "current_arrays", None)
         if isinstance(current, ArrayRecord):
             link.current_arrays = select_arrays(model, list(current))
+        if anew:
+            for moments in ("m_t", "v_t"):
+                if hasattr(link, moments):
+                    setattr(link, moments, None)
+            if hasattr(link, "momentum_vector"):  # the older FedAvgM wants one after round 1
+                link.momentum_vector = [np.zeros(model[name].shape, model[name].dtype) for name in trained]

@@ -134,7 +134,7 @@ class Rounds(Around):
         corrected, figures = self._finish.run(setting, Round(model, plain, aligned.ends, screened.replies))
         if outside or corrected is not None:
             model = model if corrected is None else corrected
-            adopt_model(self.strategy, model)
+            adopt_model(self.strategy, model, trained, anew=outside)
         metrics = MetricRecord() if metrics is None else metrics
         metrics["rebasin-moved-fraction"] = moved
         metrics["rebasin-objective-gain"] = alignment.objective_gain

@@ -160,6 +160,22 @@ def test_an_adaptive_server_optimizer_starts_from_the_merged_model_too() -> None
     assert all(torch.equal(tensor, state[name].float()) for name, tensor in record_to_state(found).items())
 
 
+@pytest.mark.parametrize(
+    "inner", [FedAdam(eta=0.01), FedYogi(eta=0.01), FedAvgM(server_learning_rate=0.5, server_momentum=0.9)]
+)
+def test_moments_of_before_a_round_apart_do_not_move_the_merged_model(inner: Strategy) -> None:
+    strategy = strategy_around(inner)
+    model, _ = play_round(strategy, fresh().state_dict(), trained("common"))
+    assert model is not None
+    merged, _ = play_round(strategy, record_to_state(model), trained("apart"), server_round=2)
+    assert merged is not None
+    state = record_to_state(merged)
+    found, _ = play_round(strategy, state, [dict(state)] * 3, server_round=3)
+    assert found is not None
+    for name, tensor in record_to_state(found).items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_lone_reply_that_was_trained_apart_becomes_the_model() -> None:
     reply = trained("apart")[0]
     inner = FedAvg(min_train_nodes=1, min_available_nodes=1)
