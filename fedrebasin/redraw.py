@@ -31,6 +31,9 @@ _LINEAR = {
     "aten::mv": (None, (0, 1), -1),
 }
 
+#: A buffer with values below stands for minus infinity in places, as attention's masks do: drawn anew it may hide all.
+_MASKED = -1e4
+
 #: Which floating inputs are not drawn anew.
 Keep = Literal["none", "whole", "all"]
 
@@ -49,7 +52,7 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
         alias = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
         if alias != name:
             drawn[name] = drawn[alias]
-        elif not (tensor.is_floating_point() or (tensor.is_complex() and name in parameters)):
+        elif not _can_be_drawn(tensor, is_parameter=name in parameters):
             drawn[name] = tensor.clone()
         elif name not in parameters or tensor.ndim <= 1:
             drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
@@ -57,6 +60,12 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
             fan_in = max(1, math.prod(tensor.shape[1:]))
             drawn[name] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * (2 / fan_in) ** 0.5
     return drawn
+
+
+def _can_be_drawn(tensor: Tensor, *, is_parameter: bool) -> bool:
+    if not tensor.is_floating_point():
+        return is_parameter and tensor.is_complex()
+    return is_parameter or not tensor.numel() or bool(tensor.amin() > _MASKED)
 
 
 def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, keep: Keep = "none") -> Any:

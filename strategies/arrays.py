@@ -66,6 +66,10 @@ def measure_arrays(arrays: Mapping[str, Array], sent: Mapping[str, Array]) -> di
         if values.dtype != expected.dtype:
             return f"{name!r} with dtype {values.dtype}, the sent model has {expected.dtype}"
         rms, largest = _measure(values)
+        if (not math.isfinite(rms) or largest > LARGEST) and np.array_equal(
+            values, array_view(expected), equal_nan=True
+        ):
+            rms = largest = 0.0  # a constant, an attention's mask say
         if not math.isfinite(rms):
             return f"{name!r} with a NaN or an infinity"
         if largest > LARGEST:

@@ -204,15 +204,19 @@ def cast_arrays(record: Mapping[str, Array], like: Mapping[str, Array]) -> Array
     return cast
 
 
-def is_finite(record: Mapping[str, Array]) -> bool:
-    """Tell whether all entries of all arrays are finite.
+def is_finite(record: Mapping[str, Array], sent: Mapping[str, Array]) -> bool:
+    """Tell whether all entries are finite, but in arrays that are as they were sent: an attention's mask may be.
 
     Examples
     --------
-    >>> is_finite({"a": Array(np.ones(2))}), is_finite({"a": Array(np.array(np.nan))})
-    (True, False)
+    >>> bad = {"a": Array(np.array(np.nan))}
+    >>> is_finite({"a": Array(np.ones(2))}, bad), is_finite(bad, {"a": Array(np.ones(2))}), is_finite(bad, bad)
+    (True, False, True)
     """
-    return all(_is_finite(array_view(array)) for array in record.values())
+    return all(
+        _is_finite(array_view(array)) or np.array_equal(array_view(array), array_view(sent[name]), equal_nan=True)
+        for name, array in record.items()
+    )
 
 
 def _is_finite(values: np.ndarray[Any, Any]) -> bool:

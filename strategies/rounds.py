@@ -123,7 +123,7 @@ class Rounds(Around):
             return None, metrics
         buffers = {} if self.guard else average_states(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        if not is_finite(model):
+        if not is_finite(model, sent):
             log(WARNING, "rebasin: the aggregate of round %d holds a NaN or an infinity; the model stays", server_round)
             return None, metrics
         setting = None

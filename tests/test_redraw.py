@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,3 +105,20 @@ def test_auxiliary_layers_of_training_mode_are_set_too() -> None:
 
     proof = _proof(Auxiliary(), torch.zeros(8, 4))
     assert [0.5 < float(output.std()) < 2 for output in proof.outputs] == [True, True, True]
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+def test_a_mask_of_attention_stays_a_mask(hidden: float) -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(8, 3)
+            self.register_buffer("mask", torch.full((5, 5), hidden).triu(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.encoder(x, mask=self.mask))
+            return out
+
+    net, inputs = Causal(), (torch.randn(4, 5, 8),)
+    assert check_spec(net, trace(net, inputs), inputs).perms

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flower_messages import State, answer, configure, fail, small_net, trained_copy, warnings
+from flower_messages import State, answer, configure, fail, play_round, small_net, trained_copy, warnings
 from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from test_strategies_exact import rebasin, same_bytes
+from torch import nn
 
-from fedrebasin.strategies.records import state_to_record
+from fedrebasin.strategies import Rebasin
+from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
 
@@ -202,3 +204,26 @@ def test_an_aggregate_that_is_not_finite_is_not_handed_back(warnings: list[str])
     arrays, _ = strategy.aggregate_train(1, [answer(message, GOOD[0]) for message in messages])
     assert arrays is None
     assert "the aggregate of round 1 holds a NaN or an infinity; the model stays" in warnings[-1]
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_mask_that_comes_back_as_it_was_sent_may_be_infinite(hidden: float) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+            self.register_buffer("mask", torch.full((3, 3), hidden).triu(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.last(self.first(x).relu()).unsqueeze(-1) + self.mask).softmax(-1)
+
+    sent = Masked().state_dict()
+    strategy = Rebasin(FedAvg(), model=Masked, example_inputs=(torch.randn(4, 5),))
+    replies = [{**trained_copy(sent, seed), "mask": sent["mask"]} for seed in (1, 2)]
+    arrays, metrics = play_round(strategy, sent, replies)
+    assert arrays is not None and metrics is not None
+    assert metrics["rebasin-left-out"] == 0
+    assert torch.equal(record_to_state(arrays)["mask"], sent["mask"])
+    replies[1]["mask"] = sent["mask"].clone().fill_(torch.nan)
+    _, metrics = play_round(strategy, sent, replies)
+    assert metrics is not None and metrics["rebasin-left-out"] == 1
