@@ -91,9 +91,19 @@ def aggregate(
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
     """Let the strategy aggregate the rewritten replies, or merge ``ends`` outside it where they are given."""
     if ends is not None:
+        log_received(screened)
         return merge_round_apart(strategy, screened.replies, ends, trained)
     messages = [*(reply.message for reply in screened.replies), *screened.failures]
     return strategy.aggregate_train(server_round, messages)
+
+
+def log_received(screened: Screened) -> None:
+    """Log what FedAvg would, in a round in which it is not asked."""
+    failures = screened.failures
+    log(INFO, "aggregate_train: Received %d results and %d failures", len(screened.replies), len(failures))
+    for message in failures:
+        node, reason = message.metadata.src_node_id, message.error.reason
+        log(INFO, "\t> Received error in reply from node %d: %s", node, reason)
 
 
 def merge_round_apart(
@@ -104,7 +114,6 @@ def merge_round_apart(
     A server optimizer, a median or a fair weighting would step from the model that was sent, which has no
     relation to the replies.
     """
-    log(INFO, "aggregate_train: Received %d results", len(replies))
     params = [{name: end[name] for name in trained} for end in ends]
     merged = merge(params, coefficients=shares(replies))
     combine: Callable[[list[RecordDict], str], MetricRecord] = read_attribute(

@@ -174,12 +174,21 @@ class Beside:
         return messages
 
     def settle(
-        self, spec: PermutationSpec, perms: Sequence[Perms], replies: Sequence[Reply], shares: Sequence[float]
+        self,
+        spec: PermutationSpec,
+        perms: Sequence[Perms],
+        replies: Sequence[Reply],
+        shares: Sequence[float],
+        *,
+        anew: bool,
     ) -> None:
         """Permute and average what was taken from the replies that took part, and remember their permutations.
 
         A record that does not fit is left out of its average, with a log line; the reply's weights count all the same.
+        ``anew``: the round has an order of its own, and permutations into an older one mean nothing.
         """
+        if anew:
+            self.averages, self._perms, self.trajectories = {}, {}, Trajectories()
         self.trajectories.remember(perms, replies)
         if self.send_perms:
             for perm, reply in zip(perms, replies, strict=True):

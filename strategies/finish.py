@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,12 @@ class Finish:
     def keeps_ends(self) -> bool:
         """Tell whether it looks at the aligned replies."""
         return self.selector is not None or needs_ends(self.single)
+
+    def took_plain(self, figures: Mapping[str, float]) -> bool:
+        """Tell from a round's metrics whether the replies were kept in the order in which they came."""
+        if self.selector is None or "rebasin-selected" not in figures:
+            return False
+        return self.selector.names[int(figures["rebasin-selected"])].startswith("plain")
 
     def run(self, setting: CorrectionSetting | None, found: Round) -> tuple[ArrayRecord | None, dict[str, float]]:
         """The model instead of the round's, ``None`` to keep that, and metrics."""

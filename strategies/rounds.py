@@ -13,9 +13,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
+from fedrebasin import identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
-from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, rewrite_replies
+from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, log_received, rewrite_replies
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
@@ -97,6 +98,7 @@ class Rounds(Around):
         self._widths.take(replies, self.arrayrecord_key, sent, nodes)
         screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
         if not screened.replies:
+            log_received(screened)
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
         state, reference = RecordView(sent), "global" if self.guard else self.reference
@@ -115,7 +117,6 @@ class Rounds(Around):
             plain = plain_replies(screened.replies, self.strategy, moves=alignment.moves, outside=outside)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
-        self._beside.settle(self.spec, alignment.perms, screened.replies, coefficients)
         seconds = time.perf_counter() - started
         arrays, metrics = aggregate(self.strategy, server_round, screened, aligned.ends if outside else None, trained)
         started = time.perf_counter()
@@ -135,6 +136,10 @@ class Rounds(Around):
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model, trained, anew=outside)
+        perms = alignment.perms
+        if self._finish.took_plain(figures):
+            perms = [identity_perms(self.spec)] * len(perms)
+        self._beside.settle(self.spec, perms, screened.replies, coefficients, anew=outside)
         metrics = MetricRecord() if metrics is None else metrics
         metrics["rebasin-moved-fraction"] = moved
         metrics["rebasin-objective-gain"] = alignment.objective_gain

@@ -121,4 +121,4 @@ def test_a_mask_of_attention_stays_a_mask(hidden: float) -> None:
             return out
 
     net, inputs = Causal(), (torch.randn(4, 5, 8),)
-    assert check_spec(net, trace(net, inputs), inputs).perms
+    assert check_spec(net, trace(net, inputs), inputs).checked

@@ -162,6 +162,21 @@ def test_each_node_gets_the_perms_of_its_last_reply_once_and_only_if_it_took_par
     assert all(perms_from_record(spec_of(), message.content) is None for message in third)
 
 
+def test_a_round_apart_ends_what_nodes_that_were_absent_would_have_got() -> None:
+    strategy = FedRebasin(spec=spec_of(), send_perms=True, beside=("control",))
+    first = replies_to(configure(strategy, SENT, 3), [7, 8, 9])
+    strategy.aggregate_train(1, first)
+    assert "control" in strategy.beside
+    messages = configure(strategy, SENT, 5, 2)[3:]
+    apart = [answer(m, trained_copy(small_net(seed=60 + m.metadata.dst_node_id).state_dict(), 0)) for m in messages]
+    strategy._beside._perms = {1: state_to_record(random_perms(spec_of(), 7))}  # node 1 was not sampled
+    arrays, metrics = strategy.aggregate_train(2, apart)
+    assert arrays is not None and metrics is not None and metrics["rebasin-moved-fraction"]
+    told = [perms_from_record(spec_of(), m.content) is not None for m in configure(strategy, SENT, 5, 3)]
+    assert told == [False, False, False, True, True]
+    assert "control" not in strategy.beside
+
+
 def test_perms_of_another_model_are_refused() -> None:
     strategy = FedRebasin(spec=spec_of(), send_perms=True)
     strategy.aggregate_train(1, replies_to(configure(strategy, SENT, 3), [None] * 3))

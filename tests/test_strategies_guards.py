@@ -69,6 +69,15 @@ def test_under_privacy_auto_warns_and_repair_is_not_used(warnings: list[str]) ->
     assert plain.correction is None
 
 
+def test_running_statistics_that_nothing_renews_are_warned_of(warnings: list[str]) -> None:
+    Rebasin(flower.Krum(), model=small_net(), example_inputs=INPUTS, calibration=BATCHES)
+    Rebasin(flower.Krum(), model=small_net(norm=False), example_inputs=INPUTS)
+    Rebasin(FedAvg(), model=small_net(), example_inputs=INPUTS)
+    assert not any("running statistics" in line for line in warnings)
+    Rebasin(flower.Krum(), model=small_net(), example_inputs=INPUTS)
+    assert "under Krum no reply reaches running statistics" in warnings[-1]
+
+
 @pytest.mark.parametrize(
     "wrapper",
     [

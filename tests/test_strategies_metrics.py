@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from flower_messages import answer, configure, warnings
+from flower_messages import answer, configure, fail, small_net, warnings
 from flwr.app import ConfigRecord
+from flwr.common.logger import FLOWER_LOGGER
 from flwr.serverapp.strategy import FedAvg, QFedAvg
 from test_strategies_exact import rebasin
 from test_strategies_replies import GOOD, SENT
@@ -57,3 +58,16 @@ def test_a_config_called_as_another_replys_metrics_does_not_displace_this_ones()
     replies[1].content["more"] = ConfigRecord({"x": "y"})
     arrays, metrics = strategy.aggregate_train(1, replies)
     assert arrays is not None and metrics is not None and metrics["rebasin-left-out"] == 0
+
+
+@pytest.mark.parametrize("good", [0, 2])
+def test_failures_are_told_where_the_inner_strategy_is_not_asked(good: int, caplog: pytest.LogCaptureFixture) -> None:
+    strategy = rebasin(FedAvg())
+    messages = configure(strategy, SENT, good + 2)
+    replies = [answer(message, small_net(seed=60 + place).state_dict()) for place, message in enumerate(messages)]
+    replies[good:] = [fail(message, "out of memory") for message in messages[good:]]
+    FLOWER_LOGGER.addHandler(caplog.handler)
+    strategy.aggregate_train(1, replies)
+    FLOWER_LOGGER.removeHandler(caplog.handler)
+    assert f"aggregate_train: Received {good} results and 2 failures" in caplog.messages
+    assert f"\t> Received error in reply from node {good + 2}: out of memory" in caplog.messages

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flower_messages import State, play_round, small_net, trained_copy, warnings
+from flower_messages import State, answer, configure, play_round, small_net, trained_copy, warnings
 from flwr.app import ArrayRecord
 from flwr.serverapp import strategy as flower
 from test_strategies_correction import INPUTS, SENT, batches, replies
 from test_strategies_exact import same_bytes, spec_of
 from torch import Tensor
 
-from fedrebasin import permute, random_perms
+from fedrebasin import moved_fraction, permute, random_perms
 from fedrebasin.errors import CalibrationError, UsageError
-from fedrebasin.strategies import FedRebasin, Rebasin
-from fedrebasin.strategies.records import record_to_state
+from fedrebasin.strategies import FedRebasin, Rebasin, perms_from_record
+from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
 
@@ -115,6 +115,26 @@ def test_the_plain_candidate_is_what_fedavg_makes_of_the_replies_bit_for_bit() -
     found = record_to_state(arrays)
     assert {name: tensor.dtype for name, tensor in found.items()} == {name: one.dtype for name, one in SENT.items()}
     assert all(torch.equal(tensor, average[name]) for name, tensor in found.items())
+
+
+def test_where_the_plain_average_is_kept_nodes_are_told_that_nothing_moved() -> None:
+    states = replies((1, 2, 3))
+    fedavg, _ = play_round(flower.FedAvg(), SENT, states, examples=[10, 10, 10])
+    assert fedavg is not None
+    average = record_to_state(fedavg)
+    strategy = selecting(
+        calibration=labelled(average), loss=F.mse_loss, correction=None, beside=("copy",), send_perms=True
+    )
+    answers = []
+    for message, state in zip(configure(strategy, SENT, 3), states, strict=True):
+        answers.append(answer(message, state))
+        answers[-1].content["copy"] = state_to_record({"0.weight": state["0.weight"]})
+    arrays, metrics = strategy.aggregate_train(1, answers)
+    assert kept(strategy, metrics) == "plain" and arrays is not None
+    torch.testing.assert_close(record_to_state(strategy.beside["copy"])["0.weight"], average["0.weight"])
+    for message in configure(strategy, record_to_state(arrays), 3, 2):
+        perms = perms_from_record(spec_of(), message.content)
+        assert perms is not None and moved_fraction(perms) == 0
 
 
 def test_where_nothing_moves_the_plain_average_is_no_other_candidate() -> None:
