@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrebasin.batches import deep_copy, held_tensors, tensors
+from fedrebasin.memory import storage_of
 
 
 def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
@@ -47,7 +48,7 @@ def _written(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return frozenset(
         name
         for name, (buffer, version) in before.items()
-        if after[name] is not buffer or buffer._version != version or _storage(buffer) in writes.storages
+        if after[name] is not buffer or buffer._version != version or storage_of(buffer) in writes.storages
     )
 
 
@@ -63,14 +64,8 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument, value in zip(getattr(getattr(func, "_schema", None), "arguments", ()), args, strict=False):
             if argument.is_write:
-                self.storages.update(map(_storage, tensors(value)))
+                self.storages.update(map(storage_of, tensors(value)))
         return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: Tensor) -> int:
-    """The same for all views of one memory, also where there is none."""
-    number: int = tensor.untyped_storage()._cdata
-    return number
 
 
 def _on_meta(model: nn.Module) -> dict[int, Any]:
