@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -130,6 +130,32 @@ def count_inputs(model: nn.Module) -> int:
     positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is inspect.Parameter.empty]
     return max(1, len(needed))
+
+
+def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> int:
+    """How many examples a batch holds: the length of its target, or of the first input where that is no tensor.
+
+    >>> import torch
+    >>> count_examples((torch.zeros(3, 2),), {}, {"boxes": None})
+    3
+    """
+    for value in (target, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    return 1
+
+
+@torch.no_grad()
+def mean_loss(batches: Batches, loss: Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor]) -> float:
+    """The mean of ``loss(args, kwargs, target)``, each batch's own mean, over all examples of labelled batches."""
+    total, count = 0.0, 0
+    for args, kwargs, target in batches:
+        if target is None:
+            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
+        size = count_examples(args, kwargs, target)
+        total += float(loss(args, kwargs, target)) * size
+        count += size
+    return total / count
 
 
 def tensors(output: Any) -> list[Tensor]:

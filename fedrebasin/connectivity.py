@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.batches import Batches, count_inputs, mean_loss
 from fedrebasin.corrections.working import load, working_copy
-from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.errors import RebasinError
 from fedrebasin.merge import interpolate
 
 Loss = Callable[[Any, Any], Tensor]
@@ -86,20 +86,8 @@ def loss_along_path(
     losses = []
     for lam in found:
         load(model, interpolate(a, b, lam))
-        losses.append(_mean_loss(model, data, loss))
+        losses.append(mean_loss(data, lambda args, kwargs, target: loss(model(*args, **kwargs), target)))
     return LossPath(found, tuple(losses))
-
-
-@torch.no_grad()
-def _mean_loss(model: nn.Module, data: Batches, loss: Loss) -> float:
-    total, count = 0.0, 0
-    for args, kwargs, target in data:
-        if target is None:
-            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
-        size = len(target) if isinstance(target, Tensor) and target.ndim else 1
-        total += float(loss(model(*args, **kwargs), target)) * size
-        count += size
-    return total / count
 
 
 def loss_barrier(path: LossPath) -> float:

@@ -31,6 +31,12 @@ def test_batches_of_unequal_size_weigh_by_their_examples() -> None:
     assert loss_along_path(NET, A, A, data, loss=nn.functional.mse_loss, lams=2).losses == (0.25, 0.25)
 
 
+def test_batches_weigh_by_their_inputs_where_targets_are_no_tensors() -> None:
+    data = [(torch.ones(1, 2), {"y": torch.zeros(1, 1)}), (torch.zeros(3, 2), {"y": torch.zeros(3, 1)})]
+    path = loss_along_path(NET, A, A, data, loss=lambda output, y: nn.functional.mse_loss(output, y["y"]), lams=2)
+    assert path.losses == (0.25, 0.25)
+
+
 def test_the_barrier_is_zero_on_a_flat_path_and_counts_from_the_mean_of_the_ends() -> None:
     assert loss_barrier(LossPath((0, 0.5, 1), (2.0, 2.0, 2.0))) == 0
     assert loss_barrier(LossPath((0, 0.5, 1), (1.0, 4.0, 3.0))) == 2
