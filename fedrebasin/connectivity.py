@@ -24,7 +24,7 @@ class LossPath:
     Attributes
     ----------
     lams : tuple of float
-        From 0 (the reference) to 1 (the model), ascending.
+        In [0, 1], ascending: 0 is the reference, 1 the model.
     losses : tuple of float
     """
 
@@ -60,7 +60,13 @@ def loss_along_path(
     loss : callable
         ``loss(output, target)``, a mean over the batch.
     lams : int or iterable of float
-        How many points from 0 to 1, or the points.
+        How many points from 0 to 1, or the points; a barrier needs both ends among them.
+    device : str, optional
+        Where the network runs; by default where ``a`` is.
+
+    Returns
+    -------
+    LossPath
 
     Raises
     ------
@@ -91,19 +97,56 @@ def loss_along_path(
 
 
 def loss_barrier(path: LossPath) -> float:
-    """``max_lam L(lam) - (L(0) + L(1)) / 2`` (Git Re-Basin, Definition 2.2).
+    """``max_lam L(lam) - (L(0) + L(1)) / 2``.
 
+    Parameters
+    ----------
+    path : LossPath
+        With both ends.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    RebasinError
+        If the path lacks 0 or 1.
+
+    References
+    ----------
+    Ainsworth, Hayase, Srinivasa (2023), "Git Re-Basin", Definition 2.2.
+
+    Examples
+    --------
     >>> loss_barrier(LossPath((0.0, 0.5, 1.0), (1.0, 4.0, 2.0)))
     2.5
     """
-    return max(path.losses) - (path.losses[0] + path.losses[-1]) / 2
+    return max(path.losses) - sum(_ends(path)) / 2
 
 
 def barrier_above_chord(path: LossPath) -> float:
     """``max_lam L(lam) - ((1 - lam) L(0) + lam L(1))``: for ends of unequal loss, where it is 0 at both.
 
+    Parameters and errors as for :func:`loss_barrier`.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
     >>> barrier_above_chord(LossPath((0.0, 0.5, 1.0), (1.0, 1.5, 2.0)))
     0.0
     """
-    first, last = path.losses[0], path.losses[-1]
+    first, last = _ends(path)
     return max(value - ((1 - lam) * first + lam * last) for lam, value in zip(path.lams, path.losses, strict=True))
+
+
+def _ends(path: LossPath) -> tuple[float, float]:
+    if (path.lams[0], path.lams[-1]) != (0, 1):
+        raise RebasinError(
+            f"path: expected lams from 0 to 1, since a barrier counts from both ends' losses; got {path.lams[0]:g} to "
+            f"{path.lams[-1]:g}; add 0 and 1 to the lams of loss_along_path"
+        )
+    return path.losses[0], path.losses[-1]

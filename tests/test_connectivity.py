@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def test_the_barrier_is_zero_on_a_flat_path_and_counts_from_the_mean_of_the_ends
     assert loss_barrier(LossPath((0, 0.5, 1), (1.0, 4.0, 3.0))) == 2
     assert loss_barrier(LossPath((0, 0.5, 1), (0.0, 0.5, 1.0))) == 0.5
     assert barrier_above_chord(LossPath((0, 0.5, 1), (0.0, 0.5, 1.0))) == 0
+
+
+@pytest.mark.parametrize("barrier", [loss_barrier, barrier_above_chord])
+@pytest.mark.parametrize("lams", [(0.0, 0.5), (0.25, 1.0)])
+def test_a_barrier_of_a_part_of_the_line_is_refused(
+    barrier: Callable[[LossPath], float], lams: tuple[float, float]
+) -> None:
+    with pytest.raises(RebasinError, match=f"path: expected lams from 0 to 1.* got {lams[0]:g} to {lams[1]:g}"):
+        barrier(LossPath(lams, (1.0, 2.0)))
 
 
 def test_bad_paths_are_refused() -> None:
