@@ -85,14 +85,14 @@ class Batches:
             raise CalibrationError(
                 f"{name}: expected a list or DataLoader of batches; got a {type(batches).__name__}; pass [batch]"
             )
-        self._batches, self._inputs, self._name, self._device = batches, inputs, name, device
+        self._batches, self._inputs, self._name, self.device = batches, inputs, name, device
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
         """Yield positional inputs, keywords and the target (``None`` without one)."""
         empty = True
         for batch in self._batches:
             empty = False
-            args, kwargs = split_inputs(_to(batch, self._device))
+            args, kwargs = split_inputs(_to(batch, self.device))
             if isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
                 yield args[:-1], kwargs, args[-1]
             elif not kwargs and len(args) == 2 and self._inputs == 0 and isinstance(args[0], Mapping):

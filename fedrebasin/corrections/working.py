@@ -30,7 +30,10 @@ def begin(
     coefficients: Sequence[float] | None,
     device: torch.device | str | None,
 ) -> tuple[nn.Module, Batches, list[float]]:
-    """Check what a caller gave: a working copy with the weights of ``merged``, the data, the ends' coefficients."""
+    """Check what a caller gave: a working copy with the weights of ``merged``, the data, the ends' coefficients.
+
+    ``batches.device`` is where all of them run: ``device``, or where ``merged`` is.
+    """
     weights = check_coefficients(coefficients, len(ends))
     model = working_copy(net, merged, device)
     return model, batches_for(net, merged, calibration, device), weights
