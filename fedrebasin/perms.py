@@ -37,7 +37,7 @@ def invert(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
     >>> invert(spec, {"0": torch.tensor([2, 0, 1])})
     {'0': tensor([1, 2, 0])}
     """
-    check_perms(spec, perms)
+    perms = checked_perms(spec, perms)
     result = {perm: perms[perm].argsort() for perm in spec.perm_shapes if perm not in spec.over}
     for perm, outer in spec.over.items():
         rows = perms[perm] if outer not in result else perms[perm][result[outer]]
@@ -53,8 +53,7 @@ def compose(spec: PermutationSpec, first: Mapping[str, Tensor], second: Mapping[
     >>> compose(spec, {"0": torch.tensor([2, 0, 1])}, {"0": torch.tensor([1, 0, 2])})
     {'0': tensor([0, 2, 1])}
     """
-    check_perms(spec, first)
-    check_perms(spec, second)
+    first, second = checked_perms(spec, first), checked_perms(spec, second)
     result = {}
     for perm in spec.perm_shapes:
         if perm not in spec.over:
@@ -72,8 +71,14 @@ def moved_fraction(perms: Mapping[str, Tensor]) -> float:
     >>> moved_fraction({"a": torch.tensor([1, 0, 2, 3])})
     0.5
     """
-    moved = sum(int((perm != torch.arange(perm.shape[-1])).sum()) for perm in perms.values())
+    moved = sum(int((perm.cpu() != torch.arange(perm.shape[-1])).sum()) for perm in perms.values())
     return moved / max(1, sum(perm.numel() for perm in perms.values()))
+
+
+def checked_perms(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
+    """``perms`` in the spec's order and on the CPU, checked as by :func:`check_perms`."""
+    check_perms(spec, perms)
+    return {perm: perms[perm].cpu() for perm in spec.perm_shapes}
 
 
 def check_perms(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> None:
