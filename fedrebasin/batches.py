@@ -204,16 +204,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """A deep copy, also where a module holds computed tensors (buffers, attributes), which ``copy.deepcopy`` refuses.
+
+    With ``device`` all that modules hold is there, attributes included, which ``Module.to`` leaves behind.
 
     >>> net = nn.Linear(2, 2)
     >>> net.squares = [net.weight**2]
     >>> deep_copy(net).squares[0].requires_grad
     False
     """
-    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    memo: dict[int, Any] = {}
+    for tensor in held_tensors(model):
+        where = tensor.device if device is None else torch.device(device)
+        if where != tensor.device or not tensor.is_leaf:
+            copied = tensor.detach().to(where, copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    return copy.deepcopy(model, memo)
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:

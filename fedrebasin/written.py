@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedrebasin.batches import deep_copy, held_tensors, tensors
+from fedrebasin.batches import deep_copy, tensors
 from fedrebasin.memory import storage_of
 
 
@@ -26,8 +25,7 @@ def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return frozenset()
     for device in ("meta", "cpu"):
         try:
-            shadow = copy.deepcopy(model, _on_meta(model)) if device == "meta" else deep_copy(model)
-            return _written(shadow.to(device), args, kwargs)
+            return _written(deep_copy(model, device).to(device), args, kwargs)
         except Exception:  # noqa: BLE001 - branches on values, norms that want larger batches: any error of a model's
             continue
     return frozenset()
@@ -66,13 +64,3 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
             if argument.is_write:
                 self.storages.update(map(storage_of, tensors(value)))
         return func(*args, **(kwargs or {}))
-
-
-def _on_meta(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy that puts meta tensors in the place of all that modules hold."""
-    return {
-        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else tensor.detach().to("meta")
-        for tensor in held_tensors(model)
-    }
