@@ -73,12 +73,6 @@ def activation_matching(
     CalibrationError
         If the data is empty, can be read only once, has a single observation, or activations are not finite.
 
-    Notes
-    -----
-    Measured on the trained ends of Git Re-Basin's Section 5.4 experiment (1,000 images; digits and MNIST, MLPs of
-    width 512; CIFAR-10, three convolutions of width 128; test loss in the middle, mean of three seeds): pre-activations
-    MEASURED; so both are used.
-
     References
     ----------
     Ainsworth, Hayase, Srinivasa (2023), "Git Re-Basin", Section 3.1; Li, Yosinski, Clune, Lipson, Hopcroft (2016),
