@@ -14,12 +14,48 @@ Perms = dict[str, Tensor]
 
 
 def identity_perms(spec: PermutationSpec) -> Perms:
-    """The permutations that move nothing."""
+    """The permutations that move nothing.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Examples
+    --------
+    >>> from fedrebasin import trace
+    >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
+    >>> identity_perms(spec)
+    {'0': tensor([0, 1, 2])}
+    """
     return {perm: torch.arange(shape[-1]).expand(shape).clone() for perm, shape in spec.perm_shapes.items()}
 
 
 def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perms:
-    """Uniformly random permutations, one for each entry of the spec and each row of a family."""
+    """Uniformly random permutations, one for each entry of the spec and each row of a family.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+    seed : int or torch.Generator
+        Equal seeds give equal permutations; a generator, on the CPU, is drawn from.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Examples
+    --------
+    >>> from fedrebasin import trace
+    >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
+    >>> random_perms(spec, seed=1)["0"].sort().values
+    tensor([0, 1, 2])
+    """
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -32,6 +68,24 @@ def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perm
 def invert(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
     """The permutations that undo ``perms``.
 
+    Parameters
+    ----------
+    spec : PermutationSpec
+    perms : dict of str to Tensor
+        As for :func:`fedrebasin.permute`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Raises
+    ------
+    SpecMismatchError
+        If ``perms`` are not permutations of this spec.
+
+    Examples
+    --------
     >>> from fedrebasin import trace
     >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
     >>> invert(spec, {"0": torch.tensor([2, 0, 1])})
@@ -48,6 +102,24 @@ def invert(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
 def compose(spec: PermutationSpec, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Perms:
     """The permutations that act like ``first`` and then ``second``.
 
+    Parameters
+    ----------
+    spec : PermutationSpec
+    first, second : dict of str to Tensor
+        As for :func:`fedrebasin.permute`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Raises
+    ------
+    SpecMismatchError
+        If one of the two is not permutations of this spec.
+
+    Examples
+    --------
     >>> from fedrebasin import trace
     >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
     >>> compose(spec, {"0": torch.tensor([2, 0, 1])}, {"0": torch.tensor([1, 0, 2])})
@@ -66,8 +138,20 @@ def compose(spec: PermutationSpec, first: Mapping[str, Tensor], second: Mapping[
 
 
 def moved_fraction(perms: Mapping[str, Tensor]) -> float:
-    """Share of units that change place, in [0, 1].
+    """Share of units that change place.
 
+    Parameters
+    ----------
+    perms : dict of str to Tensor
+        As for :func:`fedrebasin.permute`; they are not checked.
+
+    Returns
+    -------
+    float
+        In [0, 1]; 0 where there are no permutations.
+
+    Examples
+    --------
     >>> moved_fraction({"a": torch.tensor([1, 0, 2, 3])})
     0.5
     """
