@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,11 +39,6 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Evaluation mode inside a ``with``."""
-    return mode_of(model, training=False)
 
 
 class Batches:
