@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,11 +39,6 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Evaluation mode inside a ``with``."""
-    return mode_of(model, training=False)
 
 
 class Batches:
@@ -85,14 +80,14 @@ class Batches:
             raise CalibrationError(
                 f"{name}: expected a list or DataLoader of batches; got a {type(batches).__name__}; pass [batch]"
             )
-        self._batches, self._inputs, self._name, self._device = batches, inputs, name, device
+        self._batches, self._inputs, self._name, self.device = batches, inputs, name, device
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
         """Yield positional inputs, keywords and the target (``None`` without one)."""
         empty = True
         for batch in self._batches:
             empty = False
-            args, kwargs = split_inputs(_to(batch, self._device))
+            args, kwargs = split_inputs(_to(batch, self.device))
             if isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
                 yield args[:-1], kwargs, args[-1]
             elif not kwargs and len(args) == 2 and self._inputs == 0 and isinstance(args[0], Mapping):
@@ -130,6 +125,32 @@ def count_inputs(model: nn.Module) -> int:
     positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is inspect.Parameter.empty]
     return max(1, len(needed))
+
+
+def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> int:
+    """How many examples a batch holds: the length of its target, or of the first input where that is no tensor.
+
+    >>> import torch
+    >>> count_examples((torch.zeros(3, 2),), {}, {"boxes": None})
+    3
+    """
+    for value in (target, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    return 1
+
+
+@torch.no_grad()
+def mean_loss(batches: Batches, loss: Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor]) -> float:
+    """The mean of ``loss(args, kwargs, target)``, each batch's own mean, over all examples of labelled batches."""
+    total, count = 0.0, 0
+    for args, kwargs, target in batches:
+        if target is None:
+            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
+        size = count_examples(args, kwargs, target)
+        total += float(loss(args, kwargs, target)) * size
+        count += size
+    return total / count
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -178,16 +199,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """A deep copy, also where a module holds computed tensors (buffers, attributes), which ``copy.deepcopy`` refuses.
+
+    With ``device`` all that modules hold is there, attributes included, which ``Module.to`` leaves behind.
 
     >>> net = nn.Linear(2, 2)
     >>> net.squares = [net.weight**2]
     >>> deep_copy(net).squares[0].requires_grad
     False
     """
-    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    memo: dict[int, Any] = {}
+    for tensor in held_tensors(model):
+        where = tensor.device if device is None else torch.device(device)
+        if where != tensor.device or not tensor.is_leaf:
+            copied = tensor.detach().to(where, copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    return copy.deepcopy(model, memo)
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.batches import Batches, count_inputs, mean_loss
 from fedrebasin.corrections.working import load, working_copy
-from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.errors import RebasinError
 from fedrebasin.merge import interpolate
 
 Loss = Callable[[Any, Any], Tensor]
@@ -24,7 +24,7 @@ class LossPath:
     Attributes
     ----------
     lams : tuple of float
-        From 0 (the reference) to 1 (the model), ascending.
+        In [0, 1], ascending: 0 is the reference, 1 the model.
     losses : tuple of float
     """
 
@@ -60,7 +60,13 @@ def loss_along_path(
     loss : callable
         ``loss(output, target)``, a mean over the batch.
     lams : int or iterable of float
-        How many points from 0 to 1, or the points.
+        How many points from 0 to 1, or the points; a barrier needs both ends among them.
+    device : str, optional
+        Where the network runs; by default where ``a`` is.
+
+    Returns
+    -------
+    LossPath
 
     Raises
     ------
@@ -86,36 +92,61 @@ def loss_along_path(
     losses = []
     for lam in found:
         load(model, interpolate(a, b, lam))
-        losses.append(_mean_loss(model, data, loss))
+        losses.append(mean_loss(data, lambda args, kwargs, target: loss(model(*args, **kwargs), target)))
     return LossPath(found, tuple(losses))
 
 
-@torch.no_grad()
-def _mean_loss(model: nn.Module, data: Batches, loss: Loss) -> float:
-    total, count = 0.0, 0
-    for args, kwargs, target in data:
-        if target is None:
-            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
-        size = len(target) if isinstance(target, Tensor) and target.ndim else 1
-        total += float(loss(model(*args, **kwargs), target)) * size
-        count += size
-    return total / count
-
-
 def loss_barrier(path: LossPath) -> float:
-    """``max_lam L(lam) - (L(0) + L(1)) / 2`` (Git Re-Basin, Definition 2.2).
+    """``max_lam L(lam) - (L(0) + L(1)) / 2``.
 
+    Parameters
+    ----------
+    path : LossPath
+        With both ends.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    RebasinError
+        If the path lacks 0 or 1.
+
+    References
+    ----------
+    Ainsworth, Hayase, Srinivasa (2023), "Git Re-Basin", Definition 2.2.
+
+    Examples
+    --------
     >>> loss_barrier(LossPath((0.0, 0.5, 1.0), (1.0, 4.0, 2.0)))
     2.5
     """
-    return max(path.losses) - (path.losses[0] + path.losses[-1]) / 2
+    return max(path.losses) - sum(_ends(path)) / 2
 
 
 def barrier_above_chord(path: LossPath) -> float:
     """``max_lam L(lam) - ((1 - lam) L(0) + lam L(1))``: for ends of unequal loss, where it is 0 at both.
 
+    Parameters and errors as for :func:`loss_barrier`.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
     >>> barrier_above_chord(LossPath((0.0, 0.5, 1.0), (1.0, 1.5, 2.0)))
     0.0
     """
-    first, last = path.losses[0], path.losses[-1]
+    first, last = _ends(path)
     return max(value - ((1 - lam) * first + lam * last) for lam, value in zip(path.lams, path.losses, strict=True))
+
+
+def _ends(path: LossPath) -> tuple[float, float]:
+    if (path.lams[0], path.lams[-1]) != (0, 1):
+        raise RebasinError(
+            f"path: expected lams from 0 to 1, since a barrier counts from both ends' losses; got {path.lams[0]:g} to "
+            f"{path.lams[-1]:g}; add 0 and 1 to the lams of loss_along_path"
+        )
+    return path.losses[0], path.losses[-1]

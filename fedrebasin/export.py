@@ -24,6 +24,7 @@ from fedrebasin.batches import mode_of, split_inputs, unwrapped
 from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
+from fedrebasin.memory import identity
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import settle_sizes
 from fedrebasin.written import written_buffers
@@ -195,13 +196,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
             return Ways([program])
     finally:
         logging.disable(before)
-
-
-def identity(tensor: Tensor) -> object:
-    """Equal for two entries of a state dict that are one tensor."""
-    if tensor.is_meta or not tensor.numel() or not tensor.data_ptr():
-        return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape)
 
 
 def _unused(programs: list[ExportedProgram], state: dict[str, Tensor], *, deciding: bool = False) -> set[str]:

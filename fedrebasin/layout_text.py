@@ -1,7 +1,8 @@
-"""Layouts as JSON and as one short line."""
+"""Layouts and specs as JSON, and layouts as one short line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedrebasin.errors import RebasinError
@@ -52,6 +53,29 @@ def from_json(data: Any) -> Layout:
         case {"each": str(over), "parts": [_, *_] as parts}:
             return Each(over, tuple(from_json(part) for part in parts))
     raise RebasinError(f"spec: expected a layout with perm, fixed, sum, product or each; got {str(data)[:80]}")
+
+
+#: The type of a spec's field, and of what is in it.
+_FIELDS: dict[str, tuple[type, type]] = {
+    "axes": (dict, list),
+    "buffers": (list, str),
+    "uses": (dict, str),
+    "notes": (list, str),
+    "inputs": (int, int),
+}
+
+
+def check_fields(data: Mapping[str, Any]) -> None:
+    """Raise :class:`RebasinError` unless the fields of a spec's JSON are of their types; those not there are.
+
+    >>> check_fields({"axes": {"w": []}, "buffers": ["w"]})
+    """
+    for name, (kind, inner) in _FIELDS.items():
+        value = data.get(name, kind())
+        inside = () if not isinstance(value, dict | list) else value.values() if isinstance(value, dict) else value
+        if not isinstance(value, kind) or not all(isinstance(one, inner) for one in inside):
+            what = kind.__name__ if kind is inner else f"{kind.__name__} of {inner.__name__}"
+            raise RebasinError(f"spec: expected {name!r} as {what}; got {str(value)[:80]}")
 
 
 def describe(layout: Layout) -> str:

@@ -158,8 +158,10 @@ def merge_modules(
         correction; and each model alone, where there is a loss. A quarter of ``calibration`` is kept apart for it, and
         the figures are logged (level INFO). See :func:`fedrebasin.select_candidate`.
     loss : callable, optional
-        ``loss(output, target)``, a mean over the batch; with it and targets ``select`` goes by loss, otherwise by
-        agreement with the models' ensemble.
+        For ``select`` only: ``loss(output, target)``, a mean over the batch; with it and targets the best is chosen by
+        loss, otherwise by agreement with the models' ensemble.
+    seed : int
+        Of the proof, of matching, and of which examples are kept apart.
 
     Returns
     -------
@@ -174,7 +176,7 @@ def merge_modules(
     Raises
     ------
     RebasinError
-        If there is no such correction; as the functions that are called raise.
+        If there is no such correction, or a loss without ``select``; as the functions that are called raise.
 
     Examples
     --------
@@ -188,6 +190,8 @@ def merge_modules(
         raise RebasinError(f"select: expected None or 'calibration'; got {select!r}")
     if select is not None and calibration is None:
         raise CalibrationError(f"select={select!r} needs calibration, a collection of input batches")
+    if loss is not None and select is None:
+        raise RebasinError("loss: only select='calibration' uses it; leave it out with select=None")
     spec = proved_trace(modules[0], example_inputs, seed=seed)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)

@@ -82,10 +82,9 @@ def permute_optimizer(
             )
         layouts = spec.axes.get(name)
         state[index] = {
-            entry: value if layouts is None else _permute_entry(layouts, perms, value, f"{name}: {entry}")
+            entry: _own(value) if layouts is None else _permute_entry(layouts, perms, value, f"{name}: {entry}")
             for entry, value in entries.items()
         }
-        state[index] = {entry: _own(value) for entry, value in state[index].items()}
     return {**saved, "state": state}
 
 
@@ -114,7 +113,7 @@ def _permute_entry(layouts: tuple[Layout, ...], perms: Mapping[str, Tensor], val
     if tuple(value.shape) == shape:
         return permute_tensor(layouts, perms, value)
     if value.numel() == 1:
-        return value
+        return _own(value)
     # a mean over some axes, which are kept with size 1 (Adafactor)
     reduced = len(value.shape) == len(shape) and all(
         size in (1, layout.size) for size, layout in zip(value.shape, layouts, strict=True)

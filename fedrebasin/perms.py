@@ -14,12 +14,48 @@ Perms = dict[str, Tensor]
 
 
 def identity_perms(spec: PermutationSpec) -> Perms:
-    """The permutations that move nothing."""
+    """The permutations that move nothing.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Examples
+    --------
+    >>> from fedrebasin import trace
+    >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
+    >>> identity_perms(spec)
+    {'0': tensor([0, 1, 2])}
+    """
     return {perm: torch.arange(shape[-1]).expand(shape).clone() for perm, shape in spec.perm_shapes.items()}
 
 
 def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perms:
-    """Uniformly random permutations, one for each entry of the spec and each row of a family."""
+    """Uniformly random permutations, one for each entry of the spec and each row of a family.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+    seed : int or torch.Generator
+        Equal seeds give equal permutations; a generator, on the CPU, is drawn from.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Examples
+    --------
+    >>> from fedrebasin import trace
+    >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
+    >>> random_perms(spec, seed=1)["0"].sort().values
+    tensor([0, 1, 2])
+    """
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -32,12 +68,30 @@ def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perm
 def invert(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
     """The permutations that undo ``perms``.
 
+    Parameters
+    ----------
+    spec : PermutationSpec
+    perms : dict of str to Tensor
+        As for :func:`fedrebasin.permute`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Raises
+    ------
+    SpecMismatchError
+        If ``perms`` are not permutations of this spec.
+
+    Examples
+    --------
     >>> from fedrebasin import trace
     >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
     >>> invert(spec, {"0": torch.tensor([2, 0, 1])})
     {'0': tensor([1, 2, 0])}
     """
-    check_perms(spec, perms)
+    perms = checked_perms(spec, perms)
     result = {perm: perms[perm].argsort() for perm in spec.perm_shapes if perm not in spec.over}
     for perm, outer in spec.over.items():
         rows = perms[perm] if outer not in result else perms[perm][result[outer]]
@@ -48,13 +102,30 @@ def invert(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
 def compose(spec: PermutationSpec, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Perms:
     """The permutations that act like ``first`` and then ``second``.
 
+    Parameters
+    ----------
+    spec : PermutationSpec
+    first, second : dict of str to Tensor
+        As for :func:`fedrebasin.permute`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        As for :func:`fedrebasin.permute`, on the CPU.
+
+    Raises
+    ------
+    SpecMismatchError
+        If one of the two is not permutations of this spec.
+
+    Examples
+    --------
     >>> from fedrebasin import trace
     >>> spec = trace(torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)), (torch.randn(2, 1),))
     >>> compose(spec, {"0": torch.tensor([2, 0, 1])}, {"0": torch.tensor([1, 0, 2])})
     {'0': tensor([0, 2, 1])}
     """
-    check_perms(spec, first)
-    check_perms(spec, second)
+    first, second = checked_perms(spec, first), checked_perms(spec, second)
     result = {}
     for perm in spec.perm_shapes:
         if perm not in spec.over:
@@ -67,13 +138,31 @@ def compose(spec: PermutationSpec, first: Mapping[str, Tensor], second: Mapping[
 
 
 def moved_fraction(perms: Mapping[str, Tensor]) -> float:
-    """Share of units that change place, in [0, 1].
+    """Share of units that change place.
 
+    Parameters
+    ----------
+    perms : dict of str to Tensor
+        As for :func:`fedrebasin.permute`; they are not checked.
+
+    Returns
+    -------
+    float
+        In [0, 1]; 0 where there are no permutations.
+
+    Examples
+    --------
     >>> moved_fraction({"a": torch.tensor([1, 0, 2, 3])})
     0.5
     """
-    moved = sum(int((perm != torch.arange(perm.shape[-1])).sum()) for perm in perms.values())
+    moved = sum(int((perm.cpu() != torch.arange(perm.shape[-1])).sum()) for perm in perms.values())
     return moved / max(1, sum(perm.numel() for perm in perms.values()))
+
+
+def checked_perms(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Perms:
+    """``perms`` in the spec's order and on the CPU, checked as by :func:`check_perms`."""
+    check_perms(spec, perms)
+    return {perm: perms[perm].cpu() for perm in spec.perm_shapes}
 
 
 def check_perms(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> None:

@@ -81,7 +81,7 @@ class Proof:
 
     def _draw(self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Keep) -> dict[str, Tensor]:
         """Draw weights and inputs, set ``outputs``, and return the state after a forward pass in training mode."""
-        self.model = deep_copy(model).cpu()
+        self.model = deep_copy(model, "cpu").cpu()
         self.model = self.model.double() if dtype is torch.float64 else self.model.float()
         for parameter in self.model.parameters():
             if parameter.is_complex():  # which these leave as they are

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedrebasin.memory import identity
+
 #: Linear ops that are left when torch runs a model: bias, input and weight by position (None where there is no bias),
 #: and the axis of the output's units.
 _LINEAR = {
@@ -47,9 +49,9 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
     """
     parameters = set(parameters)
     drawn: dict[str, Tensor] = {}
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[object, str] = {}
     for name, tensor in state.items():
-        alias = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        alias = first.setdefault(identity(tensor), name)
         if alias != name:
             drawn[name] = drawn[alias]
         elif not _can_be_drawn(tensor, is_parameter=name in parameters):

@@ -76,8 +76,8 @@ def select_candidate(
     net : nn.Module
         Of the architecture; its own weights are not used.
     candidates : dict of str to state dict, or to a function of no arguments that returns one
-        Merges; of equal ones the first is kept. They are made one after the other, and one that raises or holds a NaN
-        or an infinity is never kept.
+        Merges; of equal ones the first is kept. They are made one after the other, and one that raises, does not fit
+        ``net`` or holds a NaN or an infinity is never kept.
     held_out : iterable of batches
         With which no candidate was made; see :func:`fedrebasin.split_calibration`.
     ends : sequence of state dict
@@ -91,7 +91,7 @@ def select_candidate(
     loss : callable, optional
         ``loss(output, target)``, a mean over the batch.
     device : torch.device or str, optional
-        Where the network runs; by default where the first candidate is.
+        Where the network runs; by default where ``ends`` are, or without them the candidates.
 
     Returns
     -------
@@ -130,7 +130,7 @@ def select_candidate(
         winner = others
     if not winner.state:
         names = ", ".join(candidates)
-        raise RebasinError(f"candidates: expected one that is finite; none of {names} is; check the ends")
+        raise RebasinError(f"candidates: expected one that is finite; none of {names} is; check the ends, and the log")
     figures = merges.figures | others.figures
     found = Selection(winner.name, winner.state, yardstick.kind, figures, sum(yardstick.sizes))
     LOGGER.info("%s", found)
@@ -187,10 +187,10 @@ class _Contest:
         self.figures[name] = math.nan
         try:
             state = candidate() if callable(candidate) else candidate
-        except (RebasinError, RuntimeError) as error:
+            load(self.model, state)
+        except Exception as error:  # noqa: BLE001 - whatever a candidate raises
             LOGGER.warning("candidate %s could not be made (%s)", name, first_line(error))
             return
-        load(self.model, state)
         values = self.yardstick(self.model)
         figure = _mean(values, self.yardstick.sizes)
         if not (math.isfinite(figure) and all(bool(tensor.isfinite().all()) for tensor in state.values())):

@@ -16,7 +16,7 @@ from fedrebasin.copies import note_on, tie_copies
 from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.layout import Fixed, Free, Layout
 from fedrebasin.layout_edit import fix_leaf, map_leaves, rename_leaf
-from fedrebasin.layout_text import from_json, to_json
+from fedrebasin.layout_text import check_fields, from_json, to_json
 from fedrebasin.spec_text import as_text
 from fedrebasin.ties import Axis, all_leaves, check_axes, log10_order, perm_shapes, tied_axes
 
@@ -220,12 +220,13 @@ class PermutationSpec:
         """The spec from plain JSON types; its mark counts only if it belongs to these very axes."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT or not isinstance(data.get("axes"), dict):
             raise RebasinError(f"spec: expected JSON with format {_FORMAT!r} and axes; save one with spec.save(path)")
+        check_fields(data)
         spec = PermutationSpec(
             axes={name: tuple(from_json(layout) for layout in layouts) for name, layouts in data["axes"].items()},
             buffers=tuple(data.get("buffers", ())),
             uses=dict(data.get("uses", {})),
             notes=tuple(data.get("notes", ())),
-            inputs=int(data.get("inputs", 1)),
+            inputs=data.get("inputs", 1),
             training=bool(data.get("training", False)),
         )
         check_axes(spec.axes)

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class StoredState(Mapping[str, Tensor]):
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.numel:
-            with self.path.open("rb", buffering=0) as file:
+            with self._open() as file:
                 file.seek(entry.start)
                 fill(file, tensor.view(-1).view(torch.uint8).numpy(), self.path)
         return tensor
@@ -104,6 +105,12 @@ class StoredState(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def _open(self) -> FileIO:
+        try:
+            return self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise RebasinError(f"{self.path}: cannot read the file any more ({error.strerror})") from error
 
     @cached_property
     def described(self) -> dict[str, Tensor]:
@@ -121,7 +128,7 @@ class StoredState(Mapping[str, Tensor]):
         """A tensor's entries in order, flat, in pieces of ``size`` bytes at most; a piece holds until the next one."""
         entry = self.entries[name]
         buffer = torch.empty(min(size, entry.stop - entry.start), dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
+        with self._open() as file:
             file.seek(entry.start)
             for start in range(entry.start, entry.stop, size):
                 part = buffer[: min(size, entry.stop - start)]

@@ -42,7 +42,8 @@ def write_state(
     Raises
     ------
     RebasinError
-        If tensors are missing, too many, or of another shape or dtype; if the file cannot be written.
+        If tensors are missing, too many, of another shape or dtype, or of one that safetensors lacks; if the file
+        cannot be written.
 
     Examples
     --------
@@ -90,6 +91,8 @@ def _header(like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[by
         starts[name] = start
         start += like[name].numel() * like[name].dtype.itemsize
     for name, tensor in like.items():
+        if tensor.dtype not in _NAMES:
+            raise RebasinError(f"like: safetensors has no {tensor.dtype}, the type of {name!r}; convert it before")
         stop = starts[name] + tensor.numel() * tensor.dtype.itemsize
         shape = [int(size) for size in tensor.shape]
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [starts[name], stop]}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from fedrebasin.errors import RebasinError
-from fedrebasin.layout import Fixed, Free, Layout, has_leaf, leaves, outer_names
+from fedrebasin.layout import Each, Fixed, Free, Layout, Product, Sum, has_leaf, leaves, outer_names
 
 Axes = Mapping[str, tuple[Layout, ...]]
 
@@ -72,7 +72,7 @@ def log10_order(axes: Axes) -> float:
 
 
 def check_axes(axes: Axes) -> None:
-    """Raise :class:`RebasinError` unless sizes agree and every family finds the leaf that it is over.
+    """Raise :class:`RebasinError` unless sizes agree and what is over a leaf finds it, with a part for each index.
 
     >>> check_axes({"w": (Free("a", 3), Fixed(2)), "b": (Free("a", 3),)})
     """
@@ -85,3 +85,19 @@ def check_axes(axes: Axes) -> None:
         for over in set[str]().union(*(outer_names(layout) for layout in layouts)):
             if not any(has_leaf(layout, over) for layout in layouts):
                 raise RebasinError(f"spec: {name!r} depends on {over!r}, which no axis of that tensor has")
+        for each in (each for layout in layouts for each in _eaches(layout)):
+            found = [part.size for part in each.parts]
+            if len(found) != sizes[each.over] or len(set(found)) > 1:
+                raise RebasinError(
+                    f"spec: {name!r} needs parts of one size for the {sizes[each.over]} indices of {each.over!r}; got "
+                    f"parts of {found}"
+                )
+
+
+def _eaches(layout: Layout) -> Iterator[Each]:
+    if isinstance(layout, Each):
+        yield layout
+    match layout:
+        case Sum(parts=children) | Product(factors=children) | Each(parts=children):
+            for child in children:
+                yield from _eaches(child)

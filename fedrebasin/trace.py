@@ -19,7 +19,8 @@ from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
 from fedrebasin.copies import note_on
-from fedrebasin.export import Exported, alone, export_model, identity
+from fedrebasin.export import Exported, alone, export_model
+from fedrebasin.memory import identity, overlapping
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk
 
@@ -85,6 +86,10 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
         walk.program(program)
     state = exported.state
     used = {identity(state[name]) for name in walk.uses}
+    shared = overlapping(state)
+    mixed = [name for name in walk.parameters if identity(state[name]) in shared]
+    for name in mixed:
+        walk.traced.fix(walk.parameters[name], "shares memory with another tensor")
     for name, value in walk.parameters.items():
         if name not in exported.parameters and name not in walk.traced.statistics | exported.written:
             walk.traced.fix(value, "table that training does not change")
@@ -113,6 +118,11 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
             f"forward uses {exported.unused[0]!r}{more} neither in evaluation nor in training mode: they stay fixed, "
             "and what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, "
             "too, in a module with the same state dict, or fix what they read by spec.fix"
+        )
+    if mixed:
+        notes.append(
+            f"{' and '.join(mixed[:2])} share memory and are different views of it: their units stay; give each tensor "
+            "memory of its own (.clone()), or use one parameter in both places"
         )
     if exported.more_ways:
         notes.append(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import RebasinError, SpecMismatchError
-from fedrebasin.export import identity
 from fedrebasin.matching import ManyMatching, match_many
+from fedrebasin.memory import identity
 from fedrebasin.perms import identity_perms
 from fedrebasin.spec import PermutationSpec
 

@@ -16,7 +16,7 @@ from fedrebasin.axes import is_fixed, leaf
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
-from fedrebasin.export import identity
+from fedrebasin.memory import identity
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedrebasin.batches import deep_copy, held_tensors, tensors
+from fedrebasin.batches import deep_copy, tensors
+from fedrebasin.memory import storage_of
 
 
 def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
@@ -25,8 +25,7 @@ def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return frozenset()
     for device in ("meta", "cpu"):
         try:
-            shadow = copy.deepcopy(model, _on_meta(model)) if device == "meta" else deep_copy(model)
-            return _written(shadow.to(device), args, kwargs)
+            return _written(deep_copy(model, device).to(device), args, kwargs)
         except Exception:  # noqa: BLE001 - branches on values, norms that want larger batches: any error of a model's
             continue
     return frozenset()
@@ -47,7 +46,7 @@ def _written(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return frozenset(
         name
         for name, (buffer, version) in before.items()
-        if after[name] is not buffer or buffer._version != version or _storage(buffer) in writes.storages
+        if after[name] is not buffer or buffer._version != version or storage_of(buffer) in writes.storages
     )
 
 
@@ -63,21 +62,5 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument, value in zip(getattr(getattr(func, "_schema", None), "arguments", ()), args, strict=False):
             if argument.is_write:
-                self.storages.update(map(_storage, tensors(value)))
+                self.storages.update(map(storage_of, tensors(value)))
         return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: Tensor) -> int:
-    """The same for all views of one memory, also where there is none."""
-    number: int = tensor.untyped_storage()._cdata
-    return number
-
-
-def _on_meta(model: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy that puts meta tensors in the place of all that modules hold."""
-    return {
-        id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else tensor.detach().to("meta")
-        for tensor in held_tensors(model)
-    }

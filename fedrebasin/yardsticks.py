@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, tensors
+from fedrebasin.batches import Batches, count_examples, tensors
 from fedrebasin.corrections.working import load
 from fedrebasin.errors import CalibrationError
 
@@ -26,7 +26,7 @@ class ByLoss:
 
     def __init__(self, batches: Batches, loss: Loss) -> None:
         self.batches, self.loss = batches, loss
-        self.sizes = [_examples(args, kwargs, target) for args, kwargs, target in batches]
+        self.sizes = [count_examples(args, kwargs, target) for args, kwargs, target in batches]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Tensor:
@@ -55,7 +55,7 @@ class ByAgreement:
 
     def __init__(self, model: nn.Module, batches: Batches, ends: Sequence[State], weights: Sequence[float]) -> None:
         self.batches = batches
-        self.sizes = [_examples(args, kwargs, target) for args, kwargs, target in batches]
+        self.sizes = [count_examples(args, kwargs, target) for args, kwargs, target in batches]
         self.goals: list[Tensor] = []
         for end, weight in zip(ends, weights, strict=True):
             load(model, end)
@@ -97,10 +97,3 @@ def _logits(output: Tensor) -> Tensor:
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
             return output.clamp_min(1e-12).log()
     return output
-
-
-def _examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> int:
-    for value in (target, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    return 1

@@ -79,7 +79,8 @@ def answer_queries(
     Raises
     ------
     UsageError
-        If ``model`` or ``batches`` is of the wrong kind.
+        If ``model``, ``batches``, ``held_out`` or ``loss`` is of the wrong kind, only one of ``held_out`` and
+        ``loss`` is given, or ``device`` cannot be used.
 
     Examples
     --------

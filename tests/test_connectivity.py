@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,11 +32,26 @@ def test_batches_of_unequal_size_weigh_by_their_examples() -> None:
     assert loss_along_path(NET, A, A, data, loss=nn.functional.mse_loss, lams=2).losses == (0.25, 0.25)
 
 
+def test_batches_weigh_by_their_inputs_where_targets_are_no_tensors() -> None:
+    data = [(torch.ones(1, 2), {"y": torch.zeros(1, 1)}), (torch.zeros(3, 2), {"y": torch.zeros(3, 1)})]
+    path = loss_along_path(NET, A, A, data, loss=lambda output, y: nn.functional.mse_loss(output, y["y"]), lams=2)
+    assert path.losses == (0.25, 0.25)
+
+
 def test_the_barrier_is_zero_on_a_flat_path_and_counts_from_the_mean_of_the_ends() -> None:
     assert loss_barrier(LossPath((0, 0.5, 1), (2.0, 2.0, 2.0))) == 0
     assert loss_barrier(LossPath((0, 0.5, 1), (1.0, 4.0, 3.0))) == 2
     assert loss_barrier(LossPath((0, 0.5, 1), (0.0, 0.5, 1.0))) == 0.5
     assert barrier_above_chord(LossPath((0, 0.5, 1), (0.0, 0.5, 1.0))) == 0
+
+
+@pytest.mark.parametrize("barrier", [loss_barrier, barrier_above_chord])
+@pytest.mark.parametrize("lams", [(0.0, 0.5), (0.25, 1.0)])
+def test_a_barrier_of_a_part_of_the_line_is_refused(
+    barrier: Callable[[LossPath], float], lams: tuple[float, float]
+) -> None:
+    with pytest.raises(RebasinError, match=f"path: expected lams from 0 to 1.* got {lams[0]:g} to {lams[1]:g}"):
+        barrier(LossPath(lams, (1.0, 2.0)))
 
 
 def test_bad_paths_are_refused() -> None:

@@ -16,6 +16,7 @@ from fedrebasin import (
     check_spec,
     identity_perms,
     invert,
+    match_each,
     permute,
     random_perms,
     trace,
@@ -218,3 +219,19 @@ def test_numbers_whose_squares_leave_float64_are_refused_by_name() -> None:
     huge = {name: 1e200 * tensor.double() for name, tensor in net.state_dict().items()}
     with pytest.raises(SpecMismatchError, match=r"model: '0.weight' holds .* numbers whose squares overflow"):
         weight_matching(spec, net.double().state_dict(), huge)
+
+
+def test_a_start_that_is_no_permutation_of_the_spec_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
+    spec = trace(net, (torch.randn(2, 1),))
+    a = {"0.weight": torch.ones(2, 1), "1.weight": torch.ones(1, 2)}
+    b = {"0.weight": torch.tensor([[5.0], [1.0]]), "1.weight": torch.tensor([[5.0, 1.0]])}
+    for init, message in (
+        ({"0": torch.tensor([0, 0])}, "'0' is not a permutation"),
+        ({}, "'0' is in one only"),
+        ({**identity_perms(spec), "2": torch.tensor([0])}, "'2' is in one only"),
+    ):
+        with pytest.raises(SpecMismatchError, match=message):
+            weight_matching(spec, a, b, init=init)
+        with pytest.raises(SpecMismatchError, match=message):
+            match_each(spec, a, [b], inits=[init])

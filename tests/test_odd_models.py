@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedrebasin import InvalidSpecError, TraceError, check_spec, merge_modules, trace
+from fedrebasin.batches import deep_copy, held_tensors
 from fedrebasin.layout import Fixed
 from fedrebasin.proof import Proof
 
@@ -141,6 +142,16 @@ def test_a_model_that_holds_computed_tensors_is_traced_proved_and_merged() -> No
     assert check_spec(nets[0], trace(nets[0], X), X).perm_shapes["first"] == (6,)
     merged = merge_modules(nets, X, calibration=[torch.randn(100, 4)])
     assert torch.equal(merged.filters, torch.full((6,), 2.0))
+
+
+def test_a_copy_on_another_device_has_there_what_modules_hold_besides_parameters_and_ties_them_as_before() -> None:
+    net = Net()
+    net.scale, net.kept = torch.ones(4), [{"squares": net.first.weight**2}]
+    net.again = net.first.weight
+    copied = deep_copy(net, "meta")
+    assert len(held_tensors(copied)) == len(held_tensors(net)) and all(one.is_meta for one in held_tensors(copied))
+    assert copied.again is copied.first.weight and copied.again.requires_grad
+    assert not any(one.is_meta for one in held_tensors(net))
 
 
 def test_a_proof_with_inputs_that_the_model_does_not_take_is_refused_with_what_came() -> None:

@@ -146,6 +146,16 @@ def test_a_candidate_that_cannot_be_made_is_left_out_and_each_is_made_once() -> 
     assert str(found).startswith("works is kept; distance from the ensemble on 48 examples: fails nan, works 0.")
 
 
+def test_whatever_a_candidate_raises_and_one_of_another_architecture_leave_the_others() -> None:
+    def breaks() -> State:
+        raise KeyError("weight")
+
+    candidates = {"breaks": breaks, "other": {"w": torch.ones(1)}, "works": linear(1.0)}
+    found = select_candidate(NET, candidates, batches(), ends=[linear(2.0)])
+    assert found.name == "works"
+    assert math.isnan(found.figures["breaks"]) and math.isnan(found.figures["other"])
+
+
 def constant(value: float) -> State:
     return {"weight": torch.zeros(3, 4).double(), "bias": torch.full((3,), value).double()}
 

@@ -89,5 +89,7 @@ def test_merge_modules_says_what_selection_lacks() -> None:
         merge_modules(nets(2), inputs, calibration=data, correction=["repair", "regmean"])
     with pytest.raises(RebasinError, match=r"correction: expected None or one of repair, .*; got 'mend'"):
         merge_modules(nets(2), inputs, calibration=data, correction=["repair", "mend"], select="calibration")
+    with pytest.raises(RebasinError, match="loss: only select='calibration' uses it; leave it out with select=None"):
+        merge_modules(nets(2), inputs, calibration=data, loss=nn.functional.mse_loss)
     with pytest.raises(RebasinError, match="correction: expected each name once"):
         merge_modules(nets(2), inputs, calibration=data, correction=["repair", "repair"], select="calibration")

@@ -119,6 +119,23 @@ def test_a_hand_edit_that_loses_an_outer_axis_is_refused(tmp_path: Path) -> None
         PermutationSpec.from_json(data)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("axes", {"w": 3}), ("buffers", 5), ("buffers", "w"), ("inputs", "x"), ("uses", [1]), ("notes", [["a"]])],
+)
+def test_a_hand_edit_that_gives_a_field_another_type_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(RebasinError, match=f"spec: expected '{name}' as "):
+        PermutationSpec.from_json({**trace(ATTENTION, TOKENS).to_json(), name: value})
+
+
+@pytest.mark.parametrize("sizes", [[2], [2, 3], [2, 2, 2]])
+def test_parts_that_do_not_fit_their_outer_leaf_are_refused(sizes: list[int]) -> None:
+    parts = [{"perm": f"p{place}", "size": size} for place, size in enumerate(sizes)]
+    axes = {"w": [{"fixed": "", "size": 2, "name": "h"}, {"product": [{"each": "h", "parts": parts}]}]}
+    with pytest.raises(RebasinError, match="'w' needs parts of one size for the 2 indices of 'h'"):
+        PermutationSpec.from_json({**trace(ATTENTION, TOKENS).to_json(), "axes": axes, "buffers": []})
+
+
 def test_units_that_depend_on_a_leaf_do_not_hold_it() -> None:
     assert units(QKV.factors[1], "two").tolist() == [-1, -1, -1]
     assert has_leaf(QKV, "two")

@@ -119,6 +119,16 @@ def test_a_missing_file_and_one_that_was_cut_off_later_are_named(tmp_path: Path)
     with pytest.raises(RebasinError, match="ended before its tensors"):
         _ = [stored[name] for name in stored]
 
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(RebasinError, match=r"a\.safetensors: cannot read the file any more"):
+        write_state(tmp_path / "b.safetensors", stored.described, ((name, stored[name]) for name in stored))
+
+
+def test_a_type_that_safetensors_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RebasinError, match=r"like: safetensors has no torch.complex128, the type of 'w'"):
+        write_state(tmp_path / "a.safetensors", {"w": torch.zeros(1, dtype=torch.complex128)}, [])
+    assert not list(tmp_path.iterdir())
+
 
 class Residual(nn.Module):
     """Permutations on both axes, a stream that many layers share, heads, and layers that no other perm moves."""

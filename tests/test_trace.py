@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fedrebasin import Axis, TraceError, UnsupportedOpError, trace
+from fedrebasin import Axis, TraceError, UnsupportedOpError, check_spec, permute, random_perms, trace
 from fedrebasin.layout import Free, Product, Sum
 
 
@@ -97,6 +98,39 @@ def test_tied_weights_share_their_perms() -> None:
     net, inputs = networks.NETWORKS["two-inputs"]()
     spec = trace(net, inputs)
     assert spec.axes["out.weight"] == spec.axes["again.weight"]
+
+
+@pytest.mark.parametrize("view", [lambda w: w.t(), lambda w: w.flatten()[3:27].view(4, 6)], ids=["transposed", "part"])
+def test_units_of_two_views_of_one_memory_stay(view: Callable[[Tensor], Tensor]) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.w = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 6, bias=False)
+            self.v = nn.Linear(6, 6, bias=False)
+            self.v.weight = nn.Parameter(view(self.w.weight.data))
+            self.last = nn.LazyLinear(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([self.w(self.one(x).relu()), self.v(self.two(x).relu())], 1).relu())
+
+    net, x = Views(), torch.randn(5, 3)
+    before = net(x).detach()
+    spec = check_spec(net, trace(net, (x,)), (x,))
+    assert not spec.perm_shapes.keys() & {"w", "v", "one", "two"}
+    assert spec.notes == (
+        "w.weight and v.weight share memory and are different views of it: their units stay; give each tensor memory "
+        "of its own (.clone()), or use one parameter in both places",
+    )
+    net.load_state_dict(permute(spec, random_perms(spec, 1), net.state_dict()))
+    torch.testing.assert_close(net(x), before)
+
+
+def test_parameters_side_by_side_in_one_memory_are_free() -> None:
+    net = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    flat = torch.randn(30)
+    net[0].weight.data, net[2].weight.data = flat[:18].view(6, 3), flat[18:].view(2, 6)
+    spec = trace(net, (torch.zeros(1, 3),))
+    assert list(spec.perm_shapes) == ["0"] and spec.notes == ()
 
 
 def test_tracing_leaves_the_net_as_it_was() -> None:

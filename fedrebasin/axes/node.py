@@ -12,7 +12,7 @@ A node describes the order of ``size`` units along one axis::
 ``unify`` says that two axes are moved by the same permutation. Where their trees differ, leaves are refined
 (cut into a sum, split into a product whose inner factor is a family) until they agree; trees that cannot agree
 are fixed, which is always correct. What becomes of a family whose outer axis is out of sight is told in
-:mod:`fedrebasin.families`.
+:mod:`fedrebasin.axes.families`.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def best_end(
     check_goals(goals)
     last = check_last_layer("best_end", model, steps, batches)
     shares = [weight for weight in weights if weight]
-    models = [working_copy(net, end, device) for end, weight in zip(ends, weights, strict=True) if weight]
+    models = [working_copy(net, end, batches.device) for end, weight in zip(ends, weights, strict=True) if weight]
     same = goals == "pre-activations"
     candidates = [_Candidate(Runner(one, steps, Memory(0), keep=False), alike=same) for one in models]
     seen = 0

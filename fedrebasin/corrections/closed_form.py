@@ -48,7 +48,7 @@ def closed_form(
     """
     affine = Affine(max_gain=max_gain)
     work = begin_at_sites(net, merged, ends, calibration, coefficients, device)
-    models = [working_copy(net, end, device) for end in ends]
+    models = [working_copy(net, end, work.batches.device) for end in ends]
     expected = average_moments(models, work.weights, work.batches, work.sites)
     goals = goals_of(working_copy(net, merged, device), ends, work.weights, work.batches, work.sites)
     for site in work.sites:

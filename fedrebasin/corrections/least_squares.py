@@ -120,7 +120,7 @@ def least_squares(
     check_goals(goals)
     if goals == "probabilities":
         check_last_layer("goals='probabilities'", model, steps, batches, instead="goals='pre-activations'")
-    others = [working_copy(net, end, device) for end, weight in zip(ends, weights, strict=True) if weight]
+    others = [working_copy(net, end, batches.device) for end, weight in zip(ends, weights, strict=True) if weight]
     shares = [[weight for weight in weights if weight]] * len(steps)
     solve_steps(model, others, steps, shares, batches, budget, ridge=ridge, goals=goals)
     return extract(model, merged)

@@ -89,8 +89,8 @@ def regmean(
     for place, (end, weight) in enumerate(zip(ends, weights, strict=True)):
         if not weight:
             continue
-        one = working_copy(net, end, device)
-        found = input_grams(net, end, calibration, device=device) if grams is None else grams[place]
+        one = working_copy(net, end, batches.device)
+        found = input_grams(net, end, calibration, device=batches.device) if grams is None else grams[place]
         for layer in layers:
             map_ = read_map(one, layer)
             own = torch.cat([map_.matrix, map_.shift.unsqueeze(1)], 1)

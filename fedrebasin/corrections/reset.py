@@ -30,6 +30,8 @@ def reset_batchnorm(
         The state dict to correct; it is not changed.
     calibration : iterable of batches
         Inputs, no labels; read once. Batches of 100 and more give good variances.
+    device : str, optional
+        Where the network runs; by default where ``merged`` is.
 
     Returns
     -------

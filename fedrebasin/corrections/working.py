@@ -17,7 +17,7 @@ from fedrebasin.permute import like_state
 def working_copy(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
     """``net`` with the weights of ``state``, in evaluation mode, on ``device`` or where ``state`` is."""
     target = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
-    model = deep_copy(net).to(target).eval()
+    model = deep_copy(net, target).to(target).eval()
     load(model, state)
     return model
 
@@ -30,7 +30,10 @@ def begin(
     coefficients: Sequence[float] | None,
     device: torch.device | str | None,
 ) -> tuple[nn.Module, Batches, list[float]]:
-    """Check what a caller gave: a working copy with the weights of ``merged``, the data, the ends' coefficients."""
+    """Check what a caller gave: a working copy with the weights of ``merged``, the data, the ends' coefficients.
+
+    ``batches.device`` is where all of them run: ``device``, or where ``merged`` is.
+    """
     weights = check_coefficients(coefficients, len(ends))
     model = working_copy(net, merged, device)
     return model, batches_for(net, merged, calibration, device), weights

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedrebasin.assignment import solve_assignment
 from fedrebasin.matching.result import Matching, inner_product
+from fedrebasin.matching.rounded import start_of
 from fedrebasin.matching.similarity import Key, Similarity, measure_similarity
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import Perms, compose, identity_perms, invert
@@ -68,15 +69,9 @@ def activation_matching(
     Raises
     ------
     SpecMismatchError
-        If a state dict or ``net`` does not fit the spec.
+        If a state dict, ``net`` or ``init`` does not fit the spec.
     CalibrationError
         If the data is empty, can be read only once, has a single observation, or activations are not finite.
-
-    Notes
-    -----
-    Measured on the trained ends of Git Re-Basin's Section 5.4 experiment (1,000 images; digits and MNIST, MLPs of
-    width 512; CIFAR-10, three convolutions of width 128; test loss in the middle, mean of three seeds): pre-activations
-    MEASURED; so both are used.
 
     References
     ----------
@@ -96,7 +91,7 @@ def activation_matching(
     started = time.perf_counter()
     spec.check_state(reference, "reference")
     spec.check_state(model, "model")
-    start = identity_perms(spec) if init is None else {perm: order.cpu() for perm, order in init.items()}
+    start = start_of(spec, init)
     similarity = measure_similarity(spec, net, reference, permute(spec, start, model), calibration, device=device)
     steps = _best_steps(spec, {key: found.total for key, found in similarity.items()})
     moves = {**identity_perms(spec), **steps}

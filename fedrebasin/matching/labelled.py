@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedrebasin.batches import Batches
+from fedrebasin.batches import Batches, mean_loss
 from fedrebasin.corrections.working import load, working_copy
-from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.errors import RebasinError
 from fedrebasin.matching.numbers import refuse_complex
 from fedrebasin.spec import PermutationSpec
 
@@ -54,8 +54,6 @@ class LabelledNet:
 
     def loss_of(self, args: Any, kwargs: Any, target: Any, state: dict[str, Tensor] | None = None) -> Tensor:
         """The loss of one batch, at ``state`` if given: a scalar."""
-        if target is None:
-            raise CalibrationError("batches: expected (input, target) pairs; got a batch without a target")
         output = self._net(*args, **kwargs) if state is None else functional_call(self._net, state, args, kwargs)
         value = self._loss(output, target)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -72,12 +70,6 @@ class LabelledNet:
         found = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
         return bool(value.isfinite()), found
 
-    @torch.no_grad()
     def mean(self) -> float:
         """The mean loss over all examples."""
-        total, count = 0.0, 0
-        for args, kwargs, target in self.batches:
-            size = len(target) if isinstance(target, Tensor) and target.ndim else 1
-            total += float(self.loss_of(args, kwargs, target)) * size
-            count += size
-        return total / count
+        return mean_loss(self.batches, self.loss_of)

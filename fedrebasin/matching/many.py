@@ -69,7 +69,7 @@ def match_many(
     seed : int
         Seed of the visiting order.
     device : str, optional
-        Where products are taken; by default where the tensors are.
+        Where products are taken; by default where the first model is.
 
     Returns
     -------

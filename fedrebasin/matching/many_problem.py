@@ -17,6 +17,7 @@ from fedrebasin.matching.plan import Block, plan_of
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
+from fedrebasin.stored import described
 
 State = Mapping[str, Tensor]
 
@@ -38,6 +39,8 @@ class ManyProblem:
         device: torch.device | str | None = None,
     ) -> None:
         self.spec, self.plan = spec, plan_of(spec)
+        if device is None:
+            device = next((tensor.device for tensor in described(models[0]).values() if not tensor.is_meta), None)
         self.models, self.device = list(models), device
         #: sum to 1, none is zero
         self.coefficients = list(coefficients)

@@ -10,17 +10,14 @@ from torch import Tensor
 from fedrebasin.matching.relaxed import corner
 from fedrebasin.matching.relaxed_problem import RelaxedProblem
 from fedrebasin.matching.result import Matching, inner_product
-from fedrebasin.perms import Perms, check_perms, identity_perms
+from fedrebasin.perms import Perms, checked_perms, identity_perms
 from fedrebasin.permute import permute
 from fedrebasin.spec import PermutationSpec
 
 
 def start_of(spec: PermutationSpec, init: Mapping[str, Tensor] | None) -> Perms:
     """``init``, checked, or the identity."""
-    if init is None:
-        return identity_perms(spec)
-    check_perms(spec, init)
-    return {perm: init[perm].cpu() for perm in spec.perm_shapes}
+    return identity_perms(spec) if init is None else checked_perms(spec, init)
 
 
 def best_matching(

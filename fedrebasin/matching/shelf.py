@@ -15,7 +15,7 @@ from fedrebasin.stored import fill
 
 
 class Shelf(MutableMapping[Block, Tensor]):
-    """A dict of tensors in a temporary folder, which goes when the shelf does; each look-up reads a copy.
+    """A dict of tensors in a temporary folder, which goes with the shelf; each look-up reads a copy, to its device.
 
     >>> shelf = Shelf(None)
     >>> shelf[Block("a", 2)] = torch.eye(2)
@@ -27,21 +27,21 @@ class Shelf(MutableMapping[Block, Tensor]):
     def __init__(self, folder: str | Path | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fedrebasin-", dir=folder)
         self._numbers = itertools.count()
-        self._like: dict[Block, tuple[Path, Tensor]] = {}
+        self._like: dict[Block, tuple[Path, Tensor, torch.device]] = {}
 
     def __getitem__(self, block: Block) -> Tensor:
-        path, like = self._like[block]
+        path, like, device = self._like[block]
         tensor = torch.empty(like.shape, dtype=like.dtype)
         if tensor.numel():
             with path.open("rb", buffering=0) as file:
                 fill(file, tensor.numpy(), path)
-        return tensor
+        return tensor.to(device)
 
     def __setitem__(self, block: Block, tensor: Tensor) -> None:
         path = self._like[block][0] if block in self._like else Path(self._folder.name) / str(next(self._numbers))
         if tensor.numel():
-            path.write_bytes(tensor.contiguous().numpy().data.cast("B"))
-        self._like[block] = path, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            path.write_bytes(tensor.cpu().contiguous().numpy().data.cast("B"))
+        self._like[block] = path, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.device
 
     def __delitem__(self, block: Block) -> None:
         self._like.pop(block)[0].unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from fedrebasin.errors import RebasinError
 from fedrebasin.matching.labelled import Loss, State
 from fedrebasin.matching.midpoint import Midpoint, lowest_loss_matching
 from fedrebasin.matching.result import Matching
+from fedrebasin.matching.rounded import start_of
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import Perms
 from fedrebasin.spec import PermutationSpec
@@ -76,7 +77,7 @@ def straight_through_matching(
     Raises
     ------
     SpecMismatchError
-        If a state dict or ``net`` does not fit the spec.
+        If a state dict, ``net`` or ``init`` does not fit the spec.
     CalibrationError
         If the data is empty, can be read only once or has no targets, or the start's loss is not finite.
     RebasinError
@@ -108,7 +109,8 @@ def straight_through_matching(
     spec.check_state(reference, "reference")
     spec.check_state(model, "model")
     midpoint = Midpoint(spec, net, reference, model, batches, loss=loss, lam=lam, device=device)
-    start = dict(weight_matching(spec, reference, model, seed=seed, device=device).perms if init is None else init)
+    first = weight_matching(spec, reference, model, seed=seed, device=device).perms if init is None else init
+    start = start_of(spec, first)
     candidates = _trained(spec, midpoint, reference, model, start, epochs=epochs, lr=lr, device=device)
     return lowest_loss_matching(midpoint, reference, model, start, candidates, started)
 

@@ -14,6 +14,7 @@ from fedrebasin.matching.descent import TOLERANCE, Descent, cost, improve
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.matching.result import Matching
+from fedrebasin.matching.rounded import start_of
 from fedrebasin.spec import PermutationSpec
 
 #: An anchored start to whose gain its own descent adds less than this share is taken without a second start: of 39
@@ -62,7 +63,7 @@ def weight_matching(
     Raises
     ------
     SpecMismatchError
-        If a state dict does not fit the spec, or holds a NaN or an infinity.
+        If a state dict or ``init`` does not fit the spec, or a state dict holds a NaN or an infinity.
 
     References
     ----------
@@ -81,6 +82,7 @@ def weight_matching(
     if restarts < 0:
         raise RebasinError(f"restarts: expected 0 or more; got {restarts}")
     started = time.perf_counter()
+    init = None if init is None else start_of(spec, init)
     problem = WeightProblem(spec, reference, model, init=init, device=device)
     before = problem.objective()
     found = _first_descent(problem, before, init)
