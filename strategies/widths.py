@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, RebasinError, check_widths, match_widths, resize
 from fedrebasin.errors import UsageError
+from fedrebasin.strategies.arrays import measure_arrays
 from fedrebasin.strategies.network import Model
-from fedrebasin.strategies.records import record_to_state, state_to_record
+from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_to_record
 from fedrebasin.widths.merge import counts_of
 
 State = dict[str, Tensor]
@@ -105,10 +106,10 @@ class Widths:
                 continue
             if reference is None:
                 reference = self._reference(replies, key, sent)
-            state = record_to_state(message.content.array_records[key])
             try:
+                state = record_to_state(message.content.array_records[key])
                 matching = match_widths(self.spec, spec, reference, state)
-            except RebasinError as error:
+            except (RebasinError, *DECODE_ERRORS) as error:
                 log(WARNING, "rebasin: a narrower reply cannot be made to fit: %s", error)
                 continue
             fitted = resize(matching, state)
@@ -129,12 +130,12 @@ class Widths:
         return next((spec for spec in self.specs if spec.shapes == shapes != self.spec.shapes), None)
 
     def _reference(self, replies: Iterable[Message], key: str, sent: ArrayRecord) -> State:
-        """The reply of the model's width with most examples that is finite, or the model that was sent."""
+        """The reply of the model's width with most examples that is sound, or the model that was sent."""
         whole = [message for message in replies if _shapes(_record_of(message, key)) == self.spec.shapes]
         for message in sorted(whole, key=self._examples, reverse=True):
-            state = record_to_state(message.content.array_records[key])
-            if all(bool(tensor.isfinite().all()) for tensor in state.values()):
-                return state
+            record = message.content.array_records[key]
+            if not isinstance(measure_arrays(record, sent), str):
+                return record_to_state(record)
         return record_to_state(sent)
 
     def _examples(self, message: Message) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flower_messages import MemoryGrid, answer, configure, play_round, trained_copy, warnings
-from flwr.app import Message
+from flwr.app import Array, Message
 from widths_cases import X, mlp, output, planted, widened
 
 from fedrebasin import RebasinError, permute, random_perms
@@ -57,6 +57,29 @@ def test_a_narrow_reply_with_a_nan_is_left_out_and_the_round_goes_on(warnings: l
     assert arrays is not None and metrics is not None
     assert metrics["rebasin-left-out"] == 1
     assert "a narrower reply cannot be made to fit: model: expected finite weights" in warnings[0]
+
+
+def cut_off(array: Array) -> Array:
+    return Array(array.dtype, array.shape, array.stype, array.data[:60])
+
+
+def big_endian(array: Array) -> Array:
+    return Array(array.numpy().astype(">f4"))
+
+
+@pytest.mark.parametrize("place, garble", [(0, cut_off), (2, cut_off), (2, big_endian)])
+def test_a_reply_that_cannot_be_decoded_is_left_out_in_either_width(
+    place: int, garble: Callable[[Array], Array], warnings: list[str]
+) -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+    messages = configure(strategy, wide, 4)
+    records = [state_to_record(state) for state in (wide, wide, narrow, narrow)]
+    records[place]["0.weight"] = garble(records[place]["0.weight"])
+    replies = [answer(message, record) for message, record in zip(messages, records, strict=True)]
+    _, metrics = strategy.aggregate_train(1, replies)
+    assert metrics is not None and metrics["rebasin-left-out"] == 1
+    assert f"rebasin: node {place + 1} sent '0.weight'" in warnings[-1]
 
 
 def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inner_strategy_counts() -> None:
