@@ -141,7 +141,10 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    save_file({name: np.array(values, order="C") for name, values in arrays.items()}, path)
+    try:
+        save_file({name: np.array(values, order="C") for name, values in arrays.items()}, path)
+    except SafetensorError as error:  # its own word for a full disk
+        raise OSError(str(error)) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -15,6 +15,7 @@ import pytest
 from checkpoint_run import ROUNDS, run, to_bytes
 from flower_messages import warnings  # noqa: F401
 from flwr.serverapp.strategy import Result
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedrebasin.errors import UsageError
@@ -122,13 +123,15 @@ def test_attributes_that_the_strategy_does_not_have_are_not_set(tmp_path: Path) 
     assert to_bytes(run("adam", tmp_path).arrays) == to_bytes(run("adam", None).arrays)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: (os error 27)")])
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    error: Exception,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     warnings: list[str],  # noqa: F811
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("fedrebasin.strategies.checkpoint.save_file", full)
     result = run("adam", tmp_path)
