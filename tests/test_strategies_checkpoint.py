@@ -91,6 +91,9 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
     deep = "[" * 100_000
     swapped = json.loads(facts)
     swapped["strategies"][0]["state"] = {"aggregate_train": {"value": 1}, "m_t": {"array": "nowhere"}}
+    odd = json.loads(facts)
+    generator = {"bit_generator": {"value": "PCG64"}, "state": {"dict": {"state": {"value": -1}, "inc": {"value": 1}}}}
+    odd["strategies"][0]["state"] = {"m_t": {"generator": {"dict": generator}}}
     broken: list[tuple[str, bytes]] = [
         ("state.safetensors", pickle.dumps(Bomb())),
         ("model.safetensors", pickle.dumps(Bomb())),
@@ -100,6 +103,7 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
         ("round.json", deep.encode()),
         ("round.json", facts.replace('"round": 1', '"round": 7').encode()),
         ("round.json", json.dumps(swapped).encode()),
+        ("round.json", json.dumps(odd).encode()),
         ("round.json", json.dumps({**json.loads(facts), "random": {"python": [3, None], "numpy": {}}}).encode()),
     ]
     for name, data in broken:
@@ -114,7 +118,7 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
     assert to_bytes(run("adam", folder).arrays) == to_bytes(run("adam", None).arrays)
 
 
-def test_attributes_that_the_strategy_does_not_have_are_not_set(tmp_path: Path) -> None:
+def test_methods_of_the_strategy_are_not_overwritten(tmp_path: Path) -> None:
     run("adam", tmp_path, rounds=1)
     page = tmp_path / "round-000001" / "round.json"
     facts = json.loads(page.read_text())
