@@ -16,13 +16,14 @@ from fedrebasin.errors import UsageError
 from fedrebasin.strategies.arrays import measure_arrays
 from fedrebasin.strategies.network import Model
 from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_to_record
+from fedrebasin.strategies.trajectory import MOST
 from fedrebasin.widths.merge import counts_of
 
 State = dict[str, Tensor]
 
 
 class Widths:
-    """The node models' specs, and what each narrower node trained last.
+    """The node models' specs, and what each narrower node trained last, for the latest ``MOST`` nodes.
 
     A node's width is told by the shapes of its reply. So in its first round it gets the wide model, which it cannot
     load: it starts from its own initialisation. From then on it gets the global model in its own width: all of its
@@ -102,7 +103,10 @@ class Widths:
             return
         reference: State | None = None
         for message, spec in [(message, self._spec_of(_shapes(_record_of(message, key)))) for message in replies]:
+            node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
             if spec is None:
+                if _shapes(_record_of(message, key)) == self.spec.shapes:  # it trains the wide network now
+                    self._last.pop(node, None)
                 continue
             if reference is None:
                 reference = self._reference(replies, key, sent)
@@ -117,7 +121,10 @@ class Widths:
                 if tensor.is_floating_point():
                     fitted[name] = torch.where(counts_of(matching, name) > 0, tensor, reference[name].to(tensor))
             message.content[key] = state_to_record(fitted)
-            self._last[nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)] = spec, state
+            self._last.pop(node, None)
+            self._last[node] = spec, state
+        for node in list(self._last)[:-MOST]:
+            del self._last[node]
 
     def _narrowed(self, spec: PermutationSpec, model: State, last: State) -> State:
         try:

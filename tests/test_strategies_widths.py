@@ -95,6 +95,23 @@ def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inne
     assert torch.equal(found["0.weight"], wide[1]["0.weight"])
 
 
+def test_a_node_gets_the_width_that_it_trained_last_and_only_the_latest_nodes_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+
+    def widths_after(states: list[dict[str, torch.Tensor]], server_round: int) -> list[int]:
+        play_round(strategy, wide, states, server_round=server_round)
+        messages = configure(strategy, wide, len(states), server_round + 1)
+        return [message.content.array_records["arrays"]["0.weight"].shape[0] for message in messages]
+
+    assert widths_after([narrow, narrow, wide], 1) == [3, 3, 5]
+    assert widths_after([narrow, wide, wide], 2) == [3, 5, 5]
+    monkeypatch.setattr("fedrebasin.strategies.widths.MOST", 1)
+    assert widths_after([narrow, narrow, wide], 3) == [5, 3, 5]
+
+
 def test_a_resumed_run_still_knows_each_nodes_width(tmp_path: Path) -> None:
     def run(folder: Path, rounds: int) -> tuple[dict[str, bytes], list[list[tuple[int, ...]]]]:
         sent: list[list[tuple[int, ...]]] = [[], []]
