@@ -14,6 +14,7 @@ from fedrebasin import PermutationSpec, trunk_tensors
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.records import record_to_state, select_arrays
+from fedrebasin.strategies.wire import name_of_arrays
 
 HOME = ("fixed", "relabelled")
 
@@ -131,6 +132,6 @@ class Trunk:
     def strip(self, replies: Sequence[Message], key: str) -> None:
         """Leave the heads out of the replies that hold them, in place."""
         for message in replies if self.names is not None else ():
-            record = message.content.get(key) if message.has_content() else None
-            if isinstance(record, ArrayRecord):
-                message.content[key] = self.cut(record)
+            name = name_of_arrays(message.content, key) if message.has_content() else None
+            if name is not None:
+                message.content[name] = self.cut(message.content.array_records[name])

@@ -17,6 +17,7 @@ from fedrebasin.strategies.arrays import measure_arrays
 from fedrebasin.strategies.network import Model
 from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_to_record
 from fedrebasin.strategies.trajectory import MOST
+from fedrebasin.strategies.wire import find_arrays, name_of_arrays
 from fedrebasin.widths.merge import counts_of
 
 State = dict[str, Tensor]
@@ -111,7 +112,7 @@ class Widths:
             if reference is None:
                 reference = self._reference(replies, key, sent)
             try:
-                state = record_to_state(message.content.array_records[key])
+                state = record_to_state(_record_of(message, key))
                 matching = match_widths(self.spec, spec, reference, state)
             except (RebasinError, *DECODE_ERRORS) as error:
                 log(WARNING, "rebasin: a narrower reply cannot be made to fit: %s", error)
@@ -120,7 +121,7 @@ class Widths:
             for name, tensor in fitted.items():
                 if tensor.is_floating_point():
                     fitted[name] = torch.where(counts_of(matching, name) > 0, tensor, reference[name].to(tensor))
-            message.content[key] = state_to_record(fitted)
+            message.content[name_of_arrays(message.content, key) or key] = state_to_record(fitted)
             self._last.pop(node, None)
             self._last[node] = spec, state
         for node in list(self._last)[:-MOST]:
@@ -140,7 +141,7 @@ class Widths:
         """The reply of the model's width with most examples that is sound, or the model that was sent."""
         whole = [message for message in replies if _shapes(_record_of(message, key)) == self.spec.shapes]
         for message in sorted(whole, key=self._examples, reverse=True):
-            record = message.content.array_records[key]
+            record = _record_of(message, key)
             if not isinstance(measure_arrays(record, sent), str):
                 return record_to_state(record)
         return record_to_state(sent)
@@ -152,7 +153,7 @@ class Widths:
 
 def _record_of(message: Message, key: str) -> ArrayRecord:
     """A reply's model; empty if it has none."""
-    record = message.content.array_records.get(key) if message.has_content() else None
+    record = find_arrays(message.content, key) if message.has_content() else None
     return ArrayRecord() if record is None else record
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flower_messages import MemoryGrid, answer, configure, play_round, trained_copy, warnings
-from flwr.app import Array, Message
+from flwr.app import Array, Message, MetricRecord, RecordDict
 from widths_cases import X, mlp, output, planted, widened
 
 from fedrebasin import RebasinError, permute, random_perms
@@ -93,6 +93,17 @@ def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inne
     ]
     found = strategy._widths._reference(replies, "arrays", state_to_record(wide[0]))
     assert torch.equal(found["0.weight"], wide[1]["0.weight"])
+
+
+def test_a_reply_may_call_its_only_record_as_it_likes() -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+    replies = [
+        Message(RecordDict({"model": state_to_record(state), "m": MetricRecord({"num-examples": 1})}), reply_to=message)
+        for message, state in zip(configure(strategy, wide, 2), (wide, narrow), strict=True)
+    ]
+    _, metrics = strategy.aggregate_train(1, replies)
+    assert metrics is not None and metrics["rebasin-left-out"] == 0
 
 
 def test_a_node_gets_the_width_that_it_trained_last_and_only_the_latest_nodes_are_kept(
