@@ -42,9 +42,7 @@ def check_home(home: str, *, perms: bool, how: str) -> str:
     return home
 
 
-def part_of(
-    spec: PermutationSpec, names: Iterable[str], last: PermutationSpec | None = None, home: str = "fixed"
-) -> PermutationSpec:
+def part_of(spec: PermutationSpec, names: Iterable[str], home: str = "fixed") -> PermutationSpec:
     """The spec of the tensors that travel; the log says how many units are left free.
 
     Parameters
@@ -53,8 +51,6 @@ def part_of(
         Of the whole model.
     names : iterable of str
         Tensors of the spec.
-    last : PermutationSpec, optional
-        The result of the last call, returned again if it has these tensors.
     home : {"fixed", "relabelled"}
         Whether what is tied to a tensor at home is fixed, or moves since its client relabels that tensor too.
 
@@ -68,8 +64,6 @@ def part_of(
     kept = set(names)
     if kept == set(spec.axes):
         return spec
-    if last is not None and kept == set(last.axes):
-        return last
     part = spec.only(kept, fix=home == "fixed")
     free, all_free = (sum(math.prod(shape) for shape in one.perm_shapes.values()) for one in (part, spec))
     log(
