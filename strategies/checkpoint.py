@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder; refuse one that cannot be written.
+    """Make the folder, and clear away what killed processes left half written; refuse one that cannot be written.
 
     Raises
     ------
@@ -67,6 +67,8 @@ def prepare_folder(folder: Path) -> None:
         raise UsageError(
             f"checkpoint_dir={str(folder)!r} cannot be written ({first_line(error)}); give a folder that can"
         ) from error
+    for partial in folder.glob(".round-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -76,6 +76,10 @@ class Widths:
             self.spec, spec = check_widths(model, net, example_inputs, seed=seed)
             self.specs.append(spec)
 
+    def forget(self) -> None:
+        """Begin a new run, whose nodes may be others."""
+        self._last.clear()
+
     def state_dict(self) -> dict[str, ArrayRecord]:
         """For a checkpoint: what each narrower node trained last."""
         return {str(node): state_to_record(state) for node, (_, state) in self._last.items()}

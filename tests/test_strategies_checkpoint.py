@@ -47,6 +47,7 @@ def test_a_run_that_is_killed_goes_on_to_the_bits_of_one_that_is_not(inner: str,
     whole = sorted(path.name for path in tmp_path.glob("round-*"))
     assert whole[-1] == f"round-{done:06d}" and len(whole) <= 2
     resumed = run(inner, tmp_path)
+    assert list(tmp_path.glob(".*")) == []
     assert to_bytes(resumed.arrays) == to_bytes(uninterrupted.arrays)
     assert histories(resumed) == histories(uninterrupted)
 

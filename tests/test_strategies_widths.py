@@ -123,6 +123,20 @@ def test_a_node_gets_the_width_that_it_trained_last_and_only_the_latest_nodes_ar
     assert widths_after([narrow, narrow, wide], 3) == [5, 3, 5]
 
 
+def test_a_second_run_begins_with_the_wide_model_at_every_node() -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    sent: list[int] = []
+
+    def node(message: Message) -> Message:
+        sent.append(message.content.array_records["arrays"]["0.weight"].shape[0])
+        return answer(message, narrow)
+
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X, fraction_evaluate=0.0)
+    for _ in range(2):
+        strategy.start(MemoryGrid({1: node, 2: node}), state_to_record(wide), num_rounds=2)
+    assert sent == [5, 5, 3, 3] * 2
+
+
 def test_a_resumed_run_still_knows_each_nodes_width(tmp_path: Path) -> None:
     def run(folder: Path, rounds: int) -> tuple[dict[str, bytes], list[list[tuple[int, ...]]]]:
         sent: list[list[tuple[int, ...]]] = [[], []]
