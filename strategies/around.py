@@ -70,12 +70,16 @@ class Around(Strategy):
     ) -> Result:
         """Run the rounds, as every strategy does; with ``checkpoint_dir`` those that are left.
 
+        Nothing of an earlier run is sent, but for what was put into ``beside`` by hand.
+
         Raises
         ------
         UsageError
             If the folder cannot be written, or what lies in it cannot be read or is of another run.
         """
         self._timeout = timeout
+        self._beside.forget()
+        self._widths.forget()
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         if self.checkpoint_dir is None:
             return super().start(grid, initial_arrays, num_rounds, *rest)

@@ -134,8 +134,16 @@ class Beside:
         self.send_perms = send_perms
         self.averages: dict[str, ArrayRecord] = {}
         self.trajectories = Trajectories()
+        self._own: dict[str, ArrayRecord] = {}  # the averages that were not put there by hand
         self._perms: dict[int, ArrayRecord] = {}
         self._taken: dict[int, dict[str, ArrayRecord]] = {}
+
+    def forget(self) -> None:
+        """Begin a new run: what the last one left goes, averages that were put here by hand stay."""
+        for name, record in self._own.items():
+            if self.averages.get(name) is record:
+                del self.averages[name]
+        self._own, self._perms, self.trajectories = {}, {}, Trajectories()
 
     def state_dict(self) -> dict[str, object]:
         """For a checkpoint: the averages, the permutations that nodes have yet to get, and each node's last."""
@@ -145,6 +153,7 @@ class Beside:
     def load_state_dict(self, state: dict[str, dict[str, ArrayRecord]]) -> None:
         """Take up what :meth:`state_dict` gave; a node that has another id by now starts anew."""
         self.averages = state["averages"]
+        self._own = dict(self.averages)
         self._perms = {int(node): record for node, record in state["perms"].items()}
         self.trajectories.load_state_dict(state.get("trajectories", {}))  # older checkpoints have none
 
@@ -213,7 +222,8 @@ class Beside:
                 weights.append(shares[place])
             if states:
                 average = average_states(states, [weight / sum(weights) for weight in weights])
-                self.averages[name] = state_to_record({key: average[key] for key in spec.axes if key in average})
+                self._own[name] = state_to_record({key: average[key] for key in spec.axes if key in average})
+                self.averages[name] = self._own[name]
         self._taken = {}
 
 

@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder; refuse one that cannot be written.
+    """Make the folder, and clear away what killed processes left half written; refuse one that cannot be written.
 
     Raises
     ------
@@ -67,6 +67,8 @@ def prepare_folder(folder: Path) -> None:
         raise UsageError(
             f"checkpoint_dir={str(folder)!r} cannot be written ({first_line(error)}); give a folder that can"
         ) from error
+    for partial in folder.glob(".round-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -141,7 +143,10 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    save_file({name: np.array(values, order="C") for name, values in arrays.items()}, path)
+    try:
+        save_file({name: np.array(values, order="C") for name, values in arrays.items()}, path)
+    except SafetensorError as error:  # its own word for a full disk
+        raise OSError(str(error)) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

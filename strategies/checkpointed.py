@@ -60,6 +60,7 @@ class Checkpointed(Strategy):
         self.folder = folder
         self._links = list(chain(strategy))[1:]
         self._before = remember(self._links)
+        self._told: set[tuple[int, str]] = set()
         self._done = 0
         self._metrics: dict[str, dict[int, MetricRecord]] = {name: {} for name in _HISTORIES}
         self._aggregated = False
@@ -163,7 +164,7 @@ class Checkpointed(Strategy):
             },
             "aggregated": self._aggregated,
             **{name: encode(one.state_dict(), name, arrays) for name, one in self.kept.items()},
-            "strategies": strategy_state(self._links, self._before, arrays),
+            "strategies": strategy_state(self._links, self._before, arrays, self._told),
             "random": random_state(arrays),
         }
         try:
@@ -184,7 +185,7 @@ class Checkpointed(Strategy):
             restore_random(found.facts["random"], found.arrays)
         except UsageError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise UsageError(
                 f"checkpoint_dir: round {found.round} in {str(self.folder)!r} holds no state of a run "
                 f"({first_line(error)}); remove that folder to go on from the round before"

@@ -31,6 +31,7 @@ from flwr.server.strategy import (
     QFedAvg,
 )
 from flwr.server.strategy import Strategy as LegacyStrategy
+from torch import nn
 
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import rebasin
@@ -38,6 +39,7 @@ from fedrebasin.strategies.legacy_arrays import Failure, Letter, NamedStrategy, 
 from fedrebasin.strategies.options import chain
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)
+_QUERIES = {"correction": "federated", "select": "clients"}  # what is in the values that ask the clients
 
 
 class Rebasin(LegacyStrategy):
@@ -50,8 +52,9 @@ class Rebasin(LegacyStrategy):
     model : nn.Module or function of no arguments
         The clients' model; its ``state_dict`` gives the order of the arrays.
     **options
-        As for :class:`fedrebasin.strategies.Rebasin`; no ``checkpoint_dir``, ``beside``, ``send_perms``, ``until``, and
-        no correction by queries, for which this interface has no message.
+        As for :class:`fedrebasin.strategies.Rebasin`; no ``checkpoint_dir``, ``beside``, ``send_perms``, ``until``,
+        ``node_models``, and neither a correction nor ``select="clients"`` by queries, for which this interface has no
+        message.
 
     Raises
     ------
@@ -81,9 +84,11 @@ class Rebasin(LegacyStrategy):
                     f"strategy: {type(link).__name__} of flwr.server.strategy cannot be aligned in front of; take "
                     "fedrebasin.strategies.Rebasin and a strategy of flwr.serverapp.strategy"
                 )
-        for name in ("checkpoint_dir", "correction", "beside", "send_perms", "until", "node_models"):
+        if model is None:
+            raise UsageError("model: expected the clients' model, whose state_dict names the arrays; got None")
+        for name in ("checkpoint_dir", "correction", "select", "beside", "send_perms", "until", "node_models"):
             value = options.get(name)
-            if value and (name != "correction" or str(value).startswith("federated")):
+            if value and _QUERIES.get(name, "") in str(value):
                 raise UsageError(
                     f"{name}={value!r} needs the message API: fedrebasin.strategies.Rebasin around a strategy of "
                     "flwr.serverapp.strategy"
@@ -91,8 +96,7 @@ class Rebasin(LegacyStrategy):
         self.strategy = strategy
         self._inner = NamedStrategy(strategy)
         self._rebasin = rebasin.Rebasin(self._inner, model=model, **options)
-        assert self._rebasin.model is not None
-        self._inner.names = list(self._rebasin.model.state_dict())
+        self._inner.names = list(cast(nn.Module, self._rebasin.model).state_dict())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.strategy!r})"
@@ -109,12 +113,13 @@ class Rebasin(LegacyStrategy):
         self._inner.clients = client_manager
         sent = to_record(parameters, names)
         list(self._rebasin.configure_train(server_round, sent, ConfigRecord(), cast(Any, client_manager)))
-        whole = []
-        for client, instructions in self._inner.instructions:
-            values = dict(zip(self._inner.trained, parameters_to_ndarrays(instructions.parameters), strict=True))
-            full = [values.get(name, sent[name].numpy()) for name in names]
-            whole.append((client, FitIns(ndarrays_to_parameters(full), instructions.config)))
-        return whole
+        whole: dict[int, Parameters] = {}  # clients share what they are sent
+        for _, instructions in self._inner.instructions:
+            part = instructions.parameters
+            if id(part) not in whole:
+                values = dict(zip(self._inner.trained, parameters_to_ndarrays(part), strict=True))
+                whole[id(part)] = ndarrays_to_parameters([values.get(name, sent[name].numpy()) for name in names])
+        return [(client, FitIns(whole[id(one.parameters)], one.config)) for client, one in self._inner.instructions]
 
     def aggregate_fit(
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: list[Failure]

@@ -44,7 +44,11 @@ class Letter:
     def of(cls, client: ClientProxy, result: FitRes, names: Sequence[str]) -> Letter:
         """A result whose arrays cannot be named is left as an empty letter, to be left out."""
         content = RecordDict()
-        numbers = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
+        numbers = {
+            key: int(value) if isinstance(value, bool) else value  # a MetricRecord takes no bool
+            for key, value in result.metrics.items()
+            if isinstance(value, int | float)
+        }
         content["metrics"] = MetricRecord({**numbers, "num-examples": result.num_examples})
         try:
             content["arrays"] = to_record(result.parameters, names)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Array, Context, Message
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -146,7 +146,7 @@ class RebasinMod:
         self.home = home
         self.seed = seed
         self.device = device
-        self._part = spec
+        self._parts: dict[frozenset[str], PermutationSpec] = {}
 
     def __call__(self, msg: Message, ctxt: Context, call_next: CallNext) -> Message:
         """Train, and align what comes out of it."""
@@ -165,24 +165,31 @@ class RebasinMod:
         received = dict(record)  # the client may empty the record
         try:
             keys = keys_of_tensors(self.spec, received, self.names)
-            self._part = part_of(self.spec, keys, self._part, self.home)
-            self._part.check_state(decode(received, keys), "the received model")
+            names = frozenset(keys)  # by name: other messages may be handled while this one's client trains
+            part = self._parts[names] = self._parts.get(names) or part_of(self.spec, names, self.home)
+            part.check_state(decode(received, keys), "the received model")
         except RebasinError as error:
             raise UsageError(f"rebasin_mod: {error}") from error
         reply = call_next(msg, ctxt)
         if reply.has_error() or not reply.has_content():
             return reply
         try:
-            return self._align(reply, received, keys, ctxt)
+            return self._align(part, reply, received, keys, ctxt)
         except RebasinError as error:
             raise UsageError(
                 f"rebasin_mod: the trained model does not fit the one that was received: {error}"
             ) from error
 
-    def _align(self, reply: Message, received: Mapping[str, Array], keys: Mapping[str, str], ctxt: Context) -> Message:
-        spec = self._part
+    def _align(
+        self,
+        spec: PermutationSpec,
+        reply: Message,
+        received: Mapping[str, Array],
+        keys: Mapping[str, str],
+        ctxt: Context,
+    ) -> Message:
         record = find_arrays(reply.content, self.arrayrecord_key)
-        if not isinstance(record, ArrayRecord) or {*record} - {EMPTY} != set(keys.values()):
+        if record is None or {*record} - {EMPTY} != set(keys.values()):
             got = "no ArrayRecord" if record is None else f"{len(record)} arrays"
             raise UsageError(f"arrays: expected the {len(keys)} that were received; got {got}")
         trained = decode(record, keys)
@@ -190,7 +197,7 @@ class RebasinMod:
         bad = next((name for name, tensor in trained.items() if not bool(torch.isfinite(tensor).all())), None)
         if bad is not None:
             raise UsageError(f"arrays: {bad!r} holds a NaN or an infinity")
-        perms = self._match(decode(received, keys), trained)
+        perms = self._match(spec, decode(received, keys), trained)
         if perms is not None:
             for name in keys:
                 tensor = trained.pop(name)
@@ -202,17 +209,19 @@ class RebasinMod:
             for name in set(spec.buffers) & set(keys):
                 record[keys[name]] = received[keys[name]]
         for name in self.beside:
-            self._align_beside(reply, name, identity_perms(spec) if perms is None else perms)
+            _align_beside(spec, reply, name, identity_perms(spec) if perms is None else perms)
         if self.keep_perms:
             ctxt.state.pop(PERMS, None)
             if perms is not None:
                 ctxt.state[PERMS] = state_to_record(perms)
         return reply
 
-    def _match(self, received: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Perms | None:
+    def _match(
+        self, spec: PermutationSpec, received: Mapping[str, Tensor], trained: Mapping[str, Tensor]
+    ) -> Perms | None:
         """Match as the server does; the received model may be of another precision (secure aggregation's)."""
         try:
-            (found,) = match_each(self._part, received, [trained], seed=self.seed, device=self.device)
+            (found,) = match_each(spec, received, [trained], seed=self.seed, device=self.device)
         except (ValueError, RuntimeError) as error:
             log(
                 *(WARNING, "rebasin_mod: alignment failed (%s: %s); the reply goes as it was trained"),
@@ -222,15 +231,16 @@ class RebasinMod:
         log(INFO, "rebasin_mod: %.1f%% of the units moved", 100 * found.moved_fraction)
         return found.perms
 
-    def _align_beside(self, reply: Message, name: str, perms: Perms) -> None:
-        record = reply.content.array_records.get(name)
-        if record is None:
-            log(WARNING, "rebasin_mod: beside: the reply has no ArrayRecord %r", name)
-            return
-        try:
-            check_record(self._part, record)
-        except RebasinError as error:
-            log(WARNING, "rebasin_mod: beside: %r holds %s; it is not sent", name, error)
-            del reply.content[name]
-        else:
-            permute_record(self._part, perms, record)
+
+def _align_beside(spec: PermutationSpec, reply: Message, name: str, perms: Perms) -> None:
+    record = reply.content.array_records.get(name)
+    if record is None:
+        log(WARNING, "rebasin_mod: beside: the reply has no ArrayRecord %r", name)
+        return
+    try:
+        check_record(spec, record)
+    except RebasinError as error:
+        log(WARNING, "rebasin_mod: beside: %r holds %s; it is not sent", name, error)
+        del reply.content[name]
+    else:
+        permute_record(spec, perms, record)

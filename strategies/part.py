@@ -14,6 +14,7 @@ from fedrebasin import PermutationSpec, trunk_tensors
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.records import record_to_state, select_arrays
+from fedrebasin.strategies.wire import name_of_arrays
 
 HOME = ("fixed", "relabelled")
 
@@ -41,9 +42,7 @@ def check_home(home: str, *, perms: bool, how: str) -> str:
     return home
 
 
-def part_of(
-    spec: PermutationSpec, names: Iterable[str], last: PermutationSpec | None = None, home: str = "fixed"
-) -> PermutationSpec:
+def part_of(spec: PermutationSpec, names: Iterable[str], home: str = "fixed") -> PermutationSpec:
     """The spec of the tensors that travel; the log says how many units are left free.
 
     Parameters
@@ -52,8 +51,6 @@ def part_of(
         Of the whole model.
     names : iterable of str
         Tensors of the spec.
-    last : PermutationSpec, optional
-        The result of the last call, returned again if it has these tensors.
     home : {"fixed", "relabelled"}
         Whether what is tied to a tensor at home is fixed, or moves since its client relabels that tensor too.
 
@@ -67,8 +64,6 @@ def part_of(
     kept = set(names)
     if kept == set(spec.axes):
         return spec
-    if last is not None and kept == set(last.axes):
-        return last
     part = spec.only(kept, fix=home == "fixed")
     free, all_free = (sum(math.prod(shape) for shape in one.perm_shapes.values()) for one in (part, spec))
     log(
@@ -131,6 +126,6 @@ class Trunk:
     def strip(self, replies: Sequence[Message], key: str) -> None:
         """Leave the heads out of the replies that hold them, in place."""
         for message in replies if self.names is not None else ():
-            record = message.content.get(key) if message.has_content() else None
-            if isinstance(record, ArrayRecord):
-                message.content[key] = self.cut(record)
+            name = name_of_arrays(message.content, key) if message.has_content() else None
+            if name is not None:
+                message.content[name] = self.cut(message.content.array_records[name])

@@ -20,6 +20,7 @@ from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
 from fedrebasin.strategies.options import read_attribute
 from fedrebasin.strategies.records import RecordView, record_to_state, select_arrays
+from fedrebasin.strategies.wire import name_of_arrays
 from fedrebasin.strategies.workers import Workers
 
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
@@ -155,9 +156,9 @@ class ReplyScreen:
         if not message.has_content():
             return "an empty reply"
         arrays = message.content.array_records
-        if len(arrays) != 1 and self.arrayrecord_key not in arrays:
+        name = name_of_arrays(message.content, self.arrayrecord_key)
+        if name is None:
             return f"{len(arrays)} ArrayRecords and none called {self.arrayrecord_key!r}"
-        name = self.arrayrecord_key if self.arrayrecord_key in arrays else next(iter(arrays))
         records = message.content.metric_records
         weighted = next((name for name, metrics in records.items() if self.weighted_by_key in metrics), None)
         if weighted is None:

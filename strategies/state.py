@@ -3,13 +3,15 @@
 Of each strategy in the chain (``Rebasin``'s inner one, the one that it wraps, ...) are kept: the attributes that hold
 arrays or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and the numbers
 and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not change,
-so that a resumed run takes them from the user's code.
+so that a resumed run takes them from the user's code. What may have changed and cannot be kept is named in the log.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
+from inspect import isroutine
 from logging import WARNING
 from typing import Any
 
@@ -18,12 +20,14 @@ import torch
 from flwr.app import Array, ArrayRecord
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedrebasin.errors import UsageError
 
 Arrays = dict[str, np.ndarray]
 Facts = Any  # what JSON holds
 _PLAIN = (bool, int, float, str, type(None))
+_BITS = {name: getattr(np.random, name) for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")}
 
 
 def encode(value: object, name: str, arrays: Arrays) -> Facts:
@@ -32,7 +36,7 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     Raises
     ------
     TypeError
-        If it is neither a number, text, None, array, ArrayRecord, object with ``state_dict`` and
+        If it is neither a number, text, None, array, ArrayRecord, NumPy generator, object with ``state_dict`` and
         ``load_state_dict``, nor a list, tuple or dict of such.
 
     Examples
@@ -45,13 +49,18 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     """
     if isinstance(value, _PLAIN):
         return {"value": value}
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         arrays[name] = np.asarray(value)
         return {"array": name}
     if isinstance(value, ArrayRecord):
         return {"record": {key: encode(item.numpy(), f"{name}/{key}", arrays) for key, item in value.items()}}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: encode(item, f"{name}/{key}", arrays) for key, item in value.items()}}
+    if isinstance(value, Mapping) and all(isinstance(key, _PLAIN) for key in value):
+        pairs = enumerate(value.items())
+        return {"pairs": [[key, encode(item, f"{name}/{place}", arrays)] for place, (key, item) in pairs]}
+    if isinstance(value, np.random.Generator) and type(value.bit_generator).__name__ in _BITS:
+        return {"generator": encode(value.bit_generator.state, name, arrays)}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [encode(item, f"{name}/{place}", arrays) for place, item in enumerate(value)]}
@@ -77,6 +86,13 @@ def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
         return ArrayRecord({key: Array(decode(item, arrays)) for key, item in inner.items()})
     if kind == "dict":
         return {key: decode(item, arrays) for key, item in inner.items()}
+    if kind == "pairs":
+        return {key: decode(item, arrays) for key, item in inner}
+    if kind == "generator":
+        state = decode(inner, arrays)
+        bits = _BITS[state["bit_generator"]]()
+        bits.state = state
+        return np.random.Generator(bits)
     if kind in ("list", "tuple"):
         items = [decode(item, arrays) for item in inner]
         return items if kind == "list" else tuple(items)
@@ -90,8 +106,13 @@ def remember(links: Sequence[Strategy]) -> list[dict[str, Any]]:
     return [dict(vars(link)) for link in links]
 
 
-def strategy_state(links: Sequence[Strategy], before: Sequence[Mapping[str, Any]], arrays: Arrays) -> Facts:
-    """Encode the attributes of each link: numbers and text that have changed since :func:`remember`, all data."""
+def strategy_state(
+    links: Sequence[Strategy], before: Sequence[Mapping[str, Any]], arrays: Arrays, told: set[tuple[int, str]]
+) -> Facts:
+    """Encode the attributes of each link: numbers and text that have changed since :func:`remember`, all data.
+
+    Of what cannot be kept the log tells once: ``told`` remembers it.
+    """
     states = []
     for place, (link, old) in enumerate(zip(links, before, strict=True)):
         state = {}
@@ -102,10 +123,20 @@ def strategy_state(links: Sequence[Strategy], before: Sequence[Mapping[str, Any]
             try:
                 state[key] = encode(value, f"strategy/{place}/{key}", arrays)
             except TypeError as error:
-                if not same:
-                    log(WARNING, "rebasin: %s.%s is not kept in the checkpoint: %s", type(link).__name__, key, error)
+                if (not same or _may_change(value)) and (place, key) not in told:
+                    told.add((place, key))
+                    log(
+                        *(WARNING, "rebasin: %s.%s is not kept in the checkpoint: %s"),
+                        *(type(link).__name__, key, error),
+                    )
         states.append({"class": type(link).__name__, "state": state})
     return states
+
+
+def _may_change(value: object) -> bool:
+    """Whether a value can be other than it was though it is the same object: what is compared by value cannot."""
+    fixed = isroutine(value) or isinstance(value, type | partial)
+    return not fixed and (isinstance(value, Tensor) or type(value).__hash__ in (None, object.__hash__))
 
 
 def restore_strategies(links: Sequence[Strategy], facts: Facts, arrays: Mapping[str, np.ndarray]) -> None:
@@ -124,10 +155,19 @@ def restore_strategies(links: Sequence[Strategy], facts: Facts, arrays: Mapping[
         )
     for link, state in zip(links, facts, strict=True):
         for key, item in state["state"].items():
-            value, present = decode(item, arrays), getattr(link, key, None)
-            if "state" in item and present is not None:
+            value = decode(item, arrays)
+            present: Any = getattr(link, key, None)
+            if "state" in item and present is None:
+                log(
+                    *(WARNING, "rebasin: %s.%s is not there to take up its state; make it where the strategy is made"),
+                    *(type(link).__name__, key),
+                )
+            elif "state" in item:
                 present.load_state_dict(value)
-            elif key in vars(link) and not callable(present):
+            elif isinstance(present, dict) and isinstance(value, dict):  # it may be a Counter
+                present.clear()
+                present.update(value)
+            elif not callable(present) and not key.startswith("__"):  # it may be first set in a round
                 setattr(link, key, value)
 
 

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, RebasinError, check_widths, match_widths, resize
 from fedrebasin.errors import UsageError
+from fedrebasin.strategies.arrays import measure_arrays
 from fedrebasin.strategies.network import Model
-from fedrebasin.strategies.records import record_to_state, state_to_record
+from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_to_record
+from fedrebasin.strategies.trajectory import MOST
+from fedrebasin.strategies.wire import find_arrays, name_of_arrays
 from fedrebasin.widths.merge import counts_of
 
 State = dict[str, Tensor]
 
 
 class Widths:
-    """The node models' specs, and what each narrower node trained last.
+    """The node models' specs, and what each narrower node trained last, for the latest ``MOST`` nodes.
 
     A node's width is told by the shapes of its reply. So in its first round it gets the wide model, which it cannot
     load: it starts from its own initialisation. From then on it gets the global model in its own width: all of its
@@ -73,6 +76,10 @@ class Widths:
             self.spec, spec = check_widths(model, net, example_inputs, seed=seed)
             self.specs.append(spec)
 
+    def forget(self) -> None:
+        """Begin a new run, whose nodes may be others."""
+        self._last.clear()
+
     def state_dict(self) -> dict[str, ArrayRecord]:
         """For a checkpoint: what each narrower node trained last."""
         return {str(node): state_to_record(state) for node, (_, state) in self._last.items()}
@@ -101,22 +108,28 @@ class Widths:
             return
         reference: State | None = None
         for message, spec in [(message, self._spec_of(_shapes(_record_of(message, key)))) for message in replies]:
+            node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
             if spec is None:
+                if _shapes(_record_of(message, key)) == self.spec.shapes:  # it trains the wide network now
+                    self._last.pop(node, None)
                 continue
             if reference is None:
                 reference = self._reference(replies, key, sent)
-            state = record_to_state(message.content.array_records[key])
             try:
+                state = record_to_state(_record_of(message, key))
                 matching = match_widths(self.spec, spec, reference, state)
-            except RebasinError as error:
+            except (RebasinError, *DECODE_ERRORS) as error:
                 log(WARNING, "rebasin: a narrower reply cannot be made to fit: %s", error)
                 continue
             fitted = resize(matching, state)
             for name, tensor in fitted.items():
                 if tensor.is_floating_point():
                     fitted[name] = torch.where(counts_of(matching, name) > 0, tensor, reference[name].to(tensor))
-            message.content[key] = state_to_record(fitted)
-            self._last[nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)] = spec, state
+            message.content[name_of_arrays(message.content, key) or key] = state_to_record(fitted)
+            self._last.pop(node, None)
+            self._last[node] = spec, state
+        for node in list(self._last)[:-MOST]:
+            del self._last[node]
 
     def _narrowed(self, spec: PermutationSpec, model: State, last: State) -> State:
         try:
@@ -129,12 +142,12 @@ class Widths:
         return next((spec for spec in self.specs if spec.shapes == shapes != self.spec.shapes), None)
 
     def _reference(self, replies: Iterable[Message], key: str, sent: ArrayRecord) -> State:
-        """The reply of the model's width with most examples that is finite, or the model that was sent."""
+        """The reply of the model's width with most examples that is sound, or the model that was sent."""
         whole = [message for message in replies if _shapes(_record_of(message, key)) == self.spec.shapes]
         for message in sorted(whole, key=self._examples, reverse=True):
-            state = record_to_state(message.content.array_records[key])
-            if all(bool(tensor.isfinite().all()) for tensor in state.values()):
-                return state
+            record = _record_of(message, key)
+            if not isinstance(measure_arrays(record, sent), str):
+                return record_to_state(record)
         return record_to_state(sent)
 
     def _examples(self, message: Message) -> float:
@@ -144,7 +157,7 @@ class Widths:
 
 def _record_of(message: Message, key: str) -> ArrayRecord:
     """A reply's model; empty if it has none."""
-    record = message.content.array_records.get(key) if message.has_content() else None
+    record = find_arrays(message.content, key) if message.has_content() else None
     return ArrayRecord() if record is None else record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedrebasin import PermutationSpec
@@ -16,20 +16,31 @@ LEGACY = ("fitins.parameters", "fitres.parameters")  # the legacy API's names of
 EMPTY = "_empty"  # a key of the legacy API that stands for no array
 
 
-def find_arrays(content: RecordDict, key: str) -> Mapping[str, Array] | None:
-    """The model's record: the one called ``key``, the legacy API's, or the only one.
+def name_of_arrays(content: RecordDict, key: str) -> str | None:
+    """The name of the model's record: ``key``, the legacy API's, or that of the only one.
 
     Examples
     --------
-    >>> from flwr.app import ArrayRecord
-    >>> find_arrays(RecordDict({"weights": ArrayRecord()}), "arrays"), find_arrays(RecordDict(), "arrays")
-    ({}, None)
+    >>> name_of_arrays(RecordDict({"weights": ArrayRecord()}), "arrays")
+    'weights'
     """
     records = content.array_records
     for name in (key, *LEGACY):
         if name in records:
-            return records[name]
-    return next(iter(records.values())) if len(records) == 1 else None
+            return name
+    return next(iter(records)) if len(records) == 1 else None
+
+
+def find_arrays(content: RecordDict, key: str) -> ArrayRecord | None:
+    """The model's record, by :func:`name_of_arrays`.
+
+    Examples
+    --------
+    >>> find_arrays(RecordDict({"weights": ArrayRecord()}), "arrays"), find_arrays(RecordDict(), "arrays")
+    ({}, None)
+    """
+    name = name_of_arrays(content, key)
+    return None if name is None else content.array_records[name]
 
 
 def keys_of_tensors(

@@ -193,3 +193,13 @@ def test_what_does_not_fit_is_refused() -> None:
         log_prior(Node(net, {}, {}, data), 3)
     with pytest.raises(CalibrationError, match="expected targets from 0 to 2; got 3"):
         log_prior(Node(net, {}, {}, [(draw(2, 4), torch.tensor([0, 3]))]), 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*is a no-op")
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_a_node_runs_where_its_network_is_wherever_the_parts_were_sent_from(device: str | None) -> None:
+    net = deep()
+    part = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    node = Node(net if device else net.to("meta"), part, {}, [draw(2, 4)], device)
+    ((rows,), _, _) = next(iter(node.data()))
+    assert {tensor.device.type for tensor in (rows, *node.model(part).state_dict().values())} == {"meta"}

@@ -201,3 +201,17 @@ def test_replies_of_several_rounds_and_clients_do_not_touch_each_other() -> None
     call(app_that_sends(shuffled(2)), train_message(first), [mod])
     again = arrays_of(call(app_that_sends(shuffled(1)), train_message(SENT), [mod]))
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_messages_of_other_parts_that_are_handled_meanwhile_do_not_matter() -> None:
+    mod = rebasin_mod(spec=spec_of())
+    part = {name: tensor for name, tensor in SENT.items() if name.startswith("0.")}
+    trained = shuffled(3)
+
+    def meanwhile(message: Message) -> Message:
+        call(app_that_sends(part), train_message(part), [mod])
+        return app_that_sends(trained)(message)
+
+    found = arrays_of(call(meanwhile, train_message(SENT), [mod]))
+    expected = through_the_mod(trained)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

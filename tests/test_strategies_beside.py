@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from flower_messages import State, answer, configure, small_net, trained_copy, warnings
+from flower_messages import MemoryGrid, State, answer, configure, small_net, trained_copy, warnings
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAdam, FedAvg
@@ -212,3 +212,20 @@ def test_permutations_wait_for_the_latest_nodes_alone(monkeypatch: pytest.Monkey
     play(strategy, [7, 8, 9])
     found = [perms_from_record(spec_of(), message.content) for message in configure(strategy, SENT, 3, 2)]
     assert [perms is None for perms in found] == [True, False, False]
+
+
+def test_a_second_run_sends_nothing_of_the_first_but_what_was_put_there_by_hand() -> None:
+    sent: list[list[set[str]]] = []
+
+    def node(message: Message) -> Message:
+        sent[-1].append(set(message.content.array_records))
+        reply = answer(message, trained_copy(SENT, 1))
+        reply.content["control"] = state_to_record(control_of(1))
+        return reply
+
+    strategy = FedRebasin(spec=spec_of(), beside=["control"], send_perms=True, fraction_evaluate=0.0)
+    strategy.beside["hand"] = state_to_record({})
+    for _ in range(2):
+        sent.append([])
+        strategy.start(MemoryGrid({1: node, 2: node}), state_to_record(SENT), num_rounds=2)
+    assert sent[0] == sent[1] == [{"arrays", "hand"}] * 2 + [{"arrays", "hand", "control", "rebasin-perms"}] * 2

@@ -15,6 +15,7 @@ import pytest
 from checkpoint_run import ROUNDS, run, to_bytes
 from flower_messages import warnings  # noqa: F401
 from flwr.serverapp.strategy import Result
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedrebasin.errors import UsageError
@@ -46,6 +47,7 @@ def test_a_run_that_is_killed_goes_on_to_the_bits_of_one_that_is_not(inner: str,
     whole = sorted(path.name for path in tmp_path.glob("round-*"))
     assert whole[-1] == f"round-{done:06d}" and len(whole) <= 2
     resumed = run(inner, tmp_path)
+    assert list(tmp_path.glob(".*")) == []
     assert to_bytes(resumed.arrays) == to_bytes(uninterrupted.arrays)
     assert histories(resumed) == histories(uninterrupted)
 
@@ -90,6 +92,9 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
     deep = "[" * 100_000
     swapped = json.loads(facts)
     swapped["strategies"][0]["state"] = {"aggregate_train": {"value": 1}, "m_t": {"array": "nowhere"}}
+    odd = json.loads(facts)
+    generator = {"bit_generator": {"value": "PCG64"}, "state": {"dict": {"state": {"value": -1}, "inc": {"value": 1}}}}
+    odd["strategies"][0]["state"] = {"m_t": {"generator": {"dict": generator}}}
     broken: list[tuple[str, bytes]] = [
         ("state.safetensors", pickle.dumps(Bomb())),
         ("model.safetensors", pickle.dumps(Bomb())),
@@ -99,6 +104,7 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
         ("round.json", deep.encode()),
         ("round.json", facts.replace('"round": 1', '"round": 7').encode()),
         ("round.json", json.dumps(swapped).encode()),
+        ("round.json", json.dumps(odd).encode()),
         ("round.json", json.dumps({**json.loads(facts), "random": {"python": [3, None], "numpy": {}}}).encode()),
     ]
     for name, data in broken:
@@ -113,7 +119,7 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
     assert to_bytes(run("adam", folder).arrays) == to_bytes(run("adam", None).arrays)
 
 
-def test_attributes_that_the_strategy_does_not_have_are_not_set(tmp_path: Path) -> None:
+def test_methods_of_the_strategy_are_not_overwritten(tmp_path: Path) -> None:
     run("adam", tmp_path, rounds=1)
     page = tmp_path / "round-000001" / "round.json"
     facts = json.loads(page.read_text())
@@ -122,13 +128,15 @@ def test_attributes_that_the_strategy_does_not_have_are_not_set(tmp_path: Path) 
     assert to_bytes(run("adam", tmp_path).arrays) == to_bytes(run("adam", None).arrays)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: (os error 27)")])
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    error: Exception,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     warnings: list[str],  # noqa: F811
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("fedrebasin.strategies.checkpoint.save_file", full)
     result = run("adam", tmp_path)

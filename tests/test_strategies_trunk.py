@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flower_messages import State, configure, play_round, trained_copy
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp.strategy import FedAdam, FedAvg
 from test_strategies_exact import same_bytes
@@ -59,6 +59,17 @@ def test_without_permutations_sent_the_units_that_heads_read_stay() -> None:
     strategy = FedRebasin(spec=specs[0], until="second")
     play_round(strategy, trained[0], trained)
     assert set(strategy.spec.perm_shapes) == {"first"}
+
+
+def test_the_head_is_left_out_of_a_record_of_any_name() -> None:
+    nets, specs, _, _ = planted()
+    strategy = FedRebasin(spec=specs[0], until="norm")
+    replies = [
+        Message(RecordDict({"own": ArrayRecord(net.state_dict()), "m": MetricRecord({"num-examples": 1})}), reply_to=to)
+        for net, to in zip(nets, configure(strategy, nets[0].state_dict(), len(nets)), strict=True)
+    ]
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None and tuple(arrays) == trunk_tensors(specs[0], "norm")
 
 
 def test_the_first_evaluation_too_is_of_the_trunk_alone() -> None:

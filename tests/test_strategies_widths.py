@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flower_messages import MemoryGrid, answer, configure, play_round, trained_copy, warnings
-from flwr.app import Message
+from flwr.app import Array, Message, MetricRecord, RecordDict
 from widths_cases import X, mlp, output, planted, widened
 
 from fedrebasin import RebasinError, permute, random_perms
@@ -59,6 +59,29 @@ def test_a_narrow_reply_with_a_nan_is_left_out_and_the_round_goes_on(warnings: l
     assert "a narrower reply cannot be made to fit: model: expected finite weights" in warnings[0]
 
 
+def cut_off(array: Array) -> Array:
+    return Array(array.dtype, array.shape, array.stype, array.data[:60])
+
+
+def big_endian(array: Array) -> Array:
+    return Array(array.numpy().astype(">f4"))
+
+
+@pytest.mark.parametrize("place, garble", [(0, cut_off), (2, cut_off), (2, big_endian)])
+def test_a_reply_that_cannot_be_decoded_is_left_out_in_either_width(
+    place: int, garble: Callable[[Array], Array], warnings: list[str]
+) -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+    messages = configure(strategy, wide, 4)
+    records = [state_to_record(state) for state in (wide, wide, narrow, narrow)]
+    records[place]["0.weight"] = garble(records[place]["0.weight"])
+    replies = [answer(message, record) for message, record in zip(messages, records, strict=True)]
+    _, metrics = strategy.aggregate_train(1, replies)
+    assert metrics is not None and metrics["rebasin-left-out"] == 1
+    assert f"rebasin: node {place + 1} sent '0.weight'" in warnings[-1]
+
+
 def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inner_strategy_counts() -> None:
     wide = [mlp(5, 7, seed=seed).state_dict() for seed in range(3)]
     options = {"model": mlp(5, 7), "node_models": [mlp(3, 4)], "example_inputs": X}
@@ -70,6 +93,48 @@ def test_the_reference_of_narrower_replies_is_the_one_with_most_of_what_the_inne
     ]
     found = strategy._widths._reference(replies, "arrays", state_to_record(wide[0]))
     assert torch.equal(found["0.weight"], wide[1]["0.weight"])
+
+
+def test_a_reply_may_call_its_only_record_as_it_likes() -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+    replies = [
+        Message(RecordDict({"model": state_to_record(state), "m": MetricRecord({"num-examples": 1})}), reply_to=message)
+        for message, state in zip(configure(strategy, wide, 2), (wide, narrow), strict=True)
+    ]
+    _, metrics = strategy.aggregate_train(1, replies)
+    assert metrics is not None and metrics["rebasin-left-out"] == 0
+
+
+def test_a_node_gets_the_width_that_it_trained_last_and_only_the_latest_nodes_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X)
+
+    def widths_after(states: list[dict[str, torch.Tensor]], server_round: int) -> list[int]:
+        play_round(strategy, wide, states, server_round=server_round)
+        messages = configure(strategy, wide, len(states), server_round + 1)
+        return [message.content.array_records["arrays"]["0.weight"].shape[0] for message in messages]
+
+    assert widths_after([narrow, narrow, wide], 1) == [3, 3, 5]
+    assert widths_after([narrow, wide, wide], 2) == [3, 5, 5]
+    monkeypatch.setattr("fedrebasin.strategies.widths.MOST", 1)
+    assert widths_after([narrow, narrow, wide], 3) == [5, 3, 5]
+
+
+def test_a_second_run_begins_with_the_wide_model_at_every_node() -> None:
+    wide, narrow = mlp(5, 7).state_dict(), mlp(3, 4).state_dict()
+    sent: list[int] = []
+
+    def node(message: Message) -> Message:
+        sent.append(message.content.array_records["arrays"]["0.weight"].shape[0])
+        return answer(message, narrow)
+
+    strategy = FedRebasin(model=mlp(5, 7), node_models=[mlp(3, 4)], example_inputs=X, fraction_evaluate=0.0)
+    for _ in range(2):
+        strategy.start(MemoryGrid({1: node, 2: node}), state_to_record(wide), num_rounds=2)
+    assert sent == [5, 5, 3, 3] * 2
 
 
 def test_a_resumed_run_still_knows_each_nodes_width(tmp_path: Path) -> None:

@@ -30,10 +30,8 @@ State = dict[str, Tensor]
 Answer = dict[str, Tensor]
 Result = TypeVar("Result")
 About = Mapping[str, str | int | float | bool | list[str]]
-#: sums beyond this are no activations
-LARGEST = 1e30
-#: an answer that is so many times as large as the others' is left out
-FACTOR, FLOOR = 1e3, 1e-2
+LARGEST = 1e30  #: sums beyond this are no activations
+FACTOR, FLOOR = 1e3, 1e-2  #: an answer that is so many times as large as the others' is left out
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,16 @@ class Node:
 
     def model(self, part: State) -> nn.Module:
         """A private network with the weights of ``part``; what is missing is not read in the pass that is asked for."""
-        return working_copy(self.net, {**self.net.state_dict(), **part}, self.device)
+        return working_copy(self.net, {**self.net.state_dict(), **part}, self.where)
 
     def data(self) -> Batches:
         """The node's batches where the network runs."""
-        parameter = next(iter(self.net.state_dict().values()))
-        where = self.device if self.device is not None else parameter.device
-        return Batches(self.batches, inputs=count_inputs(self.net), name="batches", device=where)
+        return Batches(self.batches, inputs=count_inputs(self.net), name="batches", device=self.where)
+
+    @property
+    def where(self) -> torch.device | str:
+        """Where the network runs; the parts that were sent come on the CPU, wherever that is."""
+        return self.device or next(iter(self.net.state_dict().values()), torch.zeros(0)).device
 
 
 def drive(correction: Generator[Query, dict[int, Any], Result], ask: Callable[[Query], dict[int, Any]]) -> Result:
