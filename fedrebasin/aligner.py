@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.assignment import best_assignment
-from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.batches import batches_of
 from fedrebasin.chain import chain_spec
 from fedrebasin.check import proved_trace
 from fedrebasin.errors import CalibrationError, SpecMismatchError
@@ -112,7 +112,7 @@ class PermutationAligner:
             If there is no data, too little of it, or the models' activations do not fit each other.
         """
         if isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module):
-            batches = Batches(_given(calibration_data), inputs=count_inputs(model_a), name="calibration_data")
+            batches = batches_of(model_a, _given(calibration_data), name="calibration_data")
             if self.spec is None:
                 args, kwargs, _ = next(iter(batches))
                 example = kwargs or args

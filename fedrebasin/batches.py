@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fedrebasin.errors import CalibrationError
 
@@ -29,16 +27,19 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-@contextmanager
-def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put ``model`` into training or evaluation mode, and every module back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+@dataclass(frozen=True)
+class AsCalled:
+    """Batches for a model that is called with so many positional inputs, optional ones among them; 0: with keywords.
+
+    >>> list(AsCalled([1, 2], inputs=1))
+    [1, 2]
+    """
+
+    batches: Iterable[Any]
+    inputs: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class Batches:
@@ -53,6 +54,8 @@ class Batches:
         Read once for each pass; a generator, which would be empty the second time, is refused.
     inputs : int
         How many positional inputs the model takes; what follows them is the target.
+    keywords : bool
+        A pair that starts with a dict is one of keywords and target; so it is without positional inputs.
     name : str
         The parameter's name, for messages.
 
@@ -69,8 +72,15 @@ class Batches:
     """
 
     def __init__(
-        self, batches: Iterable[Any], *, inputs: int = 1, name: str = "calibration", device: Any = None
+        self,
+        batches: Iterable[Any],
+        *,
+        inputs: int = 1,
+        keywords: bool = False,
+        name: str = "calibration",
+        device: Any = None,
     ) -> None:
+        batches = batches.batches if isinstance(batches, AsCalled) else batches
         if isinstance(batches, Iterator):
             raise CalibrationError(
                 f"{name}: expected a collection that can be read more than once; got a {type(batches).__name__}; "
@@ -81,6 +91,7 @@ class Batches:
                 f"{name}: expected a list or DataLoader of batches; got a {type(batches).__name__}; pass [batch]"
             )
         self._batches, self._inputs, self._name, self.device = batches, inputs, name, device
+        self._keywords = keywords or inputs == 0
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
         """Yield positional inputs, keywords and the target (``None`` without one)."""
@@ -88,16 +99,16 @@ class Batches:
         for batch in self._batches:
             empty = False
             args, kwargs = split_inputs(_to(batch, self.device))
-            if isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
-                yield args[:-1], kwargs, args[-1]
-            elif not kwargs and len(args) == 2 and self._inputs == 0 and isinstance(args[0], Mapping):
+            if self._keywords and len(args) == 2 and isinstance(args[0], Mapping):
                 yield (), dict(args[0]), args[1]
+            elif isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
+                yield args[:-1], kwargs, args[-1]
             elif kwargs or len(args) == self._inputs:
                 yield args, kwargs, None
             else:
                 raise CalibrationError(
                     f"{self._name}: expected batches of {self._inputs} inputs, with or without a target; "
-                    f"got {len(args)} items"
+                    f"got {len(args)} items; optional inputs go by name, in a dict"
                 )
         if empty:
             raise CalibrationError(f"{self._name}: expected at least one batch; got none")
@@ -125,6 +136,20 @@ def count_inputs(model: nn.Module) -> int:
     positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     needed = [p for p in signature.parameters.values() if p.kind in positional and p.default is inspect.Parameter.empty]
     return max(1, len(needed))
+
+
+def batches_of(model: nn.Module, batches: Iterable[Any], *, name: str = "calibration", device: Any = None) -> Batches:
+    """Batches with the inputs that :class:`AsCalled` counts, or else those that the model cannot do without.
+
+    >>> class Masked(nn.Module):
+    ...     def forward(self, x, mask=None): ...
+    >>> [len(args) for args, _, _ in batches_of(Masked(), [(1, 2)])]
+    [1]
+    >>> [len(args) for args, _, _ in batches_of(Masked(), AsCalled([(1, 2)], inputs=2))]
+    [2]
+    """
+    inputs = batches.inputs if isinstance(batches, AsCalled) else None
+    return Batches(batches, inputs=inputs or count_inputs(model), keywords=inputs == 0, name=name, device=device)
 
 
 def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any) -> int:
@@ -171,58 +196,3 @@ def tensors(output: Any) -> list[Tensor]:
     if dataclasses.is_dataclass(output):
         return [tensor for part in dataclasses.fields(output) for tensor in tensors(getattr(output, part.name))]
     return []
-
-
-class _Inside(nn.Module):
-    """The model inside a wrapper, under the same names."""
-
-    def __init__(self, wrapper: nn.Module, name: str) -> None:
-        super().__init__()
-        self.inner_name = name
-        self.add_module(name, getattr(wrapper, name))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, self.inner_name)(*args, **kwargs)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """A model that computes what ``torch.compile`` or a data-parallel wrapper around it computes, without the wrapper.
-
-    >>> wrapped = nn.DataParallel(nn.Linear(2, 2))
-    >>> list(unwrapped(wrapped).state_dict()) == list(wrapped.state_dict())
-    True
-    """
-    if hasattr(model, "_orig_mod"):
-        return _Inside(model, "_orig_mod")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return _Inside(model, "module")
-    return model
-
-
-def deep_copy(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """A deep copy, also where a module holds computed tensors (buffers, attributes), which ``copy.deepcopy`` refuses.
-
-    With ``device`` all that modules hold is there, attributes included, which ``Module.to`` leaves behind.
-
-    >>> net = nn.Linear(2, 2)
-    >>> net.squares = [net.weight**2]
-    >>> deep_copy(net).squares[0].requires_grad
-    False
-    """
-    memo: dict[int, Any] = {}
-    for tensor in held_tensors(model):
-        where = tensor.device if device is None else torch.device(device)
-        if where != tensor.device or not tensor.is_leaf:
-            copied = tensor.detach().to(where, copy=True)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
-    return copy.deepcopy(model, memo)
-
-
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters, buffers, and what modules hold as attributes or in lists and dicts; some may come twice.
-
-    >>> [tuple(tensor.shape) for tensor in held_tensors(nn.Linear(3, 2))]
-    [(2, 3), (2,)]
-    """
-    return [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]

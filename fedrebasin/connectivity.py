@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs, mean_loss
+from fedrebasin.batches import batches_of, mean_loss
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import RebasinError
 from fedrebasin.merge import interpolate
@@ -88,7 +88,7 @@ def loss_along_path(
         raise RebasinError(f"lams: expected two points or more; got {lams}")
     model = working_copy(net, a, device)
     where = device if device is not None else next(iter(a.values())).device
-    data = Batches(batches, inputs=count_inputs(net), name="batches", device=where)
+    data = batches_of(net, batches, name="batches", device=where)
     losses = []
     for lam in found:
         load(model, interpolate(a, b, lam))

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fedrebasin.batches import mode_of, split_inputs, unwrapped
+from fedrebasin.batches import split_inputs
 from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.memory import identity
+from fedrebasin.modules import mode_of, unwrapped
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import settle_sizes
 from fedrebasin.written import written_buffers

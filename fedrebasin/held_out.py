@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs, deep_copy, split_inputs, tensors
+from fedrebasin.batches import batches_of, split_inputs, tensors
 from fedrebasin.errors import CalibrationError, RebasinError, first_line
+from fedrebasin.modules import deep_copy
 
 #: The measured part is cut into about this many pieces, so that differences have standard errors.
 _PIECES = 32
@@ -59,11 +60,9 @@ def split_calibration(
     """
     if not 0 < share < 1:
         raise RebasinError(f"share: expected a number between 0 and 1; got {share}")
-    takes = count_inputs(net)
-    for _ in Batches(calibration, inputs=takes):
-        break  # refuses what is no collection of batches
+    first = next(iter(batches_of(net, calibration)))  # refuses what is no collection of batches
     batches = list(calibration)
-    by_rows = _rows_are_examples(net, next(iter(Batches(batches, inputs=takes))), batches[0])
+    by_rows = _rows_are_examples(net, first, batches[0])
     sizes = [(_rows(batch) or 1) if by_rows else 1 for batch in batches]
     total = sum(sizes)
     if total < 2:

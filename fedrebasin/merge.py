@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import deep_copy
+from fedrebasin.batches import AsCalled
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import CalibrationError, RebasinError, SpecMismatchError
 from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import match_many, weight_matching
+from fedrebasin.modules import deep_copy
 from fedrebasin.permute import like_state, permute
 from fedrebasin.selection import corrected, names_of, select_candidate
 from fedrebasin.spec import PermutationSpec
@@ -193,12 +194,13 @@ def merge_modules(
     if loss is not None and select is None:
         raise RebasinError("loss: only select='calibration' uses it; leave it out with select=None")
     spec = proved_trace(modules[0], example_inputs, seed=seed)
+    calibration = None if calibration is None else AsCalled(calibration, spec.inputs)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)
     aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, states, strict=True)]
     merged: Mapping[str, Tensor] = merge(aligned, coefficients=weights)
     if select is not None and calibration is not None:
-        fit, held_out = split_calibration(modules[0], calibration, seed=seed)
+        fit, held_out = (AsCalled(part, spec.inputs) for part in split_calibration(modules[0], calibration, seed=seed))
         setting = CorrectionSetting(modules[0], fit, weights, example_inputs, seed)
         candidates = corrected("plain", merge(states, coefficients=weights), states, setting, corrections)
         candidates |= corrected("aligned", merged, aligned, setting, corrections)

@@ -12,8 +12,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedrebasin.batches import deep_copy, mode_of, split_inputs, tensors, unwrapped
+from fedrebasin.batches import split_inputs, tensors
 from fedrebasin.errors import InvalidSpecError, first_line
+from fedrebasin.modules import deep_copy, mode_of, unwrapped
 from fedrebasin.perms import Perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
 from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs

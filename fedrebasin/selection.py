@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.batches import batches_of
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.corrections.working import load, working_copy
@@ -209,7 +209,7 @@ def _yardstick(
     loss: Loss | None,
 ) -> ByLoss | ByAgreement:
     where = next(iter(model.state_dict().values())).device
-    batches = Batches(held_out, inputs=count_inputs(model), name="held_out", device=where)
+    batches = batches_of(model, held_out, name="held_out", device=where)
     labelled = {target is not None for _, _, target in batches}
     if loss is not None and len(labelled) > 1:
         raise CalibrationError("held_out: expected targets in all batches or in none; some have none")

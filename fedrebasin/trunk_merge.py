@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import deep_copy
+from fedrebasin.batches import AsCalled
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections import methods
 from fedrebasin.errors import RebasinError
 from fedrebasin.merge import merge
+from fedrebasin.modules import deep_copy
 from fedrebasin.permute import like_state, permute
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trunk import match_trunks, trunk_tensors
@@ -83,7 +84,8 @@ def merge_trunks(
             )
         # with one head for all, so that the activations of the trunks alone differ
         ends = [{**aligned[0], **trunk} for trunk in trunks]
-        setting = methods.CorrectionSetting(net, calibration, weights, device=device)
+        inputs = AsCalled(calibration, specs[0].inputs)
+        setting = methods.CorrectionSetting(net, inputs, weights, device=device)
         corrected = methods.correct(correction, setting, {**aligned[0], **shared}, ends)
         shared = {name: corrected[name] for name in names}
     return [

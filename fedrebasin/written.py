@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedrebasin.batches import deep_copy, tensors
+from fedrebasin.batches import tensors
 from fedrebasin.memory import storage_of
+from fedrebasin.modules import deep_copy
 
 
 def written_buffers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:

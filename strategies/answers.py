@@ -11,12 +11,12 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.common.logger import log
 from torch import nn
 
-from fedrebasin.batches import deep_copy
 from fedrebasin.corrections.federated import Node, answer, count_releases
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.queries import About
 from fedrebasin.corrections.votes import KIND as LOSSES
 from fedrebasin.errors import RebasinError, UsageError, first_line
+from fedrebasin.modules import deep_copy
 from fedrebasin.strategies.network import Model, find_device
 from fedrebasin.strategies.queries import read_query, write_answer, write_refusal
 from fedrebasin.yardsticks import Loss

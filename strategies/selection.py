@@ -13,8 +13,8 @@ memory up to twice more, as they came and aligned.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from torch import Tensor, nn
 
 from fedrebasin import split_calibration
+from fedrebasin.batches import AsCalled
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import CalibrationError, UsageError
 from fedrebasin.selection import Candidate, Selection, corrected, select_candidate
@@ -86,8 +87,8 @@ class Selector:
 
     model: nn.Module
     corrections: tuple[str, ...]
-    fit: list[Any]
-    held_out: list[Any]
+    fit: Iterable[Any]
+    held_out: Iterable[Any]
     loss: Loss | None = None
     example_inputs: Any = None
     seed: int = 0
@@ -160,7 +161,10 @@ def build_selector(
         raise UsageError(
             f"select={select!r} runs the model on calibration data, and a spec alone cannot; give model= too"
         )
-    fit, held_out = split_calibration(model, calibration, seed=seed)
+    parts: list[Iterable[Any]] = list(split_calibration(model, calibration, seed=seed))
+    if isinstance(calibration, AsCalled):
+        parts = [replace(calibration, batches=part) for part in parts]
+    fit, held_out = parts
     return Selector(model, tuple(corrections), fit, held_out, loss, example_inputs, seed, device)
 
 

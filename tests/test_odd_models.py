@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedrebasin import InvalidSpecError, TraceError, check_spec, merge_modules, trace
-from fedrebasin.batches import deep_copy, held_tensors
 from fedrebasin.layout import Fixed
+from fedrebasin.modules import deep_copy, held_tensors
 from fedrebasin.proof import Proof
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import Batches, deep_copy, tensors
+from fedrebasin.batches import Batches, tensors
 from fedrebasin.coefficients import wide_type
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.modules import deep_copy
 
 
 def distill(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs
+from fedrebasin.batches import batches_of
 from fedrebasin.corrections.best_end import best_end
 from fedrebasin.corrections.bias_normalisation import bias_normalisation
 from fedrebasin.corrections.closed_form import closed_form
@@ -101,7 +101,7 @@ def _bias_normalisation(setting: CorrectionSetting, merged: State, ends: Sequenc
     example = setting.example_inputs
     if example is None:
         assert setting.calibration is not None
-        args, kwargs, _ = next(iter(Batches(setting.calibration, inputs=count_inputs(setting.net))))
+        args, kwargs, _ = next(iter(batches_of(setting.net, setting.calibration)))
         example = kwargs or args
     return bias_normalisation(
         setting.net, merged, ends, example, coefficients=setting.coefficients, device=setting.device

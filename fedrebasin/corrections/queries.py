@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs, split_inputs
+from fedrebasin.batches import Batches, batches_of, split_inputs
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.first_uses import Uses, first_uses
 from fedrebasin.corrections.moments import Moments
@@ -166,7 +166,7 @@ class Node:
 
     def data(self) -> Batches:
         """The node's batches where the network runs."""
-        return Batches(self.batches, inputs=count_inputs(self.net), name="batches", device=self.where)
+        return batches_of(self.net, self.batches, name="batches", device=self.where)
 
     @property
     def where(self) -> torch.device | str:

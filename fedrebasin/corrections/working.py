@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches, count_inputs, deep_copy
+from fedrebasin.batches import Batches, batches_of
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import SpecMismatchError
+from fedrebasin.modules import deep_copy
 from fedrebasin.permute import like_state
 
 
@@ -44,7 +45,7 @@ def batches_for(
 ) -> Batches:
     """Calibration batches on ``device`` or where ``state`` is."""
     where = device if device is not None else next(iter(state.values())).device
-    return Batches(calibration, inputs=count_inputs(net), device=where)
+    return batches_of(net, calibration, device=where)
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
