@@ -36,7 +36,7 @@ from torch import nn
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import rebasin
 from fedrebasin.strategies.legacy_arrays import Failure, Letter, NamedStrategy, to_record
-from fedrebasin.strategies.options import chain
+from fedrebasin.strategies.options import chain, read_attribute
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)
 _QUERIES = {"correction": "federated", "select": "clients"}  # what is in the values that ask the clients
@@ -125,9 +125,13 @@ class Rebasin(LegacyStrategy):
         self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: list[Failure]
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Align the results, let the strategy aggregate them, correct the model."""
+        if failures and not read_attribute(self.strategy, "accept_failures", True):
+            return None, {}
         self._inner.failures, self._inner.metrics = failures, {}
         letters = [Letter.of(client, result, self._inner.names) for client, result in results]
+        self._inner.letters = letters
         arrays, metrics = self._rebasin.aggregate_train(server_round, cast("list[Message]", letters))
+        self._inner.letters = []
         found = dict(self._inner.metrics)
         found.update({name: cast(Scalar, value) for name, value in (metrics or {}).items()})
         if arrays is None:

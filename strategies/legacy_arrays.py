@@ -75,7 +75,7 @@ class NamedStrategy(Strategy):
     instructions: list[tuple[ClientProxy, FitIns]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     metrics: dict[str, Scalar] = field(default_factory=dict)
-    _letters: list[Letter] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
 
     def summary(self) -> None:
         """The older strategies have none."""
@@ -107,10 +107,12 @@ class NamedStrategy(Strategy):
 
     def train_metrics_aggr_fn(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
         """The metrics of a round that is merged outside the strategy."""
+        del weighted_by_key
         aggregate = read_attribute(self.strategy, "fit_metrics_aggregation_fn", None)
         if aggregate is not None:
-            records = [dict(next(iter(content.metric_records.values()))) for content in contents]
-            self.metrics = aggregate([(int(cast(float, record.pop(weighted_by_key))), record) for record in records])
+            results = {id(letter.content): letter.result for letter in self.letters}
+            taking_part = [results[id(content)] for content in contents]
+            self.metrics = aggregate([(result.num_examples, result.metrics) for result in taking_part])
         return MetricRecord()
 
     @property

@@ -217,6 +217,18 @@ def test_a_round_apart_under_a_server_optimizer_is_the_merge_of_the_clients(
     reference = small_net(seed=50).state_dict()["0.weight"]
     rows = torch.cdist(found["0.weight"], reference).amin(1)
     assert float(rows.max()) < 0.2 < float(torch.cdist(SENT["0.weight"], reference).amin(1).max())
-    assert metrics["clients"] == 4 and metrics["kinds"] == 1
+    assert metrics["clients"] == 4 and metrics["kinds"] == 2  # a string among them
     again, _ = play(strategy, found, [trained_copy(found, place, noise=0.02) for place in range(4)], 2)
     assert float((again["0.weight"] - found["0.weight"]).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("seed", [3, 50], ids=["near", "apart"])
+def test_failures_that_are_not_accepted_leave_the_model(seed: int) -> None:
+    strategy = LegacyRebasin(legacy.FedAvg(accept_failures=False), model=small_net, example_inputs=INPUTS)
+    manager = SimpleClientManager()
+    for place, state in enumerate(moved_copies(small_net(seed=seed).state_dict())):
+        manager.register(Client(str(place), lambda _, state=state: state, 10))
+    sent = strategy.configure_fit(1, to_parameters(SENT), manager)
+    results = [(client, client.fit(ins, None, None)) for client, ins in sent]
+    assert strategy.aggregate_fit(1, results, [RuntimeError("lost")])[0] is None
+    assert strategy.aggregate_fit(1, results, [])[0] is not None
