@@ -18,6 +18,7 @@ from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError, first_line
+from fedrebasin.finite import first_not_finite
 from fedrebasin.yardsticks import ByAgreement, ByLoss, Loss
 
 LOGGER = logging.getLogger("fedrebasin")
@@ -165,10 +166,8 @@ def names_of(correction: Asked, *, several: bool, known: Sequence[str] = tuple(C
         if name not in known:
             raise RebasinError(f"correction: expected None or one of {', '.join(known)}; got {name!r}")
     if not isinstance(correction, str | None) and not several:
-        raise RebasinError(
-            f"correction: several need something that chooses among them; got {correction!r}; give "
-            "select='calibration', or one name"
-        )
+        wrong = f"several need something that chooses among them; got {correction!r}"
+        raise RebasinError(f"correction: {wrong}; give select='calibration', or one name")
     if len(set(names)) < len(names):
         raise RebasinError(f"correction: expected each name once; got {correction!r}")
     return names
@@ -179,6 +178,7 @@ class _Contest:
 
     def __init__(self, model: nn.Module, yardstick: ByLoss | ByAgreement) -> None:
         self.model, self.yardstick = model, yardstick
+        self._constants = {name: t.clone() for name, t in model.state_dict().items() if not bool(t.isfinite().all())}
         self.name, self.values = "", torch.tensor([])
         self.state: State = {}
         self.figures: dict[str, float] = {}
@@ -193,7 +193,7 @@ class _Contest:
             return
         values = self.yardstick(self.model)
         figure = _mean(values, self.yardstick.sizes)
-        if not (math.isfinite(figure) and all(bool(tensor.isfinite().all()) for tensor in state.values())):
+        if not math.isfinite(figure) or first_not_finite(state, self._constants) is not None:
             LOGGER.warning("candidate %s holds a NaN or an infinity, or its outputs do", name)
             return
         self.figures[name] = figure

@@ -18,6 +18,7 @@ from fedrebasin.corrections import methods
 from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
+from fedrebasin.finite import first_not_finite
 from fedrebasin.strategies.federated import Queries
 from fedrebasin.strategies.records import cast_arrays, record_to_state, state_to_record
 
@@ -150,7 +151,7 @@ def correct(correction: str, setting: CorrectionSetting, merged: State, ends: Se
             WARNING, "rebasin: %s failed (%s: %s); this round is not corrected", correction, type(error).__name__, error
         )
         return None
-    bad = next((name for name, tensor in corrected.items() if not bool(torch.isfinite(tensor).all())), None)
+    bad = first_not_finite(corrected, merged)
     if bad is not None:
         log(WARNING, "rebasin: %s made %r infinite or NaN; this round is not corrected", correction, bad)
         return None

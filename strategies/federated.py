@@ -16,6 +16,7 @@ from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions
 from fedrebasin.corrections.queries import Query, drive, find_huge
 from fedrebasin.corrections.votes import Votes, vote
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
+from fedrebasin.finite import first_not_finite
 from fedrebasin.strategies.messages import node_of_message
 from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, epsilon_of, read_answer, write_query
 from fedrebasin.strategies.records import state_to_record
@@ -93,7 +94,7 @@ class Queries:
             what = type(error).__name__
             log(WARNING, "rebasin: %s failed (%s: %s); this round is not corrected", correction, what, error)
             return None
-        bad = next((name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())), None)
+        bad = first_not_finite(found, merged)
         if bad is not None:
             log(WARNING, "rebasin: %s made %r infinite or NaN; this round is not corrected", correction, bad)
             return None

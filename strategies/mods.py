@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedrebasin import PermutationSpec, identity_perms, match_each
 from fedrebasin.errors import RebasinError, UsageError
+from fedrebasin.finite import first_not_finite
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.beside import PERMS, Perms, check_beside, check_record, permute_record
 from fedrebasin.strategies.mod_order import PRIVACY, SECURE, flowers_mods_before, mods_behind
@@ -194,10 +195,11 @@ class RebasinMod:
             raise UsageError(f"arrays: expected the {len(keys)} that were received; got {got}")
         trained = decode(record, keys)
         spec.check_state(trained, "the trained model")
-        bad = next((name for name, tensor in trained.items() if not bool(torch.isfinite(tensor).all())), None)
+        sent = decode(received, keys)
+        bad = first_not_finite(trained, sent)
         if bad is not None:
             raise UsageError(f"arrays: {bad!r} holds a NaN or an infinity")
-        perms = self._match(spec, decode(received, keys), trained)
+        perms = self._match(spec, sent, trained)
         if perms is not None:
             for name in keys:
                 tensor = trained.pop(name)

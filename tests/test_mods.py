@@ -121,6 +121,12 @@ def test_a_trained_model_that_would_spoil_the_average_is_not_sent(
         call(app_that_sends(change(shuffled(1))), train_message(SENT), [rebasin_mod(spec=spec_of())])
 
 
+def test_an_infinite_buffer_that_was_received_so_may_be_sent() -> None:
+    mask = {"1.running_mean": torch.full((12,), -torch.inf)}
+    found = through_the_mod({**shuffled(1), **mask}, {**SENT, **mask})
+    assert torch.equal(found["1.running_mean"], mask["1.running_mean"])
+
+
 def test_where_the_matching_fails_the_reply_goes_as_it_was_trained(warnings: list[str]) -> None:
     broken = {name: torch.full_like(t, torch.nan) if t.is_floating_point() else t for name, t in SENT.items()}
     found = through_the_mod(shuffled(1), broken)

@@ -207,7 +207,10 @@ def test_an_aggregate_that_is_not_finite_is_not_handed_back(warnings: list[str])
 
 
 @pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min])
-def test_a_mask_that_comes_back_as_it_was_sent_may_be_infinite(hidden: float) -> None:
+@pytest.mark.parametrize("select", [None, "calibration"])
+def test_a_mask_that_comes_back_as_it_was_sent_may_be_infinite(
+    hidden: float, select: str | None, warnings: list[str]
+) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -218,12 +221,16 @@ def test_a_mask_that_comes_back_as_it_was_sent_may_be_infinite(hidden: float) ->
             return (self.last(self.first(x).relu()).unsqueeze(-1) + self.mask).softmax(-1)
 
     sent = Masked().state_dict()
-    strategy = Rebasin(FedAvg(), model=Masked, example_inputs=(torch.randn(4, 5),))
+    batches = [torch.randn(100, 5) for _ in range(4)]
+    strategy = Rebasin(
+        FedAvg(), model=Masked, example_inputs=(batches[0],), calibration=batches, correction="repair", select=select
+    )
     replies = [{**trained_copy(sent, seed), "mask": sent["mask"]} for seed in (1, 2)]
     arrays, metrics = play_round(strategy, sent, replies)
     assert arrays is not None and metrics is not None
     assert metrics["rebasin-left-out"] == 0
     assert torch.equal(record_to_state(arrays)["mask"], sent["mask"])
+    assert not [line for line in warnings if "rebasin" in line]
     replies[1]["mask"] = sent["mask"].clone().fill_(torch.nan)
     _, metrics = play_round(strategy, sent, replies)
     assert metrics is not None and metrics["rebasin-left-out"] == 1

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.corrections.working import batches_for, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
+from fedrebasin.finite import first_not_finite
 
 
 def reset_batchnorm(
@@ -79,7 +80,7 @@ def reset_batchnorm(
     for norm, counter in zip(norms, counters, strict=False):
         norm.num_batches_tracked = counter
     result = extract(model, merged)
-    odd = next((name for name, tensor in result.items() if not bool(torch.isfinite(tensor).all())), None)
+    odd = first_not_finite(result, merged)
     if odd is not None:
         raise CalibrationError(f"calibration: {odd!r} became NaN or infinite; check the models and the inputs")
     return result
