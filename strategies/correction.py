@@ -95,7 +95,10 @@ def check_calibration(
     except RebasinError:
         raise
     except Exception as error:
-        raise CalibrationError(f"calibration: the model cannot run on its first batch: {error}") from error
+        raise CalibrationError(
+            f"calibration: the model cannot run on its first batch: {error}; give what forward takes, a dict by its "
+            "parameters' names, or a pair of that and a target"
+        ) from error
 
 
 def needs_ends(correction: str | None) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from logging import WARNING
 from typing import Any
 
+from flwr.common.logger import log
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -131,6 +133,10 @@ def check_strategy(strategy: object) -> None:
         )
     for link in chain(strategy):
         name = type(link).__name__
+        if type(link).start is not Strategy.start and not hasattr(link, "spec"):
+            log(
+                WARNING, "rebasin: %s.start is not called, since Rebasin's runs the rounds; let evaluate_fn do it", name
+            )
         if isinstance(link, CLIENT_SIDE_PRIVACY):
             raise UsageError(
                 f"strategy: {name} has the clients clip before the server aligns, so that the clipped updates are "

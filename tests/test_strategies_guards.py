@@ -69,6 +69,17 @@ def test_under_privacy_auto_warns_and_repair_is_not_used(warnings: list[str]) ->
     assert plain.correction is None
 
 
+def test_a_start_of_its_own_is_warned_of(warnings: list[str]) -> None:
+    class Saving(FedAvg):
+        def start(self, *args: Any, **kwargs: Any) -> Any:
+            return super().start(*args, **kwargs)
+
+    Rebasin(FedAvg(), model=small_net(), example_inputs=INPUTS)
+    assert not warnings
+    Rebasin(Saving(), model=small_net(), example_inputs=INPUTS)
+    assert "Saving.start is not called" in warnings[-1]
+
+
 def test_running_statistics_that_nothing_renews_are_warned_of(warnings: list[str]) -> None:
     Rebasin(flower.Krum(), model=small_net(), example_inputs=INPUTS, calibration=BATCHES)
     Rebasin(flower.Krum(), model=small_net(norm=False), example_inputs=INPUTS)
