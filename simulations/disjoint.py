@@ -20,6 +20,7 @@ from fedrebasin.simulations.disjoint_page import render
 from fedrebasin.simulations.disjoint_seed import ON_PATH, measure_alone, measure_seed
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.time_plan import (
@@ -58,11 +59,13 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     device = select_device(options.device)
     data = load_dataset(options.dataset, None if options.path is None else str(options.path))
     if options.minutes is not None:
+        _check_folder(options, data, device)
         make_folder(options.output)
         options = replace(options, epochs=_planned_epochs(options, data, device, started, progress), minutes=None)
     ends = end_configs(options, data)
     effort = effort_of(options, ends[0].model, device)
     config = describe(ends[0], effort, data, device)
+    _check_folder(options, data, device)
     make_folder(options.output)
     measured = []
     for seed in dict.fromkeys(options.seeds):
@@ -107,6 +110,14 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--output: expected a folder that can be written; {folder}: {error.strerror}") from error
+
+
+def _check_folder(options: DisjointOptions, data: Dataset, device: torch.device) -> None:
+    end = end_configs(options, data)[0]
+    config = describe(end, effort_of(options, end.model, device), data, device)
+    if options.minutes is not None:
+        del config["epochs"]  # they are not planned yet
+    check_same_run(options.output, {"experiment": "disjoint"}, config, seeds=options.seeds)
 
 
 def describe(end: EndConfig, effort: Effort, data: Dataset, device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fedrebasin.simulations.disjoint import describe, make_folder
 from fedrebasin.simulations.disjoint_options import effort_of, end_configs
 from fedrebasin.simulations.ends import disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.sweep_options import SweepOptions, check_sweep
@@ -46,25 +47,18 @@ def reproduce_sweep(options: SweepOptions, progress: Progress = print) -> Path:
     base = options.base
     device = select_device(base.device)
     data = load_dataset(base.dataset, None if base.path is None else str(base.path))
+    facts = {"experiment": "sweep", "over": options.over, "same-data": options.same_data}
+    config = {key: one for key, one in _config(options, data, options.values[0], device).items() if key != options.over}
+    check_same_run(base.output, facts, config, seeds=base.seeds, values=options.values)
     make_folder(base.output)
     points = [
         _point(options, data, value, seed, device, progress)
         for value in options.values
         for seed in dict.fromkeys(base.seeds)
     ]
-    facts = provenance(base.command or f"fedrebasin reproduce sweep {base.dataset}", base.seeds, started)
-    facts["training-seconds"] = round(sum(sum(point["seconds"]["training"].values()) for point in points), 1)
-    results = {
-        "experiment": "sweep",
-        "over": options.over,
-        "values": list(options.values),
-        "same-data": options.same_data,
-        "config": {
-            key: one for key, one in _config(options, data, options.values[0], device).items() if key != options.over
-        },
-        "points": points,
-        "provenance": facts,
-    }
+    source = provenance(base.command or f"fedrebasin reproduce sweep {base.dataset}", base.seeds, started)
+    source["training-seconds"] = round(sum(sum(point["seconds"]["training"].values()) for point in points), 1)
+    results = {**facts, "values": list(options.values), "config": config, "points": points, "provenance": source}
     save_results(base.output / "results.json", results)
     return redraw(base.output / "results.json", base.output, progress)
 
