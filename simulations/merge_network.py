@@ -56,8 +56,8 @@ def from_spec(path: Path, *, check: bool) -> Network:
     spec = PermutationSpec.load(path)
     if check and not spec.checked:
         raise UsageError(
-            f"--spec: {path} is not proved (fedrebasin inspect MODULE:NET --input SHAPE --save {path} proves it); "
-            "give the --model as well known, or --no-check"
+            f"--spec: {path} is not proved (fedrebasin inspect MODULE:NET --input SHAPE --save {path} --force "
+            "proves it); give the --model as well known, or --no-check"
         )
     return Network(spec, spec)
 

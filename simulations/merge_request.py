@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.inspection_command import check_target
+from fedrebasin.simulations.inspection_command import check_apart, check_target
 from fedrebasin.simulations.merge_matching import Found, Plan
 from fedrebasin.simulations.results import provenance
 
@@ -66,18 +66,15 @@ def correction_of(request: Request) -> str:
 
 def check_output(request: Request) -> None:
     """Refuse, before the work, an output that cannot be written or is there already."""
-    check_target(request.plot, "--plot")
+    check_target(request.plot, "--plot", force=request.force)
+    check_apart({"--plot": request.plot, "--output": request.output})
     if request.plot is not None and request.calibration is None:
         raise UsageError("--plot: needs --calibration, a path with the network's inputs")
-    if request.plot is not None and request.plot.exists() and not request.force:
-        raise UsageError(f"--plot: {request.plot} is there already; give another path, or --force")
     if request.output is None:
         if not request.dry_run:
             raise UsageError("--output: expected the path of the merged file")
         return
-    check_target(request.output, "--output")
-    if request.output.exists() and not (request.force or request.dry_run):
-        raise UsageError(f"--output: {request.output} is there already; give another path, or --force")
+    check_target(request.output, "--output", force=request.force or request.dry_run)
 
 
 def numbers(text: str, option: str) -> list[float]:
