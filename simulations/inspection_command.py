@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -98,9 +99,14 @@ def check_target(path: Path | None, option: str, *, force: bool) -> None:
     """Find out before the work that a file cannot be written, or is there already."""
     if path is None:
         return
-    folder = next((parent for parent in path.absolute().parents if parent.exists()), None)
-    if path.is_dir() or folder is None or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{option}: expected the path of a file that can be written; got {path}")
+    wrong = f"{option}: expected the path of a file that can be written; got {path}"
+    if path.is_dir():
+        raise UsageError(wrong)
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
+            pass  # rights alone do not tell: nothing can be written in /proc
+    except OSError as error:
+        raise UsageError(wrong) from error
     if path.exists() and not force:
         raise UsageError(f"{option}: {path} is there already; give another path, or --force")
 

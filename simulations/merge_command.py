@@ -110,7 +110,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"files: {error}; nothing was written") from error
+        raise UsageError(f"--output: {error.strerror or error}; nothing was written") from error
 
 
 def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit: int | None) -> Network:

@@ -87,6 +87,8 @@ BAD = {
     "inspected_nets:Mlp --input 3x4 --html inspected_nets.py/page.html": "--html: expected the path of a file",
     "inspected_nets:Mlp --input 3x4 --save inspected_nets.py": "--save: inspected_nets.py is there already; give",
     "inspected_nets:Mlp --input 3x4 --html inspected_nets.py": "--html: inspected_nets.py is there already; give",
+    "inspected_nets:Mlp --input 3x4 --html /proc/a.html": "--html: expected the path of a file that can be written",
+    "inspected_nets:Mlp --input 3x4 --save /proc/a/b.json": "--save: expected the path of a file that can be written",
     "inspected_nets:Mlp --input 3x4 --html a --save a": "--html: expected another path than that of --save; got a",
     "inspected_nets:Mlp --input 3x4 --vocab 0": "'--vocab': 0 is not in the range",
     "inspected_nets:Mlp --input 3x4 --only resnet18": "--only: needs --zoo",

@@ -48,6 +48,8 @@ OPTIONS = {
     f"{FILES} {NET} --output out.safetensors --memory much": "--memory: expected a size such as 2GB",
     f"{FILES} {NET} --output merged_nets.py/out.safetensors": "--output: expected the path of a file",
     f"{FILES} {NET} --output a --plot a --calibration c.npy": "--plot: expected another path than that of --output",
+    f"{FILES} {NET} --output /proc/out.safetensors": "--output: expected the path of a file that can be written",
+    f"{FILES} {NET} --dry-run --plot /proc/a.png --calibration c.npy": "--plot: expected the path of a file that can",
     f"{FILES} --spec absent.json --output out.safetensors": "cannot read absent.json as JSON",
     f"{FILES} --spec s.json --output out.safetensors --correction bias-normalisation": "give --model instead",
     f'{FILES} {NET} --kwargs {{"width":5}} --output out.safetensors': "a.safetensors: expected 'body.0.weight' as (5,",
