@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.data import Dataset, load_dataset
+from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.disjoint_bench import Bench, Effort
 from fedrebasin.simulations.disjoint_join import join_results
 from fedrebasin.simulations.disjoint_options import DisjointOptions, check_options, effort_of, end_configs
@@ -20,6 +20,7 @@ from fedrebasin.simulations.disjoint_page import render
 from fedrebasin.simulations.disjoint_seed import ON_PATH, measure_alone, measure_seed
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.named_data import load_named
 from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
 from fedrebasin.simulations.results import load_results, provenance, save_results
@@ -57,7 +58,7 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     started = time.time()
     check_options(options)
     device = select_device(options.device)
-    data = load_dataset(options.dataset, None if options.path is None else str(options.path))
+    data = load_named(options.dataset, options.path)
     if options.minutes is not None:
         _check_folder(options, data, device)
         make_folder(options.output)

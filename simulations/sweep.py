@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrebasin.simulations.data import Dataset, load_dataset
+from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.disjoint import describe, make_folder
 from fedrebasin.simulations.disjoint_options import effort_of, end_configs
 from fedrebasin.simulations.ends import disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.named_data import load_named
 from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
 from fedrebasin.simulations.results import load_results, provenance, save_results
@@ -46,7 +47,7 @@ def reproduce_sweep(options: SweepOptions, progress: Progress = print) -> Path:
     check_sweep(options)
     base = options.base
     device = select_device(base.device)
-    data = load_dataset(base.dataset, None if base.path is None else str(base.path))
+    data = load_named(base.dataset, base.path)
     facts = {"experiment": "sweep", "over": options.over, "same-data": options.same_data}
     config = {key: one for key, one in _config(options, data, options.values[0], device).items() if key != options.over}
     check_same_run(base.output, facts, config, seeds=base.seeds, values=options.values)
