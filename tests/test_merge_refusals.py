@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from merge_cases import NET, USER_CODE, load, plant, run, save
@@ -111,6 +112,16 @@ def test_files_that_cannot_be_merged_are_named(said: str, folder: Path, capsys: 
     FILES_GONE_WRONG[said](folder / "b.safetensors")
     found = refused(f"{FILES} {NET} --output out.safetensors", folder, capsys)
     assert "b.safetensors: " in found and said in found
+
+
+@pytest.mark.parametrize("label", [50, -1])
+@pytest.mark.parametrize("options", ["--dry-run", "--matching straight-through --output out.safetensors"])
+def test_labels_that_are_no_class_of_the_network_are_refused(
+    label: int, options: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("c.npz", x=np.zeros((5, 3, 8, 8), np.float32), y=[0, 3, -100, 1, label])
+    said = refused(f"{FILES} {NET} --calibration c.npz {options}", folder, capsys)
+    assert f"--calibration: expected labels from 0 to 3, one for each output; got {label}; number the" in said
 
 
 def test_tables_of_integers_that_differ_are_refused_and_counters_are_not(
