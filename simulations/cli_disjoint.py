@@ -64,7 +64,7 @@ def disjoint(
     from fedrebasin.simulations.settings import parse_seeds
 
     if redraw:
-        say_where(draw_again(redraw[0], output or redraw[0].parent, say, redraw[1:]))
+        say_where(draw_again(redraw[0], output or redraw[0].parent, say, redraw[1:], dataset=dataset))
         return
     chosen = tuple(word.strip() for word in ends.split(","))
     folder = f"disjoint-{dataset}" + ("-all" if chosen == ("all",) else "")

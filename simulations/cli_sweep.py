@@ -53,7 +53,7 @@ def sweep(
     from fedrebasin.simulations.sweep_options import SweepOptions, parse_over
 
     if redraw:
-        say_where(draw_again(redraw, output or redraw.parent, say))
+        say_where(draw_again(redraw, output or redraw.parent, say, dataset=dataset))
         return
     name, values = parse_over(over, dataset, model or None)
     kind = "same-data" if same_data else name

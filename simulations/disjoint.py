@@ -23,7 +23,7 @@ from fedrebasin.simulations.kept import measured_once
 from fedrebasin.simulations.named_data import load_named
 from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
-from fedrebasin.simulations.results import load_results, provenance, save_results
+from fedrebasin.simulations.results import load_experiment, provenance, save_results
 from fedrebasin.simulations.time_plan import (
     TimePlan,
     count_layers,
@@ -81,22 +81,40 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     return redraw(options.output / "results.json", options.output, progress)
 
 
-def redraw(results: Path, folder: Path, progress: Progress = print, more: Sequence[Path] = ()) -> Path:
+def redraw(
+    results: Path,
+    folder: Path,
+    progress: Progress = print,
+    more: Sequence[Path] = (),
+    *,
+    dataset: str | None = None,
+) -> Path:
     """Draw plots and page of a finished run again from its ``results.json`` alone.
 
     Parameters
     ----------
     more : sequence of Path
         Results of further runs whose rows join the first's; ``folder`` then gets the joined ``results.json`` too.
+    dataset : str, optional
+        The data set that the results have to be of.
 
     Returns
     -------
     Path
         The page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
+
+    Raises
+    ------
+    UsageError
+        If a file holds other results, or ``folder`` those of another run.
     """
-    found = load_results(results)
+    found, *others = [load_experiment(path, "disjoint", dataset) for path in (results, *more)]
+    if not all("aligned" in seed["rows"] for seed in found["seeds"]):
+        raise UsageError(f"--redraw: expected results of both ends in the first file; {results} has none of a merge")
+    if (folder / "results.json").exists():
+        check_same_run(folder, {"experiment": "disjoint"}, found["config"], seeds=found["provenance"]["seeds"])
     if more:
-        found = join_results([found, *map(load_results, more)])
+        found = join_results([found, *others])
         results = folder / "results.json"
         save_results(results, found)
     return drawn(lambda: render(found, folder), results, progress)

@@ -19,7 +19,7 @@ from fedrebasin.simulations.kept import measured_once
 from fedrebasin.simulations.named_data import load_named
 from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
-from fedrebasin.simulations.results import load_results, provenance, save_results
+from fedrebasin.simulations.results import load_experiment, provenance, save_results
 from fedrebasin.simulations.sweep_options import SweepOptions, check_sweep
 from fedrebasin.simulations.sweep_page import render
 from fedrebasin.simulations.sweep_point import measure_point
@@ -64,12 +64,18 @@ def reproduce_sweep(options: SweepOptions, progress: Progress = print) -> Path:
     return redraw(base.output / "results.json", base.output, progress)
 
 
-def redraw(results: Path, folder: Path, progress: Progress = print) -> Path:
+def redraw(results: Path, folder: Path, progress: Progress = print, *, dataset: str | None = None) -> Path:
     """Draw pictures and page of a finished sweep again from its ``results.json`` alone.
 
-    Returns the page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
+    Returns the page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``. Results
+    of anything else, or of another data set than ``dataset``, are refused, and so is a ``folder`` of another run.
     """
-    return drawn(lambda: render(load_results(results), folder), results, progress)
+    found = load_experiment(results, "sweep", dataset)
+    if (folder / "results.json").exists():
+        facts = {key: found[key] for key in ("experiment", "over", "same-data")}
+        seeds, values = found["provenance"]["seeds"], found["values"]
+        check_same_run(folder, facts, found["config"], seeds=seeds, values=values)
+    return drawn(lambda: render(found, folder), results, progress)
 
 
 def _config(options: SweepOptions, data: Dataset, value: float, device: torch.device) -> dict[str, Any]:

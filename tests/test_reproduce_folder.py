@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations import disjoint, sweep
+from fedrebasin.simulations import cli, disjoint, sweep
 from fedrebasin.simulations.disjoint import reproduce_disjoint
 from fedrebasin.simulations.disjoint_options import DisjointOptions
-from fedrebasin.simulations.results import save_results
+from fedrebasin.simulations.results import load_results, save_results
 from fedrebasin.simulations.sweep import reproduce_sweep
 from fedrebasin.simulations.sweep_options import SweepOptions
 
@@ -73,3 +74,41 @@ def test_a_sweep_gets_more_values_and_loses_none(tmp_path: Path) -> None:
     refused(tmp_path, "has epochs 1, this run 2", run_sweep, values=(5, 4), epochs=2)
     refused(tmp_path, "is in use", run_sweep, over="epochs", values=(1,))
     refused(tmp_path, "is in use", run)
+
+
+def test_only_results_of_the_experiment_and_data_set_are_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "one")
+    run(tmp_path / "all", ends=("all",))
+    run_sweep(tmp_path / "sweep")
+    for name, results in (("compare", {"kind": "compare"}), ("empty", {})):
+        save_results(tmp_path / name / "results.json", results)
+    for line, said in {
+        "disjoint digits compare": "expected results of reproduce disjoint; .* holds those of compare",
+        "disjoint digits empty": "holds those of nothing that is known; give the results.json of such a run",
+        "disjoint digits sweep": "expected results of reproduce disjoint; .* holds those of sweep",
+        "disjoint mnist one": "expected results of mnist; .* holds those of digits",
+        "disjoint digits all": "expected results of both ends in the first file",
+        "sweep digits one": "expected results of reproduce sweep; .* holds those of disjoint",
+        "sweep mnist sweep": "expected results of mnist; .* holds those of digits",
+    }.items():
+        experiment, name, folder = line.split()
+        call = ["reproduce", experiment, name, "--redraw", str(tmp_path / folder / "results.json")]
+        assert cli.run([*call, "--output", f"{tmp_path}/page"]) == 2, line
+        assert re.search(f"--redraw: .*{said}", capsys.readouterr().err), line
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_page_is_not_drawn_over_that_of_another_run(tmp_path: Path) -> None:
+    run(tmp_path / "one")
+    run(tmp_path / "other", width=5)
+    with pytest.raises(UsageError, match="other has width 5, this run 4"):
+        disjoint.redraw(tmp_path / "one" / "results.json", tmp_path / "other")
+    run_sweep(tmp_path / "sweep")
+    with pytest.raises(UsageError, match="one is in use"):
+        sweep.redraw(tmp_path / "sweep" / "results.json", tmp_path / "one")
+    for folder, again in (("one", disjoint.redraw), ("sweep", sweep.redraw)):
+        before = load_results(tmp_path / folder / "results.json")
+        assert again(tmp_path / folder / "results.json", tmp_path / folder).name == "report.html"
+        assert load_results(tmp_path / folder / "results.json") == before
