@@ -78,6 +78,11 @@ def read_calibration(
             )
         if example.dtype is torch.uint8 and dtype.is_floating_point:
             example = (example.float() / 255 - first) / scale
+        elif mean or std:
+            raise UsageError(
+                f"{'--mean' if mean else '--std'}: expected 8-bit images in {path} and a model of floats; got "
+                f"{example.dtype} for {dtype}; leave it out, and normalise the array itself"
+            )
         if example.is_floating_point() and not bool(example.isfinite().all()):
             raise UsageError(f"--calibration: example {place} in {path} holds a NaN or an infinity")
         examples.append(example.to(dtype))

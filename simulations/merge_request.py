@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.inspection_command import check_apart, check_target
+from fedrebasin.simulations.inspection_command import check_apart, check_target, refuse
 from fedrebasin.simulations.merge_matching import Found, Plan
 from fedrebasin.simulations.results import provenance
 
@@ -57,6 +57,8 @@ def correction_of(request: Request) -> str:
         raise UsageError(f"--correction: expected none, {', '.join(CORRECTIONS)}; got {name!r}")
     if name and CORRECTIONS[name].inputs and request.calibration is None:
         raise UsageError(f"--correction: {name} needs --calibration, a path with the network's inputs")
+    if request.calibration is None:
+        refuse({"--mean": request.mean, "--std": request.std}, "needs --calibration, whose 8-bit images it is for")
     if bool(request.model) == bool(request.spec):
         raise UsageError("--model: expected module:Class, or --spec with a saved spec, and not both")
     if request.spec is not None and (name or request.calibration is not None):

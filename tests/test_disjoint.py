@@ -194,6 +194,7 @@ def test_the_halves_are_disjoint_complete_and_skewed_as_asked():
         ({"dataset": "imagenet"}, "data set: expected one of digits"),
         ({"model": "cnn"}, "--model: expected one of mlp"),
         ({"norm": "group"}, "--norm: expected one of batch, layer"),
+        ({"augment": "zoom"}, "--augment: digits is not augmented; leave --augment zoom out"),
         ({"held": 1.0}, "--held: expected a share between 0 and 1"),
         ({"lams": 1}, "--lams: expected at least 2; got 1"),
         ({"epochs": 0}, "--epochs: expected at least 1; got 0"),

@@ -110,3 +110,6 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
             read_calibration(tmp_path / name, shape)
     with pytest.raises(UsageError, match="--std: expected a number for each of 2"):
         read_calibration(tmp_path / "x.npy", (2,), std=[1.0])
+    for option in ("mean", "std"):
+        with pytest.raises(UsageError, match=f"--{option}: expected 8-bit images in .*; got torch.float32"):
+            read_calibration(tmp_path / "x.npy", (2,), **{option: [0.5, 0.5]})

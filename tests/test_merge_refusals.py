@@ -46,6 +46,8 @@ OPTIONS = {
     f"{FILES} {NET} --output out.safetensors --correction best": "--correction: expected none, repair",
     f"{FILES} {NET} --output out.safetensors --correction repair": "repair needs --calibration",
     f"{FILES} {NET} --output out.safetensors --calibration absent.npy": "cannot read absent.npy",
+    f"{FILES} {NET} --output out.safetensors --mean .5": "--mean: needs --calibration",
+    f"{FILES} {NET} --output out.safetensors --std 1,1,1": "--std: needs --calibration",
     f"{FILES} {NET} --output out.safetensors --memory much": "--memory: expected a size such as 2GB",
     f"{FILES} {NET} --output merged_nets.py/out.safetensors": "--output: expected the path of a file",
     f"{FILES} {NET} --output a --plot a --calibration c.npy": "--plot: expected another path than that of --output",
