@@ -153,6 +153,12 @@ def fill(file: Any, array: Any, path: Path) -> None:
 
 
 def _read_header(path: Path) -> tuple[bytes, dict[str, str], dict[str, Entry]]:
+    if path.is_dir() or path.name.endswith(".index.json"):
+        raise RebasinError(
+            f"{path}: expected one safetensors file; got the {'folder' if path.is_dir() else 'index'} of several. Join "
+            "its shards: safetensors.torch.save_file({name: tensor for shard in pathlib.Path(folder).glob("
+            "'*.safetensors') for name, tensor in safetensors.torch.load_file(shard).items()}, 'joined.safetensors')"
+        )
     try:
         with path.open("rb") as file:
             size = path.stat().st_size

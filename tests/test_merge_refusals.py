@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from merge_cases import NET, USER_CODE, load, plant, run, save
+from merge_cases import NET, USER_CODE, Net, load, plant, run, save
+from torch import nn
+
+from fedrebasin import trace
 
 FILES = "a.safetensors b.safetensors"
 
@@ -65,10 +70,6 @@ def test_options_that_make_no_sense_are_refused(line: str, folder: Path, capsys:
 
 
 def test_a_spec_that_is_not_proved_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from merge_cases import Net
-
-    from fedrebasin import trace
-
     trace(Net(), (torch.randn(2, 3, 8, 8),)).save("spec.json")
     line = f"{FILES} --spec spec.json --output out.safetensors"
     assert "spec.json is not proved" in refused(line, folder, capsys)
@@ -124,6 +125,29 @@ def test_labels_that_are_no_class_of_the_network_are_refused(
     np.savez("c.npz", x=np.zeros((5, 3, 8, 8), np.float32), y=[0, 3, -100, 1, label])
     said = refused(f"{FILES} {NET} --calibration c.npz {options}", folder, capsys)
     assert f"--calibration: expected labels from 0 to 3, one for each output; got {label}; number the" in said
+
+
+def test_a_prefix_of_the_names_is_told_with_a_line_that_takes_it_off(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        save(
+            Path(f"{name}.safetensors"),
+            {f"_orig_mod.module.{key}": t for key, t in load(f"{name}.safetensors").items()},
+        )
+    said = refused(f"{FILES} {NET} --output out.safetensors", folder, capsys)
+    assert "a.safetensors: its tensors' names have the prefix '_orig_mod.module.' (torch.compile, DataParallel)" in said
+    line = said.partition("take it off: ")[2].replace("'model.safetensors'", "path")
+    for name in "ab":
+        exec(line, {"safetensors": safetensors, "path": f"{name}.safetensors"})
+    assert run(f"{FILES} {NET} --output out.safetensors") == 0
+
+
+def test_a_prefix_of_the_spec_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = nn.Sequential(OrderedDict(module=Net()))
+    trace(wrapped, (torch.randn(2, 3, 8, 8),)).save("spec.json")
+    said = refused(f"{FILES} --spec spec.json --no-check --output out.safetensors", folder, capsys)
+    assert "names lack the prefix 'module.' (DataParallel) of the model's; give the --model or --spec without" in said
 
 
 def test_tables_of_integers_that_differ_are_refused_and_counters_are_not(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 import struct
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -200,3 +202,18 @@ def test_the_advice_for_pickles_converts_plain_nested_and_whole_models(tmp_path:
             StoredState(path)
         save_file(eval(line, {"torch": torch, "path": path}), tmp_path / "b.safetensors")
         assert torch.equal(StoredState(tmp_path / "b.safetensors")["weight"], net.weight)
+
+
+def test_the_advice_for_shards_joins_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for place, name in enumerate(STATE):
+        save_file({name: STATE[name]}, folder / f"model-{place}.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, folder / "model.safetensors.index.json"):
+        with pytest.raises(RebasinError, match="expected one safetensors file") as caught:
+            StoredState(path)
+    line = str(caught.value).partition("Join its shards: ")[2]
+    exec(line, {"safetensors": safetensors, "pathlib": pathlib, "folder": folder})
+    assert set(StoredState("joined.safetensors")) == set(STATE)
