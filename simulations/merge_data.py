@@ -119,7 +119,8 @@ def _channels(values: Sequence[float], option: str, shape: tuple[int, ...], defa
     if not values:
         return torch.tensor(default)
     if len(values) != shape[0] or (option == "--std" and min(values) <= 0):
-        raise UsageError(f"{option}: expected a number for each of {shape[0]} channels; got {list(values)}")
+        least = ", above 0" if option == "--std" else ""
+        raise UsageError(f"{option}: expected a number for each of {shape[0]} channels{least}; got {list(values)}")
     return torch.tensor(list(values)).view(-1, *[1] * (len(shape) - 1))
 
 

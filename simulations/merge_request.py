@@ -72,6 +72,8 @@ def check_output(request: Request) -> None:
     check_apart({"--plot": request.plot, "--output": request.output})
     if request.plot is not None and request.calibration is None:
         raise UsageError("--plot: needs --calibration, a path with the network's inputs")
+    if request.plot is not None and request.plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot: expected a path that ends in .png; got {request.plot}")
     if request.output is None:
         if not request.dry_run:
             raise UsageError("--output: expected the path of the merged file")

@@ -113,3 +113,5 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
     for option in ("mean", "std"):
         with pytest.raises(UsageError, match=f"--{option}: expected 8-bit images in .*; got torch.float32"):
             read_calibration(tmp_path / "x.npy", (2,), **{option: [0.5, 0.5]})
+    with pytest.raises(UsageError, match="for each of 2 channels, above 0; got"):
+        read_calibration(tmp_path / "x.npy", (2,), std=[0.0, 0.0])

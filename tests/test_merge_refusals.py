@@ -58,6 +58,7 @@ OPTIONS = {
     f"{FILES} {NET} --output a --plot a --calibration c.npy": "--plot: expected another path than that of --output",
     f"{FILES} {NET} --output /proc/out.safetensors": "--output: expected the path of a file that can be written",
     f"{FILES} {NET} --dry-run --plot /proc/a.png --calibration c.npy": "--plot: expected the path of a file that can",
+    f"{FILES} {NET} --dry-run --plot p.jpg --calibration c.npy": "--plot: expected a path that ends in .png; got p.jpg",
     f"{FILES} --spec absent.json --output out.safetensors": "cannot read absent.json as JSON",
     f"{FILES} --spec s.json --output out.safetensors --correction bias-normalisation": "give --model instead",
     f'{FILES} {NET} --kwargs {{"width":5}} --output out.safetensors': "a.safetensors: expected 'body.0.weight' as (5,",
