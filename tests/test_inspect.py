@@ -66,7 +66,7 @@ BAD = {
     "inspected_absent:Mlp --input 3x4": "cannot import 'inspected_absent'",
     "inspected_broken:Mlp --input 3x4": "No module named 'inspected_lost'",
     "inspected_nets:Absent --input 3x4": "'inspected_nets' has no 'Absent'",
-    "inspected_nets:number --input 3x4": "to be a function or class; got a int",
+    "inspected_nets:number --input 3x4": "to be a function or class; got one of type int",
     "inspected_nets:broken --input 3x4": "broken() raised RuntimeError: no such width",
     "inspected_nets:text --input 3x4": "expected text() to return a torch.nn.Module; got a str",
     "inspected_nets:Mlp --input 3x4 --kwargs {": "--kwargs: expected a JSON object",
