@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,16 +153,19 @@ def fill(file: Any, array: Any, path: Path) -> None:
 
 
 def _read_header(path: Path) -> tuple[bytes, dict[str, str], dict[str, Entry]]:
+    if path.is_dir() or path.name.endswith(".index.json"):
+        raise RebasinError(
+            f"{path}: expected one safetensors file; got the {'folder' if path.is_dir() else 'index'} of several. Join "
+            "its shards: safetensors.torch.save_file({name: tensor for shard in pathlib.Path(folder).glob("
+            "'*.safetensors') for name, tensor in safetensors.torch.load_file(shard).items()}, 'joined.safetensors')"
+        )
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            start = file.read(8)
-            if start.startswith(_PICKLED) or path.suffix in _PICKLE_SUFFIXES:
-                raise RebasinError(
-                    f"{path}: expected a safetensors file; got a pickle, which can run code when it is loaded. Convert "
-                    "it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-                    "'model.safetensors')"
-                )
+            start, opened = file.read(8), file.read(1) == b"{"  # the length of a header may look like a pickle's start
+            if not opened and (start.startswith(_PICKLED) or path.suffix in _PICKLE_SUFFIXES):
+                raise RebasinError(f"{path}: expected a safetensors file; got {_other_format(path)}")
+            file.seek(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
             text = file.read(length) if length <= min(size, _LONGEST_HEADER) else b""
     except OSError as error:
@@ -184,6 +188,18 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, str], dict[str, Entry]]:
         what = "it is cut off" if size < end else "something follows its tensors"
         raise RebasinError(f"{wrong} of {end:,} bytes; got {size:,}: {what}")
     return start + text, metadata, entries
+
+
+def _other_format(path: Path) -> str:
+    """What a zip or a pickle is, and how it becomes a safetensors file."""
+    if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+        return "NumPy's .npz. Convert it: safetensors.numpy.save_file(dict(numpy.load(path)), 'model.safetensors')"
+    return (
+        "a pickle, which can run code when it is loaded. Convert it where you trust it: "
+        "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors') if it holds a plain "
+        "state dict; of a checkpoint (Lightning's, say) save torch.load(path, weights_only=True)['state_dict'], or "
+        "['model']; of a whole model torch.load(path, weights_only=False).state_dict()"
+    )
 
 
 def _entry(one: Mapping[str, Any], base: int) -> Entry:

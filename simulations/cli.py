@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import click
 import typer
@@ -24,11 +27,22 @@ reproduce = typer.Typer(help="Repeat a published experiment.", no_args_is_help=T
 app.add_typer(reproduce, name="reproduce")
 app.command()(inspect)
 app.command()(merge)
-
-
 app.command()(compare)
 reproduce.command()(disjoint)
 reproduce.command()(sweep)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedrebasin {metadata.version('fedrebasin')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fedrebasin(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")] = False,
+) -> None:
+    """Merge models that were trained apart."""
 
 
 @reproduce.callback()
@@ -49,7 +63,8 @@ def run(arguments: list[str]) -> int:
         print(error.format_message())
         return 2
     except click.ClickException as error:
-        return _complain(error.format_message(), 2)
+        # typer and click may both add a suggestion
+        return _complain(re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message()), 2)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted", 130)
     except ModuleNotFoundError as error:

@@ -28,6 +28,7 @@ def inspect(
     check: Annotated[bool, typer.Option(help="Prove the spec on random weights.")] = True,
     html: Annotated[Path | None, typer.Option(help="Write a page with a picture of the tied layers.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "--json", help="Write the spec as JSON.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of inputs and of the proof's random weights.")] = 0,
     zoo: Annotated[bool, typer.Option("--zoo", help="Inspect torchvision's classifiers instead of one model.")] = False,
     only: Annotated[str, typer.Option(help="With --zoo: names of models with commas between.")] = "",
@@ -44,14 +45,17 @@ def inspect(
         from fedrebasin.simulations.inspection_zoo_table import print_zoo
 
         one = {"model": model, "--input": inputs, "--kwargs": kwargs, "--vocab": vocab, "--strict": strict}
-        refuse({**one, "--no-check": not check, "--html": html, "--save": save}, "has no meaning with --zoo")
+        refuse(
+            {**one, "--no-check": not check, "--html": html, "--save": save, "--force": force},
+            "has no meaning with --zoo",
+        )
         names = tuple(name.strip() for name in only.split(",") if name.strip())
         options = ZooOptions(only=names, seed=seed, command=command_line())
         return print_zoo(run_zoo(replace(options, output=output) if output else options))
     refuse({"--only": only, "--output": output}, "needs --zoo")
     with spinner() as on_phase:
         request = Request(
-            model, inputs or (), kwargs, vocab, strict=strict, check=check, seed=seed, html=html, save=save
+            model, inputs or (), kwargs, vocab, strict=strict, check=check, seed=seed, html=html, save=save, force=force
         )
         found = inspect_request(replace(request, command=command_line(), on_phase=on_phase))
     print_inspection(found)

@@ -86,7 +86,7 @@ def merge(
             dry_run=dry_run,
             force=force,
             seed=seed,
-            command=command_line(),
+            command=command_line("FILE"),
             on_phase=on_phase,
         )
         merged = merge_files(request)

@@ -42,12 +42,12 @@ CalibrationImages = Annotated[int, typer.Option(min=1, help="Images for correcti
 Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in fedrebasin-results.")]
 
 
-def command_line() -> str:
-    """The command line that is running, without the names of local folders.
+def command_line(output: str = "FOLDER") -> str:
+    """The command line that is running, without the names of local folders; ``output`` stands for that of ``--output``.
 
     Where data and results lay decides no number, and names of folders say more of a machine than results should.
     """
-    return running_command("fedrebasin", dict.fromkeys(("--data", "--output", "--redraw"), "FOLDER"))
+    return running_command("fedrebasin", {"--data": "FOLDER", "--output": output, "--redraw": "FOLDER"})
 
 
 def say(line: str) -> None:

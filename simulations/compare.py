@@ -15,10 +15,11 @@ from typing import Any
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.attendance import attendance, check_nodes
-from fedrebasin.simulations.data import Dataset, load_dataset
+from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.events import Event
 from fedrebasin.simulations.handover import hand_over
 from fedrebasin.simulations.interrupts import Interrupted, signals_raise
+from fedrebasin.simulations.named_data import check_path, load_named
 from fedrebasin.simulations.output_folder import free_folder, staged
 from fedrebasin.simulations.results import load_results, provenance, save_results
 from fedrebasin.simulations.runtime import RunError, run_app
@@ -73,10 +74,10 @@ def compare(options: Options, *, on_event: Callable[[Event], None] = lambda even
     settings = resolve(replace(options.settings, device=device))
     check_nodes(settings, options.nodes)
     output = free_folder(options.output, settings)
-    _check_path(options.path, settings.data)
+    check_path(settings.data, options.path)
     if options.path is not None:
         on_event({"event": "phase", "text": f"loading {settings.data}"})
-    data = load_dataset(settings.data, options.path)
+    data = load_named(settings.data, options.path)
     parts = [_part(settings, data, options.nodes, seed) for seed in settings.seed_list]
     failure: Interrupted | RunError | None = None
     with signals_raise(), staged(output) as hidden:
@@ -106,15 +107,6 @@ def check_extra() -> None:
     missing = [package for module, package in MODULES.items() if find_spec(module) is None]
     if missing:
         raise UsageError(f'missing: {", ".join(missing)}; pip install "fedrebasin[simulation]"')
-
-
-def _check_path(path: str | None, name: str) -> None:
-    if path is None:
-        return
-    if name == "digits":
-        raise UsageError("--data: digits come with scikit-learn and take no folder; leave --data out")
-    if not Path(path).is_dir():
-        raise UsageError(f"--data: expected a folder with Parquet files of {name}; there is no folder {path}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.data import Dataset, load_dataset
+from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.disjoint_bench import Bench, Effort
 from fedrebasin.simulations.disjoint_join import join_results
 from fedrebasin.simulations.disjoint_options import DisjointOptions, check_options, effort_of, end_configs
@@ -20,8 +20,10 @@ from fedrebasin.simulations.disjoint_page import render
 from fedrebasin.simulations.disjoint_seed import ON_PATH, measure_alone, measure_seed
 from fedrebasin.simulations.ends import EndConfig, disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.named_data import load_named
+from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
-from fedrebasin.simulations.results import load_results, provenance, save_results
+from fedrebasin.simulations.results import load_experiment, provenance, save_results
 from fedrebasin.simulations.time_plan import (
     TimePlan,
     count_layers,
@@ -56,13 +58,15 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     started = time.time()
     check_options(options)
     device = select_device(options.device)
-    data = load_dataset(options.dataset, None if options.path is None else str(options.path))
+    data = load_named(options.dataset, options.path)
     if options.minutes is not None:
+        _check_folder(options, data, device)
         make_folder(options.output)
         options = replace(options, epochs=_planned_epochs(options, data, device, started, progress), minutes=None)
     ends = end_configs(options, data)
     effort = effort_of(options, ends[0].model, device)
     config = describe(ends[0], effort, data, device)
+    _check_folder(options, data, device)
     make_folder(options.output)
     measured = []
     for seed in dict.fromkeys(options.seeds):
@@ -77,22 +81,40 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     return redraw(options.output / "results.json", options.output, progress)
 
 
-def redraw(results: Path, folder: Path, progress: Progress = print, more: Sequence[Path] = ()) -> Path:
+def redraw(
+    results: Path,
+    folder: Path,
+    progress: Progress = print,
+    more: Sequence[Path] = (),
+    *,
+    dataset: str | None = None,
+) -> Path:
     """Draw plots and page of a finished run again from its ``results.json`` alone.
 
     Parameters
     ----------
     more : sequence of Path
         Results of further runs whose rows join the first's; ``folder`` then gets the joined ``results.json`` too.
+    dataset : str, optional
+        The data set that the results have to be of.
 
     Returns
     -------
     Path
         The page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
+
+    Raises
+    ------
+    UsageError
+        If a file holds other results, or ``folder`` those of another run.
     """
-    found = load_results(results)
+    found, *others = [load_experiment(path, "disjoint", dataset) for path in (results, *more)]
+    if not all("aligned" in seed["rows"] for seed in found["seeds"]):
+        raise UsageError(f"--redraw: expected results of both ends in the first file; {results} has none of a merge")
+    if (folder / "results.json").exists():
+        check_same_run(folder, {"experiment": "disjoint"}, found["config"], seeds=found["provenance"]["seeds"])
     if more:
-        found = join_results([found, *map(load_results, more)])
+        found = join_results([found, *others])
         results = folder / "results.json"
         save_results(results, found)
     return drawn(lambda: render(found, folder), results, progress)
@@ -107,6 +129,14 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--output: expected a folder that can be written; {folder}: {error.strerror}") from error
+
+
+def _check_folder(options: DisjointOptions, data: Dataset, device: torch.device) -> None:
+    end = end_configs(options, data)[0]
+    config = describe(end, effort_of(options, end.model, device), data, device)
+    if options.minutes is not None:
+        del config["epochs"]  # they are not planned yet
+    check_same_run(options.output, {"experiment": "disjoint"}, config, seeds=options.seeds)
 
 
 def describe(end: EndConfig, effort: Effort, data: Dataset, device: torch.device) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def check_options(options: DisjointOptions) -> None:
         raise UsageError(f"--ends: expected one of {'; '.join(map(','.join, ENDS))}; got {','.join(options.ends)!r}")
     if options.augment not in AUGMENTATIONS:
         raise UsageError(f"--augment: expected one of {', '.join(AUGMENTATIONS)}; got {options.augment!r}")
+    if options.augment != DisjointOptions.augment and not CATALOGUE[options.dataset][4]:
+        raise UsageError(f"--augment: {options.dataset} is not augmented; leave --augment {options.augment} out")
     if options.minutes is not None and options.epochs is not None:
         raise UsageError(f"--minutes: expected without --epochs, which it plans; got both {options.epochs} and it")
     if options.minutes is not None and not options.minutes > 0:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -43,6 +44,7 @@ class Request:
     seed: int = 0
     html: Path | None = None
     save: Path | None = None
+    force: bool = False
     command: str = "fedrebasin inspect"
     on_phase: Callable[[str], None] = field(default=lambda text: None)
 
@@ -59,8 +61,9 @@ def inspect_request(request: Request) -> Inspection:
     """
     started = time.time()
     inputs, kwargs = parse_inputs(request.inputs), parse_kwargs(request.kwargs)
-    check_target(request.html, "--html")
-    check_target(request.save, "--save")
+    check_target(request.html, "--html", force=request.force)
+    check_target(request.save, "--save", force=request.force)
+    check_apart({"--html": request.html, "--save": request.save})
     with importable_here(), quiet():
         factory = load_factory(request.model)
         found = inspect_model(
@@ -92,13 +95,27 @@ def save_spec(spec: PermutationSpec, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_target(path: Path | None, option: str) -> None:
-    """Find out before the work that a file cannot be written."""
+def check_target(path: Path | None, option: str, *, force: bool) -> None:
+    """Find out before the work that a file cannot be written, or is there already."""
     if path is None:
         return
-    folder = next((parent for parent in path.absolute().parents if parent.exists()), None)
-    if path.is_dir() or folder is None or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{option}: expected the path of a file that can be written; got {path}")
+    wrong = f"{option}: expected the path of a file that can be written; got {path}"
+    if path.is_dir():
+        raise UsageError(wrong)
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
+            pass  # rights alone do not tell: nothing can be written in /proc
+    except OSError as error:
+        raise UsageError(wrong) from error
+    if path.exists() and not force:
+        raise UsageError(f"{option}: {path} is there already; give another path, or --force")
+
+
+def check_apart(targets: Mapping[str, Path | None]) -> None:
+    """Refuse one path for two files."""
+    (one, first), (other, second) = targets.items()
+    if first is not None and second is not None and first.absolute() == second.absolute():
+        raise UsageError(f"{one}: expected another path than that of {other}; got {first} for both")
 
 
 @contextmanager

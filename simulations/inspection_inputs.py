@@ -177,7 +177,9 @@ def load_factory(target: str) -> Any:
     except AttributeError as error:
         raise UsageError(f"model: {module!r} has no {path!r}; {error}") from error
     if not callable(factory):
-        raise UsageError(f"model: expected {target} to be a function or class; got a {type(factory).__name__}")
+        raise UsageError(
+            f"model: expected {target} to be a function or class; got one of type {type(factory).__name__}"
+        )
     return factory
 
 

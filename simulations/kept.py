@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fedrebasin
+from fedrebasin.errors import UsageError
 from fedrebasin.simulations.results import load_results, save_results
 
 #: modules of the simulations that decide the weights of a trained end
@@ -31,7 +32,7 @@ def measured_once(
     """
     facts = {"config": config, "code": measuring_code()}
     if path.exists():
-        earlier = load_results(path)
+        earlier = load_kept(path)
         if (earlier.get("config"), earlier.get("code")) == (json.loads(json.dumps(config)), facts["code"]):
             progress(f"{label}: measured earlier, used again")
             kept: dict[str, Any] = earlier["result"]
@@ -39,6 +40,14 @@ def measured_once(
     save_results(path, {**facts, "result": measure()})
     found: dict[str, Any] = load_results(path)["result"]
     return found
+
+
+def load_kept(path: Path) -> dict[str, Any]:
+    """Read a file that a run goes on with; a damaged one is the user's to delete."""
+    try:
+        return load_results(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; delete the file, and the run makes it again") from error
 
 
 def measuring_code() -> str:

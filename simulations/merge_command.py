@@ -21,7 +21,7 @@ from fedrebasin.perms import Perms
 from fedrebasin.permute import permute
 from fedrebasin.simulations.interrupts import signals_raise
 from fedrebasin.simulations.merge_average import averaged
-from fedrebasin.simulations.merge_data import read_calibration
+from fedrebasin.simulations.merge_data import check_labels, read_calibration
 from fedrebasin.simulations.merge_files import check_values, open_inputs
 from fedrebasin.simulations.merge_matching import Found, Plan, match, needs_data, plan_matching
 from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, streams
@@ -72,6 +72,8 @@ def merge_files(request: Request) -> Merged:
         network = _network(request, plan, states, limit)
         check_fit(network.spec, states)
         batches, labelled = _calibration(request, network)
+        if labelled and (request.dry_run or needs_data(plan, labelled=True)):
+            check_labels(_module(network), batches or [])
         whole = _whole(plan, correction, data=batches is not None)
         copies = _JOINT_COPIES + len(states) if plan.joint or plan.matching != "weight" else 0
         copies += _CORRECTION_COPIES + 2 * len(states) if correction or batches is not None else 0
@@ -110,7 +112,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"files: {error}; nothing was written") from error
+        raise UsageError(f"--output: {error.strerror or error}; nothing was written") from error
 
 
 def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit: int | None) -> Network:

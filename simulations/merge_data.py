@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
 
@@ -17,6 +17,9 @@ _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".t
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
 _INPUT_KEYS, _LABEL_KEYS = ("x", "images", "inputs", "data"), ("y", "labels", "targets")
 _BATCH = 100
+#: cross entropy leaves entries with this label out
+_IGNORED = -100
+_REMEDY = "number the classes as the model does, or leave the labels out"
 
 #: an example's place -> what it holds; how many there are; their labels
 _Read = tuple[Callable[[int], Any], int, Any]
@@ -75,23 +78,49 @@ def read_calibration(
             )
         if example.dtype is torch.uint8 and dtype.is_floating_point:
             example = (example.float() / 255 - first) / scale
+        elif mean or std:
+            raise UsageError(
+                f"{'--mean' if mean else '--std'}: expected 8-bit images in {path} and a model of floats; got "
+                f"{example.dtype} for {dtype}; leave it out, and normalise the array itself"
+            )
         if example.is_floating_point() and not bool(example.isfinite().all()):
             raise UsageError(f"--calibration: example {place} in {path} holds a NaN or an infinity")
         examples.append(example.to(dtype))
     inputs = [torch.stack(examples[at : at + _BATCH]) for at in range(0, len(examples), _BATCH)]
     if labels is None:
         return inputs, False
-    targets = torch.as_tensor(np.asarray(labels)[chosen])
-    if targets.is_floating_point():
-        raise UsageError(f"--calibration: expected integer labels; got {targets.dtype}")
-    return list(zip(inputs, torch.split(targets.long(), _BATCH), strict=True)), True
+    targets = np.asarray(labels)[chosen]
+    if targets.dtype.kind not in "biu":
+        raise UsageError(f"--calibration: expected integer labels in {path}; got {targets.dtype}; {_REMEDY}")
+    return list(zip(inputs, torch.split(torch.as_tensor(targets.astype(np.int64)), _BATCH), strict=True)), True
+
+
+def check_labels(net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Refuse labels that are no class of the network's output.
+
+    Raises
+    ------
+    UsageError
+        With the first of them.
+    """
+    with torch.no_grad():
+        output = net(batches[0][0][:1])
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        return
+    classes, labels = output.shape[1], torch.cat([own.flatten() for _, own in batches])
+    wrong = labels[((labels < 0) & (labels != _IGNORED)) | (labels >= classes)]
+    if len(wrong):
+        raise UsageError(
+            f"--calibration: expected labels from 0 to {classes - 1}, one for each output; got {wrong[0]}; {_REMEDY}"
+        )
 
 
 def _channels(values: Sequence[float], option: str, shape: tuple[int, ...], default: float) -> Tensor:
     if not values:
         return torch.tensor(default)
     if len(values) != shape[0] or (option == "--std" and min(values) <= 0):
-        raise UsageError(f"{option}: expected a number for each of {shape[0]} channels; got {list(values)}")
+        least = ", above 0" if option == "--std" else ""
+        raise UsageError(f"{option}: expected a number for each of {shape[0]} channels{least}; got {list(values)}")
     return torch.tensor(list(values)).view(-1, *[1] * (len(shape) - 1))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedrebasin.errors import RebasinError, SpecMismatchError, UsageError
+from fedrebasin.prefixes import common_prefix, wrappers_of
 from fedrebasin.simulations.inspection import proved, traced_model
 from fedrebasin.simulations.inspection_command import quiet
 from fedrebasin.simulations.inspection_inputs import (
@@ -56,8 +57,8 @@ def from_spec(path: Path, *, check: bool) -> Network:
     spec = PermutationSpec.load(path)
     if check and not spec.checked:
         raise UsageError(
-            f"--spec: {path} is not proved (fedrebasin inspect MODULE:NET --input SHAPE --save {path} proves it); "
-            "give the --model as well known, or --no-check"
+            f"--spec: {path} is not proved (fedrebasin inspect MODULE:NET --input SHAPE --save {path} --force "
+            "proves it); give the --model as well known, or --no-check"
         )
     return Network(spec, spec)
 
@@ -115,6 +116,18 @@ def check_fit(spec: PermutationSpec, states: Sequence[StoredState]) -> None:
         try:
             spec.check_state(state.described, str(state.path))
         except SpecMismatchError as error:
+            prefix, missing = common_prefix(state, spec.axes), common_prefix(spec.axes, state)
+            if prefix:
+                raise SpecMismatchError(
+                    f"{state.path}: its tensors' names have the prefix {prefix!r}{wrappers_of(prefix)}, those of the "
+                    f"model do not; take it off: safetensors.torch.save_file({{name.removeprefix({prefix!r}): tensor "
+                    "for name, tensor in safetensors.torch.load_file(path).items()}, 'model.safetensors')"
+                ) from error
+            if missing:
+                raise SpecMismatchError(
+                    f"{state.path}: its tensors' names lack the prefix {missing!r}{wrappers_of(missing)} of the "
+                    "model's; give the --model or --spec without its wrapper"
+                ) from error
             raise SpecMismatchError(f"{error}, and the --model or --spec of these files") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.inspection_command import check_target
+from fedrebasin.simulations.inspection_command import check_apart, check_target, refuse
 from fedrebasin.simulations.merge_matching import Found, Plan
 from fedrebasin.simulations.results import provenance
 
@@ -57,6 +57,8 @@ def correction_of(request: Request) -> str:
         raise UsageError(f"--correction: expected none, {', '.join(CORRECTIONS)}; got {name!r}")
     if name and CORRECTIONS[name].inputs and request.calibration is None:
         raise UsageError(f"--correction: {name} needs --calibration, a path with the network's inputs")
+    if request.calibration is None:
+        refuse({"--mean": request.mean, "--std": request.std}, "needs --calibration, whose 8-bit images it is for")
     if bool(request.model) == bool(request.spec):
         raise UsageError("--model: expected module:Class, or --spec with a saved spec, and not both")
     if request.spec is not None and (name or request.calibration is not None):
@@ -66,18 +68,17 @@ def correction_of(request: Request) -> str:
 
 def check_output(request: Request) -> None:
     """Refuse, before the work, an output that cannot be written or is there already."""
-    check_target(request.plot, "--plot")
+    check_target(request.plot, "--plot", force=request.force)
+    check_apart({"--plot": request.plot, "--output": request.output})
     if request.plot is not None and request.calibration is None:
         raise UsageError("--plot: needs --calibration, a path with the network's inputs")
-    if request.plot is not None and request.plot.exists() and not request.force:
-        raise UsageError(f"--plot: {request.plot} is there already; give another path, or --force")
+    if request.plot is not None and request.plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot: expected a path that ends in .png; got {request.plot}")
     if request.output is None:
         if not request.dry_run:
             raise UsageError("--output: expected the path of the merged file")
         return
-    check_target(request.output, "--output")
-    if request.output.exists() and not (request.force or request.dry_run):
-        raise UsageError(f"--output: {request.output} is there already; give another path, or --force")
+    check_target(request.output, "--output", force=request.force or request.dry_run)
 
 
 def numbers(text: str, option: str) -> list[float]:

@@ -94,6 +94,26 @@ def load_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def load_experiment(path: Path, experiment: str, dataset: str | None = None) -> dict[str, Any]:
+    """Read the results of ``fedrebasin reproduce`` that are drawn again.
+
+    Raises
+    ------
+    UsageError
+        If they are of something else, or of another data set than ``dataset``.
+    """
+    found = load_results(path)
+    if found.get("experiment") != experiment or not {"config", "provenance"} < set(found):
+        kind = found.get("experiment") or found.get("kind") or "nothing that is known"
+        raise UsageError(
+            f"--redraw: expected results of reproduce {experiment}; {path} holds those of {kind}; "
+            "give the results.json of such a run"
+        )
+    if dataset is not None and found["config"]["dataset"] != dataset:
+        raise UsageError(f"--redraw: expected results of {dataset}; {path} holds those of {found['config']['dataset']}")
+    return found
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to a file beside ``path`` and move it there, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

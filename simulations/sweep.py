@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrebasin.simulations.data import Dataset, load_dataset
+from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.disjoint import describe, make_folder
 from fedrebasin.simulations.disjoint_options import effort_of, end_configs
 from fedrebasin.simulations.ends import disjoint_halves, trained_end
 from fedrebasin.simulations.kept import measured_once
+from fedrebasin.simulations.named_data import load_named
+from fedrebasin.simulations.output_folder import check_same_run
 from fedrebasin.simulations.report import drawn
-from fedrebasin.simulations.results import load_results, provenance, save_results
+from fedrebasin.simulations.results import load_experiment, provenance, save_results
 from fedrebasin.simulations.sweep_options import SweepOptions, check_sweep
 from fedrebasin.simulations.sweep_page import render
 from fedrebasin.simulations.sweep_point import measure_point
@@ -45,36 +47,35 @@ def reproduce_sweep(options: SweepOptions, progress: Progress = print) -> Path:
     check_sweep(options)
     base = options.base
     device = select_device(base.device)
-    data = load_dataset(base.dataset, None if base.path is None else str(base.path))
+    data = load_named(base.dataset, base.path)
+    facts = {"experiment": "sweep", "over": options.over, "same-data": options.same_data}
+    config = {key: one for key, one in _config(options, data, options.values[0], device).items() if key != options.over}
+    check_same_run(base.output, facts, config, seeds=base.seeds, values=options.values)
     make_folder(base.output)
     points = [
         _point(options, data, value, seed, device, progress)
         for value in options.values
         for seed in dict.fromkeys(base.seeds)
     ]
-    facts = provenance(base.command or f"fedrebasin reproduce sweep {base.dataset}", base.seeds, started)
-    facts["training-seconds"] = round(sum(sum(point["seconds"]["training"].values()) for point in points), 1)
-    results = {
-        "experiment": "sweep",
-        "over": options.over,
-        "values": list(options.values),
-        "same-data": options.same_data,
-        "config": {
-            key: one for key, one in _config(options, data, options.values[0], device).items() if key != options.over
-        },
-        "points": points,
-        "provenance": facts,
-    }
+    source = provenance(base.command or f"fedrebasin reproduce sweep {base.dataset}", base.seeds, started)
+    source["training-seconds"] = round(sum(sum(point["seconds"]["training"].values()) for point in points), 1)
+    results = {**facts, "values": list(options.values), "config": config, "points": points, "provenance": source}
     save_results(base.output / "results.json", results)
     return redraw(base.output / "results.json", base.output, progress)
 
 
-def redraw(results: Path, folder: Path, progress: Progress = print) -> Path:
+def redraw(results: Path, folder: Path, progress: Progress = print, *, dataset: str | None = None) -> Path:
     """Draw pictures and page of a finished sweep again from its ``results.json`` alone.
 
-    Returns the page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``.
+    Returns the page; or ``results`` itself where matplotlib or jinja2 is missing, with a line to ``progress``. Results
+    of anything else, or of another data set than ``dataset``, are refused, and so is a ``folder`` of another run.
     """
-    return drawn(lambda: render(load_results(results), folder), results, progress)
+    found = load_experiment(results, "sweep", dataset)
+    if (folder / "results.json").exists():
+        facts = {key: found[key] for key in ("experiment", "over", "same-data")}
+        seeds, values = found["provenance"]["seeds"], found["values"]
+        check_same_run(folder, facts, found["config"], seeds=seeds, values=values)
+    return drawn(lambda: render(found, folder), results, progress)
 
 
 def _config(options: SweepOptions, data: Dataset, value: float, device: torch.device) -> dict[str, Any]:

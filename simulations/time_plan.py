@@ -17,7 +17,8 @@ from fedrebasin.simulations.acceleration import clock
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.disjoint_bench import Effort
 from fedrebasin.simulations.ends import EndConfig, make_model
-from fedrebasin.simulations.results import load_results, save_results
+from fedrebasin.simulations.kept import load_kept
+from fedrebasin.simulations.results import save_results
 from fedrebasin.simulations.training import RECIPES, Trainer
 
 WARM_UP_STEPS, STEPS, SECONDS = 3, 10, 20.0
@@ -126,7 +127,7 @@ def plan_once(
     """The plan in the file at ``path`` if it is for the same facts, so that a run that goes on keeps its epochs."""
     described = json.loads(json.dumps(facts))
     if path.exists():
-        earlier = load_results(path)
+        earlier = load_kept(path)
         if earlier.get("facts") == described:
             return TimePlan(**earlier["plan"])
     started = time.perf_counter()

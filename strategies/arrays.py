@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from flwr.app import Array
 
+from fedrebasin.prefixes import common_prefix, wrappers_of
 from fedrebasin.strategies.records import DECODE_ERRORS, array_view, sum_of_squares
 
 FACTOR = 1e3
@@ -128,17 +129,15 @@ def explain_keys(arrays: Collection[str], sent: Collection[str]) -> str:
     >>> explain_keys(["module.a", "module.b"], ["a", "b"])
     "their keys have the prefix 'module.' (DataParallel): send ArrayRecord(model.module.state_dict())"
     """
-    wrappers = {
-        "module.": (" (DataParallel)", "send ArrayRecord(model.module.state_dict())"),
-        "_orig_mod.": (" (torch.compile)", "send ArrayRecord(model._orig_mod.state_dict())"),
-    }
     for here, there, whose in ((arrays, sent, "their keys have"), (sent, arrays, "the sent model's keys have")):
-        prefix = _common_prefix(here, there)
+        prefix = common_prefix(here, there)
         if prefix:
-            cause, remedy = wrappers.get(prefix, ("", "send the state dict of the model that the server sends"))
+            remedy = "send the state dict of the model that the server sends"
+            if wrappers_of(prefix):
+                remedy = f"send ArrayRecord(model.{prefix}state_dict())"
             if here is sent:
                 remedy = "pass initial_arrays made from the same model as the clients', without its wrapper"
-            return f"{whose} the prefix {prefix!r}{cause}: {remedy}"
+            return f"{whose} the prefix {prefix!r}{wrappers_of(prefix)}: {remedy}"
     if set(arrays) == {str(place) for place in range(len(arrays))}:
         return (
             "their keys are '0', '1', ..., as of a list of NumPy arrays, which has lost the names: "
@@ -150,13 +149,3 @@ def explain_keys(arrays: Collection[str], sent: Collection[str]) -> str:
             "frozen parameters and running statistics too, or make initial_arrays of this part as well"
         )
     return f"they hold {missing_and_extra(arrays, sent)}: send the state dict of the model that the server sends"
-
-
-def _common_prefix(long: Collection[str], short: Collection[str]) -> str:
-    """Return the prefix that every name of ``long`` has before a name of ``short``."""
-    if not long or not short:
-        return ""
-    first = next(iter(long))
-    ends = [name for name in short if first.endswith(name) and first != name]
-    prefixes = [first[: -len(name)] for name in ends]
-    return next((prefix for prefix in prefixes if {prefix + name for name in short} == set(long)), "")

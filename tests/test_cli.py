@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,22 @@ def test_the_help_needs_neither_flower_nor_matplotlib() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "compare" in done.stdout
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fedrebasin {version('fedrebasin')}\n"
+
+
+@pytest.mark.parametrize("command", ["compare", "reproduce disjoint", "reproduce sweep"])
+def test_the_help_names_the_data_sets(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*command.split(), "--help"]) == 0
+    assert "Data sets: digits, mnist, cifar10, cifar100." in capsys.readouterr().out
+
+
+def test_a_suggestion_is_made_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["reproduce", "disjont"]) == 2
+    assert capsys.readouterr().err.count("Did you mean") <= 1
 
 
 def test_the_exit_status_reaches_the_shell() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -137,8 +138,9 @@ def test_a_crash_after_training_costs_no_training(tmp_path, no_page, count_train
 
 
 def test_another_split_is_trained_anew(tmp_path, no_page, count_trainings):
-    reproduce_disjoint(dataclasses.replace(TINY, output=tmp_path, seeds=(0,), epochs=1), lambda line: None)
-    changed = dataclasses.replace(TINY, output=tmp_path, seeds=(0,), epochs=1, held=0.3)
+    reproduce_disjoint(dataclasses.replace(TINY, output=tmp_path / "one", seeds=(0,), epochs=1), lambda line: None)
+    shutil.copytree(tmp_path / "one" / "ends", tmp_path / "other" / "ends")
+    changed = dataclasses.replace(TINY, output=tmp_path / "other", seeds=(0,), epochs=1, held=0.3)
     reproduce_disjoint(changed, lambda line: None)
     assert len(count_trainings) == 5, "both ends; the model of all data has no part in the split"
 
@@ -192,6 +194,7 @@ def test_the_halves_are_disjoint_complete_and_skewed_as_asked():
         ({"dataset": "imagenet"}, "data set: expected one of digits"),
         ({"model": "cnn"}, "--model: expected one of mlp"),
         ({"norm": "group"}, "--norm: expected one of batch, layer"),
+        ({"augment": "zoom"}, "--augment: digits is not augmented; leave --augment zoom out"),
         ({"held": 1.0}, "--held: expected a share between 0 and 1"),
         ({"lams": 1}, "--lams: expected at least 2; got 1"),
         ({"epochs": 0}, "--epochs: expected at least 1; got 0"),

@@ -42,11 +42,11 @@ sys.exit(run(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
-    """Images of noise in the layout of CIFAR-100, but smaller; enough of every class for both halves to have some."""
+    """Images of noise in the layout of CIFAR-100, but fewer; enough of every class for both halves to have some."""
     folder, generator = tmp_path_factory.mktemp("cifar100"), np.random.default_rng(0)
     for split, count in (("train", 1000), ("test", 100)):
         cells = []
-        for pixels in generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8):
+        for pixels in generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, format="png")
             cells.append({"bytes": buffer.getvalue(), "path": None})

@@ -66,7 +66,7 @@ BAD = {
     "inspected_absent:Mlp --input 3x4": "cannot import 'inspected_absent'",
     "inspected_broken:Mlp --input 3x4": "No module named 'inspected_lost'",
     "inspected_nets:Absent --input 3x4": "'inspected_nets' has no 'Absent'",
-    "inspected_nets:number --input 3x4": "to be a function or class; got a int",
+    "inspected_nets:number --input 3x4": "to be a function or class; got one of type int",
     "inspected_nets:broken --input 3x4": "broken() raised RuntimeError: no such width",
     "inspected_nets:text --input 3x4": "expected text() to return a torch.nn.Module; got a str",
     "inspected_nets:Mlp --input 3x4 --kwargs {": "--kwargs: expected a JSON object",
@@ -85,10 +85,16 @@ BAD = {
     "inspected_nets:Filled --input 3x4 --strict --no-check": "no rule covers it",
     "inspected_nets:Mlp --input 3x4 --save .": "--save: expected the path of a file",
     "inspected_nets:Mlp --input 3x4 --html inspected_nets.py/page.html": "--html: expected the path of a file",
+    "inspected_nets:Mlp --input 3x4 --save inspected_nets.py": "--save: inspected_nets.py is there already; give",
+    "inspected_nets:Mlp --input 3x4 --html inspected_nets.py": "--html: inspected_nets.py is there already; give",
+    "inspected_nets:Mlp --input 3x4 --html /proc/a.html": "--html: expected the path of a file that can be written",
+    "inspected_nets:Mlp --input 3x4 --save /proc/a/b.json": "--save: expected the path of a file that can be written",
+    "inspected_nets:Mlp --input 3x4 --html a --save a": "--html: expected another path than that of --save; got a",
     "inspected_nets:Mlp --input 3x4 --vocab 0": "'--vocab': 0 is not in the range",
     "inspected_nets:Mlp --input 3x4 --only resnet18": "--only: needs --zoo",
     "inspected_nets:Mlp --zoo": "model: has no meaning with --zoo",
     "--zoo --no-check": "--no-check: has no meaning with --zoo",
+    "--zoo --force": "--force: has no meaning with --zoo",
     "--zoo --only resnet18,resnet19": "got 'resnet19'",
     "--zoo --only resnet18 --output inspected_nets.py": "--output: expected a folder",
 }
@@ -145,15 +151,18 @@ def test_the_saved_spec_is_the_traced_one_with_the_mark_of_its_check(option: str
     model = build(load_factory("inspected_nets:Mlp"), {})
     assert saved == replace(trace(model, (torch.zeros(3, 4),)), checked=True)
     assert saved.checked and list(path.parent.iterdir()) == [path]
+    path.write_text("before")
+    assert run(f"inspected_nets:Mlp --input 3x4 {option} {path} --force") == 0
+    assert PermutationSpec.load(path) == saved
 
 
 def test_without_a_check_the_meta_device_gives_the_same_spec_unproved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for net, where in (("Tokens --input 2x5:int64", "no weights held"), ("Plain --input 3x4", "")):
-        assert run(f"inspected_nets:{net} --save {tmp_path}/proved.json") == 0
+        assert run(f"inspected_nets:{net} --force --save {tmp_path}/proved.json") == 0
         capsys.readouterr()
-        assert run(f"inspected_nets:{net} --no-check --save {tmp_path}/spec.json") == 0
+        assert run(f"inspected_nets:{net} --no-check --force --save {tmp_path}/spec.json") == 0
         said = capsys.readouterr().out
         assert re.search(r"proof +skipped", said)
         assert ("no weights held" in said) == bool(where)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import fedrebasin
+from fedrebasin.errors import UsageError
 from fedrebasin.simulations import ends, kept
 from fedrebasin.simulations.data import load_dataset
+from fedrebasin.simulations.time_plan import plan_once
 
 CONFIG = ends.EndConfig("digits", "scikit-learn", 0.2, "mlp", 4, "batch", 1, 0, "a")
 
@@ -46,6 +48,14 @@ def test_numbers_are_measured_once_and_anew_for_another_config_or_code(tmp_path,
     monkeypatch.setattr(kept, "measuring_code", lambda: "other")
     measured({"names": ("y",)})
     assert len(calls) == 3
+
+
+def test_a_damaged_file_of_an_earlier_run_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "seed-0.json").write_text('{"config": {')
+    with pytest.raises(UsageError, match=r"seed-0\.json; .*; delete the file, and the run makes it again"):
+        kept.measured_once(tmp_path / "seed-0.json", {}, dict, label="one", progress=lambda line: None)
+    with pytest.raises(UsageError, match="delete the file"):
+        plan_once(tmp_path / "seed-0.json", {}, lambda: pytest.fail("planned"), lambda line: None)
 
 
 def test_the_fingerprint_of_measured_numbers_covers_all_of_the_core_and_no_strategy(monkeypatch):

@@ -57,13 +57,16 @@ def test_coefficients_methods_and_references_are_those_of_the_functions(folder: 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load("out.safetensors").items())
 
 
-def test_the_file_says_where_it_comes_from(folder: Path) -> None:
+def test_the_file_says_where_it_comes_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(folder)
-    assert run(f"a.safetensors b.safetensors {NET} --output out.safetensors --coefficients 3,1 --seed 2") == 0
+    line = f"a.safetensors b.safetensors {NET} --output out.safetensors --coefficients 3,1 --seed 2"
+    monkeypatch.setattr("sys.argv", ["fedrebasin", "merge", *line.split()])
+    assert run(line) == 0
     metadata = StoredState("out.safetensors").metadata
     told = json.loads(metadata["fedrebasin"])
     assert metadata["format"] == "pt"
-    assert told["command"].startswith("fedrebasin") and {"fedrebasin", "torch", "python"} <= set(told["versions"])
+    assert told["command"].startswith("fedrebasin") and "--output FILE" in told["command"]
+    assert {"fedrebasin", "torch", "python"} <= set(told["versions"])
     assert told["inputs"][1] == {
         "file": "b.safetensors",
         "sha256": hashlib.sha256((folder / "b.safetensors").read_bytes()).hexdigest(),

@@ -88,6 +88,7 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", z=np.zeros(3))
     np.savez(tmp_path / "short.npz", x=np.zeros((4, 2)), y=np.zeros(3, dtype=int))
     np.savez(tmp_path / "float.npz", x=np.zeros((4, 2)), y=np.zeros(4))
+    np.savez(tmp_path / "words.npz", x=np.zeros((4, 2)), y=list("abca"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
@@ -99,6 +100,7 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
         ("odd.npz", (2,), "expected one of x, images"),
         ("short.npz", (2,), "a label for each of 4 examples"),
         ("float.npz", (2,), "integer labels"),
+        ("words.npz", (2,), "integer labels in .*; got <U1; number the classes as the model does"),
         ("empty", SHAPE, "there are none"),
         ("broken", SHAPE, "cannot read an image"),
         ("broken", (2,), "images need an --input such as"),
@@ -108,3 +110,8 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
             read_calibration(tmp_path / name, shape)
     with pytest.raises(UsageError, match="--std: expected a number for each of 2"):
         read_calibration(tmp_path / "x.npy", (2,), std=[1.0])
+    for option in ("mean", "std"):
+        with pytest.raises(UsageError, match=f"--{option}: expected 8-bit images in .*; got torch.float32"):
+            read_calibration(tmp_path / "x.npy", (2,), **{option: [0.5, 0.5]})
+    with pytest.raises(UsageError, match="for each of 2 channels, above 0; got"):
+        read_calibration(tmp_path / "x.npy", (2,), std=[0.0, 0.0])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from merge_cases import NET, USER_CODE, load, plant, run, save
+from merge_cases import NET, USER_CODE, Net, load, plant, run, save
+from torch import nn
+
+from fedrebasin import trace
 
 FILES = "a.safetensors b.safetensors"
 
@@ -45,8 +51,14 @@ OPTIONS = {
     f"{FILES} {NET} --output out.safetensors --correction best": "--correction: expected none, repair",
     f"{FILES} {NET} --output out.safetensors --correction repair": "repair needs --calibration",
     f"{FILES} {NET} --output out.safetensors --calibration absent.npy": "cannot read absent.npy",
+    f"{FILES} {NET} --output out.safetensors --mean .5": "--mean: needs --calibration",
+    f"{FILES} {NET} --output out.safetensors --std 1,1,1": "--std: needs --calibration",
     f"{FILES} {NET} --output out.safetensors --memory much": "--memory: expected a size such as 2GB",
     f"{FILES} {NET} --output merged_nets.py/out.safetensors": "--output: expected the path of a file",
+    f"{FILES} {NET} --output a --plot a --calibration c.npy": "--plot: expected another path than that of --output",
+    f"{FILES} {NET} --output /proc/out.safetensors": "--output: expected the path of a file that can be written",
+    f"{FILES} {NET} --dry-run --plot /proc/a.png --calibration c.npy": "--plot: expected the path of a file that can",
+    f"{FILES} {NET} --dry-run --plot p.jpg --calibration c.npy": "--plot: expected a path that ends in .png; got p.jpg",
     f"{FILES} --spec absent.json --output out.safetensors": "cannot read absent.json as JSON",
     f"{FILES} --spec s.json --output out.safetensors --correction bias-normalisation": "give --model instead",
     f'{FILES} {NET} --kwargs {{"width":5}} --output out.safetensors': "a.safetensors: expected 'body.0.weight' as (5,",
@@ -59,10 +71,6 @@ def test_options_that_make_no_sense_are_refused(line: str, folder: Path, capsys:
 
 
 def test_a_spec_that_is_not_proved_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from merge_cases import Net
-
-    from fedrebasin import trace
-
     trace(Net(), (torch.randn(2, 3, 8, 8),)).save("spec.json")
     line = f"{FILES} --spec spec.json --output out.safetensors"
     assert "spec.json is not proved" in refused(line, folder, capsys)
@@ -108,6 +116,39 @@ def test_files_that_cannot_be_merged_are_named(said: str, folder: Path, capsys: 
     FILES_GONE_WRONG[said](folder / "b.safetensors")
     found = refused(f"{FILES} {NET} --output out.safetensors", folder, capsys)
     assert "b.safetensors: " in found and said in found
+
+
+@pytest.mark.parametrize("label", [50, -1])
+@pytest.mark.parametrize("options", ["--dry-run", "--matching straight-through --output out.safetensors"])
+def test_labels_that_are_no_class_of_the_network_are_refused(
+    label: int, options: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("c.npz", x=np.zeros((5, 3, 8, 8), np.float32), y=[0, 3, -100, 1, label])
+    said = refused(f"{FILES} {NET} --calibration c.npz {options}", folder, capsys)
+    assert f"--calibration: expected labels from 0 to 3, one for each output; got {label}; number the" in said
+
+
+def test_a_prefix_of_the_names_is_told_with_a_line_that_takes_it_off(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        save(
+            Path(f"{name}.safetensors"),
+            {f"_orig_mod.module.{key}": t for key, t in load(f"{name}.safetensors").items()},
+        )
+    said = refused(f"{FILES} {NET} --output out.safetensors", folder, capsys)
+    assert "a.safetensors: its tensors' names have the prefix '_orig_mod.module.' (torch.compile, DataParallel)" in said
+    line = said.partition("take it off: ")[2].replace("'model.safetensors'", "path")
+    for name in "ab":
+        exec(line, {"safetensors": safetensors, "path": f"{name}.safetensors"})
+    assert run(f"{FILES} {NET} --output out.safetensors") == 0
+
+
+def test_a_prefix_of_the_spec_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = nn.Sequential(OrderedDict(module=Net()))
+    trace(wrapped, (torch.randn(2, 3, 8, 8),)).save("spec.json")
+    said = refused(f"{FILES} --spec spec.json --no-check --output out.safetensors", folder, capsys)
+    assert "names lack the prefix 'module.' (DataParallel) of the model's; give the --model or --spec without" in said
 
 
 def test_tables_of_integers_that_differ_are_refused_and_counters_are_not(

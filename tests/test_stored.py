@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -169,3 +173,47 @@ def test_what_never_changes_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch
     assert any(len(plan.in_parts(terms, parts.entries_of)) > 2 for terms in parts.plan.terms.values())
     for block, similarity in zip(parts.blocks, expected, strict=True):
         torch.testing.assert_close(parts.similarity(block), similarity)
+
+
+def test_a_file_is_what_it_holds_whatever_its_name_and_the_length_of_its_header(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.pt")
+    assert set(StoredState(tmp_path / "a.pt")) == set(STATE)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(640).encode()
+    assert struct.pack("<Q", len(header)).startswith(b"\x80\x02")  # as a pickle does
+    (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    assert set(StoredState(tmp_path / "b.safetensors")) == {"w"}
+    np.savez(tmp_path / "c.npz", w=np.zeros(3, np.float32))
+    with pytest.raises(RebasinError, match=r"c\.npz: expected a safetensors file; got NumPy's \.npz"):
+        StoredState(tmp_path / "c.npz")
+    (tmp_path / "d.bin").write_bytes(b"(dp0\n.")  # of protocol 0
+    with pytest.raises(RebasinError, match="got a pickle"):
+        StoredState(tmp_path / "d.bin")
+
+
+def test_the_advice_for_pickles_converts_plain_nested_and_whole_models(tmp_path: Path) -> None:
+    net, path = nn.Linear(2, 3), tmp_path / "a.pt"
+    for saved, line in {
+        "plain": (net.state_dict(), "torch.load(path, weights_only=True)"),
+        "state_dict": ({"state_dict": net.state_dict()}, "torch.load(path, weights_only=True)['state_dict']"),
+        "whole": (net, "torch.load(path, weights_only=False).state_dict()"),
+    }.values():
+        torch.save(saved, path)
+        with pytest.raises(RebasinError, match=re.escape(line)):
+            StoredState(path)
+        save_file(eval(line, {"torch": torch, "path": path}), tmp_path / "b.safetensors")
+        assert torch.equal(StoredState(tmp_path / "b.safetensors")["weight"], net.weight)
+
+
+def test_the_advice_for_shards_joins_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for place, name in enumerate(STATE):
+        save_file({name: STATE[name]}, folder / f"model-{place}.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, folder / "model.safetensors.index.json"):
+        with pytest.raises(RebasinError, match="expected one safetensors file") as caught:
+            StoredState(path)
+    line = str(caught.value).partition("Join its shards: ")[2]
+    exec(line, {"safetensors": safetensors, "pathlib": pathlib, "folder": folder})
+    assert set(StoredState("joined.safetensors")) == set(STATE)
