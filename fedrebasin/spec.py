@@ -17,6 +17,7 @@ from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.layout import Fixed, Free, Layout
 from fedrebasin.layout_edit import fix_leaf, map_leaves, rename_leaf
 from fedrebasin.layout_text import check_fields, from_json, to_json
+from fedrebasin.prefixes import common_prefix, wrappers_of
 from fedrebasin.spec_text import as_text
 from fedrebasin.ties import Axis, all_leaves, check_axes, log10_order, perm_shapes, tied_axes
 
@@ -101,6 +102,10 @@ class PermutationSpec:
         """Raise :class:`SpecMismatchError` unless ``state`` has this spec's tensors with these shapes."""
         for name, shape in self.shapes.items():
             if name not in state:
+                prefix = common_prefix(state, self.axes)
+                if prefix:
+                    wrapped = f"the names' prefix {prefix!r}{wrappers_of(prefix)} is not the spec's"
+                    raise SpecMismatchError(f"{label}: {wrapped}; take the state dict of the model inside")
                 raise SpecMismatchError(
                     f"{label}: the spec has a tensor {name!r} that the state dict lacks (it has {len(state)} tensors, "
                     f"e.g. {next(iter(state), None)!r}); use the spec of this architecture"

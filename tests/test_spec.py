@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedrebasin import PermutationSpec, RebasinError, check_spec, permute, random_perms, trace
+from fedrebasin import PermutationSpec, RebasinError, SpecMismatchError, check_spec, permute, random_perms, trace
 from fedrebasin.layout import Each, Fixed, Free, Product, has_leaf, units
 from fedrebasin.layout_text import describe, from_json, to_json
 from fedrebasin.permute import source
@@ -99,6 +99,15 @@ def test_what_is_tied_to_a_tensor_that_stays_at_home_is_fixed() -> None:
 def test_a_tensor_that_the_model_lacks_cannot_travel() -> None:
     with pytest.raises(RebasinError, match="tensors: expected names of this spec's tensors; got 'adapter'"):
         trace(ATTENTION, TOKENS).only(["adapter"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_wrappers_prefix_is_named(prefix: str) -> None:
+    spec = trace(nn.Linear(3, 2), (torch.zeros(1, 3),))
+    with pytest.raises(
+        SpecMismatchError, match=rf"model: the names' prefix '{prefix}' \(.*; take the state dict of the"
+    ):
+        spec.check_state({f"{prefix}{name}": tensor for name, tensor in nn.Linear(3, 2).state_dict().items()})
 
 
 def test_every_kind_of_layout_survives_json(tmp_path: Path) -> None:
