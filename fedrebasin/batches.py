@@ -98,20 +98,25 @@ class Batches:
         empty = True
         for batch in self._batches:
             empty = False
-            args, kwargs = split_inputs(_to(batch, self.device))
-            if self._keywords and len(args) == 2 and isinstance(args[0], Mapping):
-                yield (), dict(args[0]), args[1]
-            elif isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
-                yield args[:-1], kwargs, args[-1]
-            elif kwargs or len(args) == self._inputs:
-                yield args, kwargs, None
-            else:
-                raise CalibrationError(
-                    f"{self._name}: expected batches of {self._inputs} inputs, with or without a target; "
-                    f"got {len(args)} items; optional inputs go by name, in a dict"
-                )
+            args, kwargs, target = self._parted(batch)
+            if count_examples(args, kwargs, target) == 0:
+                raise CalibrationError(f"{self._name}: expected batches with examples; got an empty one")
+            yield args, kwargs, target
         if empty:
             raise CalibrationError(f"{self._name}: expected at least one batch; got none")
+
+    def _parted(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        args, kwargs = split_inputs(_to(batch, self.device))
+        if self._keywords and len(args) == 2 and isinstance(args[0], Mapping):
+            return (), dict(args[0]), args[1]
+        if isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
+            return args[:-1], kwargs, args[-1]
+        if kwargs or len(args) == self._inputs:
+            return args, kwargs, None
+        raise CalibrationError(
+            f"{self._name}: expected batches of {self._inputs} inputs, with or without a target; "
+            f"got {len(args)} items; optional inputs go by name, in a dict"
+        )
 
 
 def _to(value: Any, device: Any) -> Any:

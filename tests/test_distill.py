@@ -95,6 +95,14 @@ def test_keys_order_and_dtypes_stay_and_inputs_are_not_edited() -> None:
     )
 
 
+@pytest.mark.parametrize("last", [nn.Linear(16, 1), nn.Sequential(nn.Linear(16, 1), nn.Flatten(0))], ids=str)
+def test_numbers_are_no_classes(last: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), last)
+    ends = random_ends(model)
+    with pytest.raises(RebasinError, match=r"two or more classes on axis 1; got outputs of shape .* use least_squares"):
+        distill(model, merge(ends), ends, DATA)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = net()
     state = model.state_dict()

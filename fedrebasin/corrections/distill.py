@@ -62,7 +62,7 @@ def distill(
     CalibrationError
         If the data is empty, can be read only once, or a loss is not finite.
     RebasinError
-        If coefficients do not fit, ``epochs`` is below 1 or ``lr`` not positive.
+        If coefficients do not fit, ``epochs`` is below 1, ``lr`` not positive, or the outputs are no logits of classes.
 
     References
     ----------
@@ -91,7 +91,7 @@ def distill(
     with torch.enable_grad():
         for _ in range(epochs):
             for (args, kwargs), goal in lesson.epoch():
-                loss = -(goal * tensors(model(*args, **kwargs))[0].log_softmax(1)).sum(1).mean()
+                loss = -(goal * _logits(model, args, kwargs).log_softmax(1)).sum(1).mean()
                 if not bool(loss.isfinite()):
                     raise CalibrationError(f"distill: the loss became {loss.item()}; check the inputs, or lower lr")
                 optimizer.zero_grad()
@@ -141,6 +141,16 @@ class _Reread:
             yield (args, kwargs), goal
 
 
+def _logits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found = tensors(model(*args, **kwargs))[0]
+    if found.ndim < 2 or found.shape[1] < 2:
+        raise RebasinError(
+            f"net: distill needs logits of two or more classes on axis 1; got outputs of shape {tuple(found.shape)}; "
+            "for numbers, or one logit, use least_squares or repair"
+        )
+    return found
+
+
 @torch.no_grad()
 def _goals(
     model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: Sequence[float], held: Sequence[Any]
@@ -148,6 +158,6 @@ def _goals(
     goals: list[Tensor] = []
     for end, weight in zip(ends, weights, strict=True):
         load(model, end)
-        said = [weight * tensors(model(*args, **kwargs))[0].softmax(1) for args, kwargs in held]
+        said = [weight * _logits(model, args, kwargs).softmax(1) for args, kwargs in held]
         goals = [a + b for a, b in zip(goals, said, strict=True)] if goals else said
     return goals
