@@ -24,7 +24,7 @@ def check_coefficients(coefficients: Sequence[float] | None, count: int) -> list
     values = [float(value) for value in coefficients]
     if len(values) != count:
         raise RebasinError(f"coefficients: expected {count}, one for each model; got {len(values)}")
-    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) <= 0:
+    if not all(value >= 0 for value in values) or not 0 < sum(values) < math.inf:
         raise RebasinError(f"coefficients: expected finite numbers, none negative and not all zero; got {values}")
     return [value / sum(values) for value in values]
 

@@ -56,7 +56,7 @@ def interpolate(reference: State, model: State, lam: float) -> dict[str, Tensor]
     reference, model : dict of str to Tensor
         State dicts with the same keys and shapes.
     lam : float
-        In [0, 1]: 0 is the reference, 1 the model; both come back bit for bit.
+        In [0, 1]: 0 is the reference, 1 the model; both come back with equal values.
 
     Raises
     ------

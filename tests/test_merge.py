@@ -70,6 +70,7 @@ def test_the_merge_shares_no_memory_with_its_models() -> None:
         ([1.0, -1.0], "none negative"),
         ([0, 0], "not all zero"),
         ([1, float("nan")], "finite"),
+        ([1e308, 1e308], "finite"),
     ],
 )
 def test_coefficients_that_do_not_fit_are_refused(coefficients: list[float], message: str) -> None:
