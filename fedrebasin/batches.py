@@ -42,6 +42,11 @@ class AsCalled:
         return iter(self.batches)
 
 
+def as_called(batches: Iterable[Any], example_inputs: Any) -> Iterable[Any]:
+    """Batches for a model that is called as with ``example_inputs``; as they are, where there are none."""
+    return batches if example_inputs is None else AsCalled(batches, len(split_inputs(example_inputs)[0]))
+
+
 class Batches:
     """A re-iterable collection of batches, moved to a device one by one.
 

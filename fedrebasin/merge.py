@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import AsCalled
+from fedrebasin.batches import as_called
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
@@ -194,19 +194,22 @@ def merge_modules(
     if loss is not None and select is None:
         raise RebasinError("loss: only select='calibration' uses it; leave it out with select=None")
     spec = proved_trace(modules[0], example_inputs, seed=seed)
-    calibration = None if calibration is None else AsCalled(calibration, spec.inputs)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)
     aligned = [permute(spec, perms, state) for perms, state in zip(found.perms, states, strict=True)]
     merged: Mapping[str, Tensor] = merge(aligned, coefficients=weights)
     if select is not None and calibration is not None:
-        fit, held_out = (AsCalled(part, spec.inputs) for part in split_calibration(modules[0], calibration, seed=seed))
+        fit, held_out = split_calibration(modules[0], as_called(calibration, example_inputs), seed=seed)
         setting = CorrectionSetting(modules[0], fit, weights, example_inputs, seed)
         candidates = corrected("plain", merge(states, coefficients=weights), states, setting, corrections)
         candidates |= corrected("aligned", merged, aligned, setting, corrections)
         alone = {f"model {place}": state for place, state in enumerate(states)}
         merged = select_candidate(
-            *(modules[0], candidates, held_out), ends=states, coefficients=weights, alone=alone, loss=loss
+            *(modules[0], candidates, as_called(held_out, example_inputs)),
+            ends=states,
+            coefficients=weights,
+            alone=alone,
+            loss=loss,
         ).state
     elif corrections and (calibration is not None or not CORRECTIONS[corrections[0]].inputs):
         setting = CorrectionSetting(modules[0], calibration, weights, example_inputs, seed)

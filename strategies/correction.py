@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.batches import AsCalled, Batches
+from fedrebasin.batches import Batches
 from fedrebasin.corrections import methods
 from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
@@ -86,7 +86,7 @@ def check_calibration(
             f"correction={correction!r} runs the model on calibration data, and a spec alone cannot; give model= too, "
             "or correction=None"
         )
-    state, first = model.state_dict(), None if calibration is None else AsCalled([next(iter(calibration))], inputs)
+    state, first = model.state_dict(), None if calibration is None else [next(iter(calibration))]
     setting = CorrectionSetting(model, first, [1.0], example_inputs, device=device)
     try:
         with warnings.catch_warnings():

@@ -10,7 +10,6 @@ import torch
 from flwr.app import ArrayRecord
 from torch import nn
 
-from fedrebasin.batches import AsCalled
 from fedrebasin.corrections.federated import FEDERATED, FederatedOptions
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
 from fedrebasin.selection import names_of
@@ -97,7 +96,6 @@ def build_finish(
     >>> build_finish("default", None, nn.Linear(2, 1), None, **nothing)
     Finish(correction=None, calibration=None, selector=None, queries=None)
     """
-    calibration = None if calibration is None else AsCalled(calibration, inputs)
     if correction == "default":
         correction = default_correction(model, calibration, guarded=guarded)
     finish, asked, votes = Finish(correction, calibration), tuple[str, ...](), select == "clients"

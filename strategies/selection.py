@@ -13,8 +13,8 @@ memory up to twice more, as they came and aligned.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
 
@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from torch import Tensor, nn
 
 from fedrebasin import split_calibration
-from fedrebasin.batches import AsCalled
+from fedrebasin.batches import as_called
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import CalibrationError, UsageError
 from fedrebasin.selection import Candidate, Selection, corrected, select_candidate
@@ -87,8 +87,8 @@ class Selector:
 
     model: nn.Module
     corrections: tuple[str, ...]
-    fit: Iterable[Any]
-    held_out: Iterable[Any]
+    fit: list[Any]
+    held_out: list[Any]
     loss: Loss | None = None
     example_inputs: Any = None
     seed: int = 0
@@ -124,7 +124,7 @@ class Selector:
             f"node {reply.node}": end for reply, end in zip(found.replies, found.ends, strict=True)
         }
         return select_candidate(
-            *(self.model, candidates, self.held_out),
+            *(self.model, candidates, as_called(self.held_out, self.example_inputs)),
             ends=found.ends,
             coefficients=coefficients,
             alone=clients,
@@ -161,10 +161,7 @@ def build_selector(
         raise UsageError(
             f"select={select!r} runs the model on calibration data, and a spec alone cannot; give model= too"
         )
-    parts: list[Iterable[Any]] = list(split_calibration(model, calibration, seed=seed))
-    if isinstance(calibration, AsCalled):
-        parts = [replace(calibration, batches=part) for part in parts]
-    fit, held_out = parts
+    fit, held_out = split_calibration(model, as_called(calibration, example_inputs), seed=seed)
     return Selector(model, tuple(corrections), fit, held_out, loss, example_inputs, seed, device)
 
 

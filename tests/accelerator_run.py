@@ -156,6 +156,7 @@ def rounds(correction: str, device: str | None) -> Any:
 
 
 def main() -> None:
+    library = fake_accelerator.register()
     warnings.simplefilter("ignore")
     FLOWER_LOGGER.setLevel(logging.ERROR)
     try:
@@ -173,6 +174,7 @@ def main() -> None:
             print(f"{name}: ")
         except Exception as error:  # noqa: BLE001 - each case is told
             print(f"{name}: {type(error).__name__} {' '.join(str(error).split())[:300]}")
+    del library
 
 
 if __name__ == "__main__":

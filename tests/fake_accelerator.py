@@ -1,6 +1,6 @@
 """A device that torch takes for an accelerator: it computes on the CPU, and refuses CPU tensors beside its own.
 
-Registering it changes the process for good, so that it is imported in a process of its own (``accelerator_run.py``).
+To register it changes the process for good, so that this is done in a process of its own (``accelerator_run.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "fake"
-backend_registration._setup_privateuseone_for_python_backend(NAME)
 #: They take a tensor from one device to another.
 _COPIES = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 _INDEXING = ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_")
@@ -96,8 +95,12 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
-_LIBRARY = torch.library.Library("aten", "IMPL")
-_LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
-_LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
-_LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
-_LIBRARY.impl("_copy_from_and_resize", _copy_from, "PrivateUse1")
+def register() -> torch.library.Library:
+    """Make the device; it lasts as long as what is returned is held."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    library.impl("_copy_from_and_resize", _copy_from, "PrivateUse1")
+    return library

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import batches_of
+from fedrebasin.batches import as_called, batches_of
 from fedrebasin.corrections.best_end import best_end
 from fedrebasin.corrections.bias_normalisation import bias_normalisation
 from fedrebasin.corrections.closed_form import closed_form
@@ -40,6 +40,12 @@ class CorrectionSetting:
     example_inputs: Any = None
     seed: int = 0
     device: torch.device | str | None = None
+
+    @property
+    def batches(self) -> Iterable[Any]:
+        """``calibration``, to be read with the inputs that ``example_inputs`` have."""
+        assert self.calibration is not None
+        return as_called(self.calibration, self.example_inputs)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def correct(name: str, setting: CorrectionSetting, merged: State, ends: Sequence
 def _with_data(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     def run(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
         return function(
-            *(setting.net, merged, ends, setting.calibration),
+            *(setting.net, merged, ends, setting.batches),
             coefficients=setting.coefficients,
             device=setting.device,
         )
@@ -93,15 +99,13 @@ def _with_data(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict
 
 def _reset(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
     del ends
-    assert setting.calibration is not None
-    return reset_batchnorm(setting.net, merged, setting.calibration, device=setting.device)
+    return reset_batchnorm(setting.net, merged, setting.batches, device=setting.device)
 
 
 def _bias_normalisation(setting: CorrectionSetting, merged: State, ends: Sequence[State]) -> dict[str, Tensor]:
     example = setting.example_inputs
     if example is None:
-        assert setting.calibration is not None
-        args, kwargs, _ = next(iter(batches_of(setting.net, setting.calibration)))
+        args, kwargs, _ = next(iter(batches_of(setting.net, setting.batches)))
         example = kwargs or args
     return bias_normalisation(
         setting.net, merged, ends, example, coefficients=setting.coefficients, device=setting.device
