@@ -96,7 +96,8 @@ def perms_from_record(spec: PermutationSpec, content: RecordDict) -> Perms | Non
     -------
     dict or None
         What did not travel, or was fixed, is the identity. ``None`` if there are none: the last upload of this client
-        did not take part, so that nothing is known of the order of what it kept, and its optimizer starts anew.
+        did not take part, or a round apart has made another order since, so that nothing is known of the order of what
+        it kept, and its optimizer starts anew.
 
     Raises
     ------
