@@ -99,16 +99,16 @@ class Batches:
         self._keywords = keywords or inputs == 0
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
-        """Yield positional inputs, keywords and the target (``None`` without one)."""
-        empty = True
+        """Yield positional inputs, keywords and the target (``None`` without one) of batches that hold examples."""
+        empty, got = True, "none"
         for batch in self._batches:
-            empty = False
             args, kwargs, target = self._parted(batch)
-            if count_examples(args, kwargs, target) == 0:
-                raise CalibrationError(f"{self._name}: expected batches with examples; got an empty one")
-            yield args, kwargs, target
+            if count_examples(args, kwargs, target):
+                empty = False
+                yield args, kwargs, target
+            got = "none with examples"
         if empty:
-            raise CalibrationError(f"{self._name}: expected at least one batch; got none")
+            raise CalibrationError(f"{self._name}: expected at least one batch; got {got}")
 
     def _parted(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         args, kwargs = split_inputs(_to(batch, self.device))

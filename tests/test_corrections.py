@@ -152,7 +152,7 @@ def test_labelled_batches_are_fine_for_calibration() -> None:
         ([], "at least one batch; got none"),
         (IMAGES[0], r"expected a list or DataLoader of batches; got a Tensor; pass \[batch\]"),
         ([torch.full((200, 3, 16, 16), torch.nan)], "hold a NaN or an infinity"),
-        ([torch.zeros(0, 3, 16, 16)], "expected batches with examples; got an empty one"),
+        ([torch.zeros(0, 3, 16, 16)], "at least one batch; got none with examples"),
         ([(IMAGES[0],) * 3], "expected batches of 1 inputs, with or without a target; got 3 items"),
     ],
 )
