@@ -117,7 +117,13 @@ class Walk:
         try:
             if rule is None:
                 raise NotCoveredError
-            result = rule(self.traced, *args, **kwargs)
+            outs = _outs(node)
+            result = rule(self.traced, *args, **{key: value for key, value in kwargs.items() if key not in outs})
+            for value, out in zip(values_in(result), [kwargs[key] for key in outs if key in kwargs], strict=False):
+                if value.shape != out.shape:
+                    raise NotCoveredError
+                for axis, written in zip(value.axes, out.axes, strict=True):
+                    self.traced.tie(axis, written)
         except NotCoveredError:
             return self._without_rule(node, values, args, kwargs, op or name, where)
         used = _used(node)
@@ -212,6 +218,12 @@ def _masks(node: torch.fx.Node) -> set[int]:
         for place, value in enumerate(values)
         if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
     }
+
+
+def _outs(node: torch.fx.Node) -> list[str]:
+    """The keywords whose tensors the op only writes its results to."""
+    schema = getattr(node.target, "_schema", None)
+    return [argument.name for argument in schema.arguments if argument.is_out] if schema else []
 
 
 def _may_be_written(node: torch.fx.Node) -> bool:
