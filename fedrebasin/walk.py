@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf
+from fedrebasin.axes.families import settle_op
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
@@ -114,6 +115,7 @@ class Walk:
             return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
         self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
+        known = len(self.traced.tensors)
         try:
             if rule is None:
                 raise NotCoveredError
@@ -131,6 +133,10 @@ class Walk:
             if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
                 return self._without_rule(node, values, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
+        settle_op(
+            [*(value.axes for value in values_in((args, kwargs))), *self.traced.tensors[known:]], self.traced.unlike
+        )
+        self.traced.unlike.clear()
         if isinstance(result, Value) and result.uniform and _may_be_written(node):
             result.uniform = False
         return result
