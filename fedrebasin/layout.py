@@ -206,6 +206,8 @@ def _own_names(layout: Product) -> set[str]:
         factor = waiting.pop()
         if isinstance(factor, Each):
             waiting += factor.parts
+        elif isinstance(factor, Product):
+            waiting += factor.factors
         elif isinstance(factor, Free | Fixed):
             names.add(factor.perm if isinstance(factor, Free) else factor.name)
     return names

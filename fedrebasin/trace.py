@@ -18,8 +18,10 @@ from torch import nn
 from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
+from fedrebasin.axes.node import ITSELF, OVER_TWICE, TWICE
 from fedrebasin.copies import note_on
 from fedrebasin.export import Exported, alone, export_model
+from fedrebasin.layout import Fixed, Layout, leaves
 from fedrebasin.memory import identity, overlapping
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.walk import Walk
@@ -77,6 +79,11 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
+def _is_tied_to_itself(layout: Layout) -> bool:
+    reasons = {reason for end in leaves(layout) if isinstance(end, Fixed) for reason in end.reason.split("; ")}
+    return not reasons.isdisjoint((ITSELF, TWICE, OVER_TWICE))
+
+
 @alone()
 @_collection_paused()
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
@@ -102,10 +109,18 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
         else [leaf(size, "not in the exported graph") for size in tensor.shape]
         for name, tensor in state.items()
     }
+    axes = freeze_all(found)
     notes = [
         f"no rule for {op} (first in {where or 'the model'}): its axes stay fixed"
         for op, where in walk.fixed_ops.items()
     ]
+    looped = [name for name, layouts in axes.items() if any(map(_is_tied_to_itself, layouts))]
+    if looped:
+        more, user = f" and {len(looped) - 1} more" * (len(looped) > 1), walk.uses.get(looped[0], "nothing else")
+        notes.append(
+            f"an axis is tied to a part of itself, or is twice in one axis, in {looped[0]!r}{more} (used by {user}): "
+            "what would have to move in two ways at once stays fixed"
+        )
     if exported.failure:
         notes.append(
             "some parameters, or buffers that training writes, are not used in evaluation mode, and the model cannot "
@@ -135,7 +150,7 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
         for copy, original in exported.followers.items()
     ]
     return PermutationSpec(
-        axes=freeze_all(found),
+        axes=axes,
         buffers=tuple(name for name in state if name not in exported.parameters),
         uses=walk.uses,
         notes=tuple(notes),

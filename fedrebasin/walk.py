@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf
+from fedrebasin.axes.families import settle_op
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
@@ -114,10 +115,17 @@ class Walk:
             return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
         self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
+        known = len(self.traced.tensors)
         try:
             if rule is None:
                 raise NotCoveredError
-            result = rule(self.traced, *args, **kwargs)
+            outs = _outs(node)
+            result = rule(self.traced, *args, **{key: value for key, value in kwargs.items() if key not in outs})
+            for value, out in zip(values_in(result), [kwargs[key] for key in outs if key in kwargs], strict=False):
+                if value.shape != out.shape:
+                    raise NotCoveredError
+                for axis, written in zip(value.axes, out.axes, strict=True):
+                    self.traced.tie(axis, written)
         except NotCoveredError:
             return self._without_rule(node, values, args, kwargs, op or name, where)
         used = _used(node)
@@ -125,6 +133,10 @@ class Walk:
             if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
                 return self._without_rule(node, values, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
+        settle_op(
+            [*(value.axes for value in values_in((args, kwargs))), *self.traced.tensors[known:]], self.traced.unlike
+        )
+        self.traced.unlike.clear()
         if isinstance(result, Value) and result.uniform and _may_be_written(node):
             result.uniform = False
         return result
@@ -212,6 +224,12 @@ def _masks(node: torch.fx.Node) -> set[int]:
         for place, value in enumerate(values)
         if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
     }
+
+
+def _outs(node: torch.fx.Node) -> list[str]:
+    """The keywords whose tensors the op only writes its results to."""
+    schema = getattr(node.target, "_schema", None)
+    return [argument.name for argument in schema.arguments if argument.is_out] if schema else []
 
 
 def _may_be_written(node: torch.fx.Node) -> bool:

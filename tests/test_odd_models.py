@@ -197,3 +197,21 @@ def test_what_is_no_dense_tensor_is_refused_by_name_and_a_sparse_table_outside_t
         trace(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)), inputs)
     net = Graph(persistent=False)
     assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {"first": (8,)}
+
+
+def test_ops_that_write_to_a_given_tensor_are_followed() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.last = nn.Linear(8, 6), nn.Linear(8, 5), nn.Linear(11, 2)
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            joined = torch.zeros(2, 11, dtype=x.dtype)
+            torch.cat([self.one(x), self.two(x)], -1, out=joined)
+            found: Tensor = self.last(joined)
+            return found
+
+    net, inputs = Written(), (torch.zeros(2, 8),)
+    spec = check_spec(net, trace(net, inputs, strict=True), inputs)
+    assert sorted(spec.perm_shapes.values()) == [(5,), (6,)]

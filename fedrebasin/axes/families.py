@@ -10,8 +10,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import product
 
-from fedrebasin.axes.node import Kind, Node, at_index, fix, flatten, is_fixed, mentions, spread
+from fedrebasin.axes.node import (
+    ITSELF,
+    OVER_TWICE,
+    TWICE,
+    Kind,
+    Node,
+    at_index,
+    fix,
+    flatten,
+    is_fixed,
+    leaves,
+    mentions,
+    spread,
+)
 from fedrebasin.axes.unify import collapse
 
 Context = tuple[tuple[Node, int], ...]
@@ -25,14 +39,59 @@ def settle(tensors: Iterable[Sequence[Node]]) -> None:
         _spread_sums(axis)
     changed = True
     while changed:
-        clean: set[tuple[Node, ...]] = set()
-        changed = False
-        for axes in tensors:
-            while (dangling := _dangling(axes, clean)) is not None:
-                collapse(dangling)
-                clean.clear()
-                changed = True
-        changed = changed or _fix_outer_axes({axis.root for axes in tensors for axis in axes})
+        changed = _collapse_dangling(tensors) or _fix_outer_axes({axis.root for axes in tensors for axis in axes})
+
+
+def settle_op(tensors: Sequence[Sequence[Node]], unlike: Sequence[tuple[Node, Node]]) -> None:
+    """Settle, for the tensors of one op, what would grow from op to op if it waited for the end.
+
+    A family over an axis that is out of sight would become a family of families, and so on. Factors of one axis must
+    not become one later, for then nobody knows which of them a family is over; nor may anything in the op be over
+    axes that it tied and that did not become one (``unlike``).
+    """
+    for pair in unlike:
+        apart = {axis.root for axis in pair}
+        for axis in {axis.root for axes in tensors for axis in axes}:
+            _fix_over(axis, {end for each in apart for end in leaves(each)}, apart)
+    _collapse_dangling(tensors)
+    for axis in {axis.root for axes in tensors for axis in axes}:
+        factors = {factor for factor in flatten(axis, Kind.PRODUCT) if factor.kind is Kind.LEAF}
+        for one, other in product(factors, leaves(axis) if axis.children else ()):
+            if one is not other and all(each.root is not other for each in one.apart):
+                one.apart.append(other)
+
+
+def _fix_over(node: Node, outer: set[Node], passed: set[Node]) -> None:
+    """Fix the families over some of these leaves; what is in ``passed`` has been seen to."""
+    node = node.root
+    if node in passed:
+        return
+    if node.over is not None and not outer.isdisjoint(leaves(node.over)):
+        fix(node, ITSELF)
+    for child in node.children:
+        _fix_over(child, outer, passed)
+
+
+def _collapse_dangling(tensors: Iterable[Sequence[Node]]) -> bool:
+    """Collapse every family whose outer axis is out of sight in some tensor; whether there were any."""
+    clean: set[tuple[Node, ...]] = set()
+    changed = False
+    for axes in tensors:
+        while (dangling := _dangling(axes, clean)) is not None:
+            if not collapse(dangling):
+                for axis in axes:
+                    _flatten(axis.root)
+            clean.clear()
+            changed = True
+    return changed
+
+
+def _flatten(node: Node) -> None:
+    """Fix an axis and forget its tree."""
+    fix(node, ITSELF)
+    if node.children:
+        node.become(Kind.LEAF, [])
+        node.reason = ITSELF
 
 
 def _spread_sums(node: Node) -> None:
@@ -80,7 +139,8 @@ def _search(node: Node, visible: set[Node], axes: Sequence[Node], clean: set[tup
     children = flatten(node, node.kind) if node.children else []
     for child in children:
         beside = {other for other in children if other is not child} if node.kind is Kind.PRODUCT else set()
-        found = _search(child, visible | beside, axes, clean)
+        twice = {other for other in visible & beside if is_fixed(other)}  # here and beside the tensor's other axes
+        found = _search(child, (visible | beside) - twice, axes, clean)
         if found is not None:
             return found
     return None
@@ -142,9 +202,9 @@ def _fix_repeated_factors(axes: Iterable[Node]) -> None:
                 seen |= inside
     for node in nodes:
         if node in repeated and node.free_leaf:
-            fix(node, "twice in one axis")
+            fix(node, TWICE)
         elif node.over is not None and node.over.root in repeated:
-            fix(node, "over an axis that is twice in one axis")
+            fix(node, OVER_TWICE)
 
 
 def _all_below(axes: Iterable[Node]) -> set[Node]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
-from fedrebasin.axes.node import Kind, Node, at_index, concat, flatten, is_fixed, leaves, product
+from fedrebasin.axes.node import Kind, Node, at_index, concat, family, flatten, is_fixed, leaves, product
 from fedrebasin.layout import Each, Fixed, Free, Layout, Product, Sum
 
 #: A free leaf, a fixed outer axis, or a family with one permutation for each index of a free outer axis.
@@ -18,11 +18,14 @@ def freeze_all(tensors: dict[str, list[Node]]) -> dict[str, tuple[Layout, ...]]:
     taken: dict[str, int] = {}
     producing = [(name.rpartition(".")[0] or name, axes[0]) for name, axes in tensors.items() if len(axes) > 1]
     others = [(f"{name}:{dim}", axis) for name, axes in tensors.items() for dim, axis in enumerate(axes)]
-    for name, axis in producing + others:
-        for key in _keys(axis):
-            if key not in names:
-                taken[name] = taken.get(name, 0) + 1
-                names[key] = name if taken[name] == 1 else f"{name}#{taken[name]}"
+    known = -1
+    while known < len(names):  # what is over a named axis needs a name, too
+        known = len(names)
+        for name, axis in producing + others:
+            for key in _keys(axis, names):
+                if key not in names:
+                    taken[name] = taken.get(name, 0) + 1
+                    names[key] = name if taken[name] == 1 else f"{name}#{taken[name]}"
     return {name: tuple(_freeze(axis, names) for axis in axes) for name, axes in tensors.items()}
 
 
@@ -42,6 +45,9 @@ def _spread(node: Node, kept: set[Node]) -> Node:
     node = node.root
     if is_fixed(node):
         return node
+    if node.kind is Kind.FAMILY and node.over is not None:  # of what is over the same axis again, one child is left
+        outer = node.over.root
+        return family(outer, [at_index(_spread(each, kept), outer, i) for i, each in enumerate(node.children)])
     if node.kind is Kind.SUM:
         return concat([_spread(part, kept) for part in node.children])
     if node.kind is not Kind.PRODUCT:
@@ -49,6 +55,7 @@ def _spread(node: Node, kept: set[Node]) -> Node:
     first, *others = flatten(node, Kind.PRODUCT)
     if first in kept or not is_fixed(first) or all(at_index(other, first, 0) is other for other in others):
         return node
+    others = [_spread(other, kept) for other in others]
     rows = [product([at_index(other, first, index) for other in others]) for index in range(first.size)]
     return concat([_spread(row, kept) for row in rows])
 
@@ -61,10 +68,10 @@ def _outer_axes(node: Node) -> Iterator[Node]:
         yield from _outer_axes(child)
 
 
-def _keys(node: Node) -> Iterator[Key]:
+def _keys(node: Node, names: Container[Key]) -> Iterator[Key]:
     """What needs a name in an axis, in order."""
     node = node.root
-    if is_fixed(node):
+    if is_fixed(node) and not any(below in names for below in _fixed_below(node)):
         return
     if node.kind is Kind.FAMILY and node.over is not None:
         outer = node.over.root
@@ -76,7 +83,7 @@ def _keys(node: Node) -> Iterator[Key]:
     elif node.free_leaf:
         yield node
     for child in node.children:
-        yield from _keys(child)
+        yield from _keys(child, names)
 
 
 def _family_key(node: Node) -> Key:

@@ -21,6 +21,10 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import ClassVar
 
+#: Why an axis stays that would have to move in two ways at once.
+TWICE, OVER_TWICE = "twice in one axis", "over an axis that is twice in one axis"
+ITSELF = "an axis that depends on itself"
+
 
 class Kind(Enum):
     """What a node is; a leaf may become anything else later."""
@@ -34,7 +38,7 @@ class Kind(Enum):
 class Node:
     """One axis, or a part, factor or child of one. Use the functions below; fields change as axes are tied."""
 
-    __slots__ = ("children", "kind", "normal_at", "over", "parent", "reason", "size")
+    __slots__ = ("apart", "children", "kind", "normal_at", "over", "parent", "reason", "size")
 
     #: Another object after every change of any node: a family in normal form stays so for as long as this lasts.
     moment: ClassVar[object] = object()
@@ -55,15 +59,19 @@ class Node:
         self.over = over  # of a family
         self.parent: Node | None = None
         self.normal_at: object = None
+        self.apart: list[Node] = []  # of a leaf: others in the same axis, with which it must not become one
 
     def become(self, kind: Kind, children: Sequence[Node], over: Node | None = None) -> None:
         """Be another tree from now on."""
         self.kind, self.children, self.over = kind, list(children), over
+        for child in children if self.apart else ():
+            child.apart += self.apart
         Node.moment = object()
 
     def join(self, other: Node) -> None:
         """Let ``other`` stand for this node from now on."""
         self.parent = other
+        other.apart += self.apart
         Node.moment = object()
 
     @property

@@ -46,11 +46,13 @@ class Traced:
     statistics: set[str] = field(default_factory=set)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     masks: set[int] = field(default_factory=set)
+    unlike: list[tuple[Node, Node]] = field(default_factory=list)
 
     def tie(self, *nodes: Node) -> Node:
         """One permutation moves all these axes."""
         for other in nodes[1:]:
-            axes.unify(nodes[0], other)
+            if not axes.unify(nodes[0], other):
+                self.unlike.append((nodes[0], other))
         return nodes[0]
 
     def split(self, node: Node, sizes: Sequence[int]) -> list[Node]:
