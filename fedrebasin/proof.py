@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch.utils._pytree import tree_leaves
 from fedrebasin.batches import split_inputs, tensors
 from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.modules import deep_copy, mode_of, unwrapped
-from fedrebasin.perms import Perms, random_perms
+from fedrebasin.perms import Perms, identity_perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
 from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs
 from fedrebasin.spec import PermutationSpec
 
 _KEEP: tuple[Keep, ...] = ("none", "whole", "all")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+#: Drawn orders of so few units are often equal.
+_FEW = 4
 
 
 class Proof:
@@ -128,8 +131,15 @@ class Proof:
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output, or buffer that training writes, under these permutations."""
-        written = {name: permute_tensor(self.spec.axes[name], perms, one) for name, one in self.written.items()}
-        return self._change(permute(self.spec, perms, self.state), written)
+        try:
+            moved = permute(self.spec, perms, self.state)
+            written = {name: permute_tensor(self.spec.axes[name], perms, one) for name, one in self.written.items()}
+        except (RuntimeError, LookupError) as error:
+            raise InvalidSpecError(
+                "spec: the layouts of some axes contradict each other, so that nothing can be permuted; keep the units "
+                "that groups share by spec.fix, or write the spec by hand"
+            ) from error
+        return self._change(moved, written)
 
     def change_to(self, state: dict[str, Tensor]) -> float:
         """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
@@ -210,3 +220,29 @@ def cycles(spec: PermutationSpec, generator: torch.Generator) -> Perms:
     """
     orders = random_perms(spec, generator)
     return {perm: torch.empty_like(order).scatter_(-1, order, order.roll(1, -1)) for perm, order in orders.items()}
+
+
+def trials(spec: PermutationSpec, generator: torch.Generator) -> Iterator[Perms]:
+    """All permutations at once; then those of few units in sets of which one tells any two apart.
+
+    Two of two units always move alike, and would hide that one of them alone is wrong.
+
+    >>> from fedrebasin.layout import Free
+    >>> spec = PermutationSpec({"w": (Free("a", 2), Free("b", 2))})
+    >>> [[order.tolist() for order in perms.values()] for perms in trials(spec, torch.Generator())]
+    [[[1, 0], [1, 0]], [[1, 0], [0, 1]]]
+    """
+    perms, still = cycles(spec, generator), identity_perms(spec)
+    yield perms
+    few = [(perm, row) for perm, shape in spec.perm_shapes.items() if shape[-1] <= _FEW for row in range(_rows(shape))]
+    for bit in range(max(0, len(few) - 1).bit_length()):
+        drawn = {perm: order.clone() for perm, order in perms.items()}
+        for place, (perm, row) in enumerate(few):
+            if place >> bit & 1:
+                size = spec.perm_shapes[perm][-1]
+                drawn[perm].view(-1, size)[row] = still[perm].view(-1, size)[row]
+        yield drawn
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])

@@ -159,3 +159,14 @@ def test_a_mask_that_overflows_in_double_precision_is_proved_in_single() -> None
     assert proof.state["one.weight"].dtype == torch.float32 and check_spec(net, spec, inputs).checked
     with pytest.raises(InvalidSpecError, match=r"leaves out 'two.weight' dim 1"):
         check_spec(net, _fix(spec, "two.weight", 1), inputs)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_two_permutations_of_few_units_that_belong_together_do_not_hide_each_other(width: int) -> None:
+    net, inputs = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3)), (torch.randn(5, 4),)
+    spec = trace(net, inputs)
+    assert check_spec(net, spec, inputs).checked
+    apart = {**spec.axes, "2.weight": (spec.axes["2.weight"][0], Free("alone", width))}
+    with pytest.raises(InvalidSpecError, match="alone changes an output"):
+        for seed in range(3):
+            check_spec(net, replace(spec, axes=apart), inputs, seed=seed)
