@@ -80,6 +80,11 @@ def test_a_reference_that_an_older_file_lacks_is_a_dash_there(results: dict[str,
     assert table["ensemble of probabilities"][3] == "-" != table["ensemble of probabilities"][0]
 
 
+def test_rows_that_two_files_hold_count_once(results: dict[str, list[dict]]) -> None:  # type: ignore[type-arg]
+    twice = {name: rows + copy.deepcopy(rows) if isinstance(rows, list) else rows for name, rows in results.items()}
+    assert tables.calibration(twice) == tables.calibration(results)
+
+
 def test_the_distance_is_to_the_better_ensemble_seed_by_seed_and_the_first_of_equal_rows_counts() -> None:
     def run(top1: float) -> dict[str, object]:
         cases = [{"clients": 2, "seed": seed} for seed in (0, 1)]

@@ -129,8 +129,11 @@ def own_data(result: Result) -> tuple[Sequence[str], Rows]:
 
 
 def calibration(result: Result) -> tuple[Sequence[str], Rows]:
-    """``calibration.py``: one column for each number of clients, source and number of images."""
-    cells: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    """``calibration.py``: one column for each number of clients, source and number of images.
+
+    Files may share rows; of rows that differ in nothing but the file the first counts.
+    """
+    cells: dict[tuple[str, str], dict[str, dict[int, Result]]] = {}
     most = max(row["images"] for row in result["rows"] if row["source"] == "own")
     fewest = min(row["clients"] for row in result["rows"])
     columns: dict[str, str] = {}
@@ -138,25 +141,25 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
         if row["clients"] > fewest and (row["source"], row["images"]) not in (("own", most), ("", 0)):
             continue  # the file has them
         place = f"{row['clients']} clients, {row['images']:,} {row['source']}"
-        cells.setdefault((row["alignment"], row["correction"]), {}).setdefault(place, []).append(row)
+        own = cells.setdefault((row["alignment"], row["correction"]), {}).setdefault(place, {})
+        own.setdefault(row["seed"], row)
         if row["correction"]:
             columns[place] = str(row["clients"])
     rows = []
-    for (alignment, correction), found in cells.items():
+    for (alignment, correction), places in cells.items():
         path, comma, more = alignment.partition(",")
         label = f"{path} average{comma}{more}" + (f" + {correction}" if correction else "")
-        whole = {column: found.get(column, found.get(f"{clients} clients, 0 ")) for column, clients in columns.items()}
-        rows.append([f"**{label}**" if path == "aligned" else label, *map(_scores, whole.values())])
-    for name in [name for name in result["references"][0]["rows"] if not name.startswith("client ")]:
-        found = {
-            clients: [
-                one["rows"][name]
-                for one in result["references"]
-                if str(one["clients"]) == clients and name in one["rows"]
-            ]
-            for clients in columns.values()
+        whole = {
+            column: places.get(column, places.get(f"{clients} clients, 0 ")) for column, clients in columns.items()
         }
-        rows.append([name, *(_scores(found[clients]) for clients in columns.values())])
+        line = [_scores([*own.values()] if own else None) for own in whole.values()]
+        rows.append([f"**{label}**" if path == "aligned" else label, *line])
+    for name in [name for name in result["references"][0]["rows"] if not name.startswith("client ")]:
+        found: dict[str, dict[int, Result]] = {clients: {} for clients in columns.values()}
+        for one in result["references"]:
+            if str(one["clients"]) in found and name in one["rows"]:
+                found[str(one["clients"])].setdefault(one["seed"], one["rows"][name])
+        rows.append([name, *(_scores([*found[clients].values()]) for clients in columns.values())])
     return ["test loss / top-1 %", *columns], rows
 
 
