@@ -176,7 +176,6 @@ def count_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any
 
 
 @torch.no_grad()
-@torch.no_grad()
 def mean_loss(batches: Batches, loss: Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor]) -> float:
     """The mean of ``loss(args, kwargs, target)``, each batch's own mean, over all examples of labelled batches."""
     total, count = 0.0, 0

@@ -234,15 +234,12 @@ def trials(spec: PermutationSpec, generator: torch.Generator) -> Iterator[Perms]
     """
     perms, still = cycles(spec, generator), identity_perms(spec)
     yield perms
-    few = [(perm, row) for perm, shape in spec.perm_shapes.items() if shape[-1] <= _FEW for row in range(_rows(shape))]
+    shapes = {perm: shape for perm, shape in spec.perm_shapes.items() if shape[-1] <= _FEW}
+    few = [(perm, row) for perm, shape in shapes.items() for row in range(math.prod(shape[:-1]))]
     for bit in range(max(0, len(few) - 1).bit_length()):
         drawn = {perm: order.clone() for perm, order in perms.items()}
         for place, (perm, row) in enumerate(few):
             if place >> bit & 1:
-                size = spec.perm_shapes[perm][-1]
+                size = shapes[perm][-1]
                 drawn[perm].view(-1, size)[row] = still[perm].view(-1, size)[row]
         yield drawn
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return math.prod(shape[:-1])

@@ -23,7 +23,7 @@ from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.records import array_to_tensor, record_to_state, state_to_record, tensor_to_array
 from fedrebasin.strategies.replies import Reply
-from fedrebasin.strategies.trajectory import MOST, Trajectories
+from fedrebasin.strategies.trajectory import MOST, Trajectories, put_latest
 from fedrebasin.strategies.wire import decode
 
 PERMS = "rebasin-perms"  # the ArrayRecord in which permutations travel
@@ -198,14 +198,12 @@ class Beside:
         ``anew``: the round has an order of its own, and permutations into an older one mean nothing.
         """
         if anew:
-            self.averages, self._perms, self.trajectories = {}, {}, Trajectories()
+            self.averages = {}
+            self.forget()
         self.trajectories.remember(perms, replies)
         if self.send_perms:
             for perm, reply in zip(perms, replies, strict=True):
-                self._perms.pop(reply.node, None)
-                self._perms[reply.node] = state_to_record(perm)
-            for node in list(self._perms)[:-MOST]:
-                del self._perms[node]
+                put_latest(self._perms, reply.node, state_to_record(perm), MOST)
         for name in self.names:
             records = [self._taken.get(id(reply.message), {}).get(name, ArrayRecord()) for reply in replies]
             forms = [_form(spec, record) for record in records]

@@ -133,7 +133,7 @@ def check_strategy(strategy: object) -> None:
         )
     for link in chain(strategy):
         name = type(link).__name__
-        if isinstance(link, Strategy) and type(link).start is not Strategy.start and not hasattr(link, "spec"):
+        if isinstance(link, Strategy) and type(link).start is not Strategy.start:
             log(
                 WARNING, "rebasin: %s.start is not called, since Rebasin's runs the rounds; let evaluate_fn do it", name
             )

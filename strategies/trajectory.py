@@ -11,6 +11,7 @@ Sharma et al. (2024), "Simultaneous linear connectivity of neural networks modul
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from flwr.app import ArrayRecord
@@ -28,6 +29,23 @@ Perms = dict[str, Tensor]
 State = Mapping[str, Tensor]
 #: Nodes whose permutations are kept, those of the latest rounds.
 MOST = 1000
+Node = TypeVar("Node")
+Held = TypeVar("Held")
+
+
+def put_latest(held: dict[Node, Held], node: Node, value: Held, most: int) -> None:
+    """Put what belongs to a node last, and drop what is older than that of the latest ``most`` nodes.
+
+    >>> held = {1: "a", 2: "b"}
+    >>> put_latest(held, 1, "c", most=2)
+    >>> put_latest(held, 3, "d", most=2)
+    >>> held
+    {1: 'c', 3: 'd'}
+    """
+    held.pop(node, None)
+    held[node] = value
+    for older in list(held)[:-most]:
+        del held[older]
 
 
 class Trajectories:
@@ -66,9 +84,7 @@ class Trajectories:
         for perm, reply in zip(perms, replies, strict=True):
             self._perms.pop(_key(reply), None)
             if moved_fraction(perm) > 0:
-                self._perms[_key(reply)] = state_to_record(perm)
-        for key in list(self._perms)[:-MOST]:
-            del self._perms[key]
+                put_latest(self._perms, _key(reply), state_to_record(perm), MOST)
 
 
 def _key(reply: Reply) -> str:

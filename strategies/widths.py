@@ -16,7 +16,7 @@ from fedrebasin.errors import UsageError
 from fedrebasin.strategies.arrays import measure_arrays
 from fedrebasin.strategies.network import Model
 from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_to_record
-from fedrebasin.strategies.trajectory import MOST
+from fedrebasin.strategies.trajectory import MOST, put_latest
 from fedrebasin.strategies.wire import find_arrays, name_of_arrays
 from fedrebasin.widths.merge import counts_of
 
@@ -107,10 +107,12 @@ class Widths:
         if not self.specs:
             return
         reference: State | None = None
-        for message, spec in [(message, self._spec_of(_shapes(_record_of(message, key)))) for message in replies]:
+        for message in replies:
             node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
+            shapes = _shapes(_record_of(message, key))
+            spec = self._spec_of(shapes)
             if spec is None:
-                if _shapes(_record_of(message, key)) == self.spec.shapes:  # it trains the wide network now
+                if shapes == self.spec.shapes:  # it trains the wide network now
                     self._last.pop(node, None)
                 continue
             if reference is None:
@@ -126,10 +128,7 @@ class Widths:
                 if tensor.is_floating_point():
                     fitted[name] = torch.where(counts_of(matching, name) > 0, tensor, reference[name].to(tensor))
             message.content[name_of_arrays(message.content, key) or key] = state_to_record(fitted)
-            self._last.pop(node, None)
-            self._last[node] = spec, state
-        for node in list(self._last)[:-MOST]:
-            del self._last[node]
+            put_latest(self._last, node, (spec, state), MOST)
 
     def _narrowed(self, spec: PermutationSpec, model: State, last: State) -> State:
         try:

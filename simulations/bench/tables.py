@@ -149,10 +149,8 @@ def calibration(result: Result) -> tuple[Sequence[str], Rows]:
     for (alignment, correction), places in cells.items():
         path, comma, more = alignment.partition(",")
         label = f"{path} average{comma}{more}" + (f" + {correction}" if correction else "")
-        whole = {
-            column: places.get(column, places.get(f"{clients} clients, 0 ")) for column, clients in columns.items()
-        }
-        line = [_scores([*own.values()] if own else None) for own in whole.values()]
+        whole = [places.get(column, places.get(f"{clients} clients, 0 ", {})) for column, clients in columns.items()]
+        line = [_scores([*own.values()]) for own in whole]
         rows.append([f"**{label}**" if path == "aligned" else label, *line])
     for name in [name for name in result["references"][0]["rows"] if not name.startswith("client ")]:
         found: dict[str, dict[int, Result]] = {clients: {} for clients in columns.values()}
