@@ -79,3 +79,12 @@ def leaves(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from leaves(item)
+
+
+def examples_in(batch: Any) -> int:
+    """How many examples a batch holds: the length of its first tensor.
+
+    >>> examples_in(((torch.zeros(3, 2),), {}))
+    3
+    """
+    return next((len(tensor) for tensor in leaves(batch) if tensor.ndim), 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
-from fedrebasin.corrections.calls import leaves
+from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
 from fedrebasin.corrections.linear_maps import behind, chunks, columns, outputs, per_channel
 from fedrebasin.corrections.moments import Moments
@@ -199,7 +199,7 @@ def layer_equations(
     seen = 0
     for number, batch in enumerate(source):
         z = ours.output(index, number, batch, final=False)
-        x = ours.last_input
+        x, examples = ours.last_input, examples_in(batch)
         if probabilities:
             lacking = logits_of_mean_probabilities([one.output(index, number, batch) for one in theirs], shares).sub_(z)
         else:
@@ -207,7 +207,7 @@ def layer_equations(
             for runner, share, factor, _ in terms:
                 z = runner.output(index, number, batch)
                 lacking.addcmul_(z, per_channel(layer, share * factor, z))
-        if not kernel and x.ndim == 3 and len(x) != len(next(leaves(batch))) == x.shape[1]:
+        if not kernel and x.ndim == 3 and len(x) != examples == x.shape[1]:
             x, lacking = x.transpose(0, 1), lacking.transpose(0, 1)  # attention has put positions first
         held = held_out_rows(seen, x)
         seen += len(x)
@@ -216,7 +216,7 @@ def layer_equations(
             for part in chunks(layer, inputs, kernel):
                 X, E = columns(layer, inputs[part], kernel), outputs(layer, targets[part])
                 if isinstance(sums, ClippedEquations):
-                    sums.add_clipped(X, E, positions=X.shape[1] / len(inputs[part]))
+                    sums.add_clipped(X, E, positions=X.shape[1] / len(inputs[part]) * len(x) / examples)
                 else:
                     sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
     if index == 0:
@@ -230,7 +230,7 @@ def step_moments(
     """Moments of the input of a BatchNorm that stands alone."""
     moments = make()
     for number, batch in enumerate(source):
-        moments.add(ours.input(index, number, batch), dim=1)
+        moments.add(ours.input(index, number, batch), 1, examples_in(batch))
     moments.check(norm.norm)
     return moments
 

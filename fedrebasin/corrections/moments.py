@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.batches import Batches
+from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.passes import Stop
 from fedrebasin.corrections.sites import Site
 from fedrebasin.corrections.taps import tap
@@ -38,8 +39,8 @@ class Moments:
         moments.count, moments.mean, moments.squares = count, mean, squares
         return moments
 
-    def add(self, activations: Tensor, dim: int) -> None:
-        """Add activations whose channels lie along ``dim`` (Chan et al.'s update)."""
+    def add(self, activations: Tensor, dim: int, examples: int | None = None) -> None:
+        """Add activations whose channels lie along ``dim`` (Chan et al.'s update), of so many examples."""
         rows = activations.detach().movedim(dim, 0).flatten(1).double()
         mean = rows.mean(1)
         self.join(Moments.of(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().sum(1)))
@@ -110,14 +111,16 @@ def _measure(
     by_batch: bool = False,
 ) -> dict[str, Moments]:
     found = {site.name: make() for site in sites}
+    examples = 0
 
     def see(site: Site, into: Tensor, output: Tensor) -> None:
-        found[site.name].add(into if site.running and not outputs else output, site.dim)
+        found[site.name].add(into if site.running and not outputs else output, site.dim, examples)
         if stop:
             raise Stop
 
     with tap(model, sites, see, by_batch=by_batch):
         for args, kwargs, _ in batches:
+            examples = examples_in((args, kwargs))
             with suppress(Stop):
                 model(*args, **kwargs)
     for name, moments in found.items():

@@ -3,7 +3,8 @@
 Gram matrices and normal equations are in ``private_sums.py``: the same unit, and the same account.
 
 A release is the vector of a site's per-channel means of ``x`` and ``x^2`` over ``n`` examples. An example's share is
-its own such vector (averaged over positions), scaled to length ``C = clip * sqrt(2 channels)`` where it is longer.
+its own such vector (averaged over positions), scaled to length ``C = clip * sqrt(2 channels)`` where it is longer;
+where examples may not lie along the first axis, each position's vector is scaled, and the average has that bound, too.
 Replacing one example moves the sum by at most ``2 C``; Gaussian noise of ``noise * 2 C`` makes it Gaussian
 differentially private, ``1 / noise``-GDP, and ``k`` releases, chosen adaptively, ``sqrt(k) / noise``-GDP. That converts
 exactly into
@@ -116,6 +117,19 @@ def check_apart(net: nn.Module) -> None:
         raise RebasinError("privacy: a BatchNorm goes by each batch's statistics; track running statistics")
 
 
+def check_positions(positions: float) -> float:
+    """Refuse a layer that meets more positions of one example than of another: their shares are not known then.
+
+    >>> check_positions(6.0)
+    6.0
+    """
+    if positions != round(positions) or positions < 1:
+        raise RebasinError(
+            f"privacy: a layer meets {positions:g} positions an example; expected the same whole number for each"
+        )
+    return positions
+
+
 class ClippedMoments(Moments):
     """Sums of clipped shares of examples; :meth:`release` adds the noise and gives moments.
 
@@ -136,15 +150,19 @@ class ClippedMoments(Moments):
         """What makes the moments that are measured: exact ones without ``privacy``."""
         return Moments if privacy is None else lambda: cls(privacy)
 
-    def add(self, activations: Tensor, dim: int) -> None:
-        """Add the clipped shares of the examples, which lie along the first axis."""
+    def add(self, activations: Tensor, dim: int, examples: int | None = None) -> None:
+        """Add the clipped shares of so many examples; by default they lie along the first axis."""
+        examples = len(activations) if examples is None else examples
         rows = activations.detach().double().movedim(dim, 1)
+        if len(rows) != examples or examples in activations.shape[1:dim]:  # another axis may be that of the examples
+            rows = rows.movedim(1, -1).flatten(0, -2).unsqueeze(2)
         rows = rows.reshape(*rows.shape[:2], -1)
+        positions = check_positions(len(rows) / examples)
         share = torch.cat([rows.mean(2), rows.square().mean(2)], 1)
         length = share.norm(dim=1, keepdim=True)
-        share = share * (self._bound(share.shape[1]) / length).clamp(max=1.0)
+        share = share * (self._bound(share.shape[1]) / length).clamp(max=1.0) / positions
         mean, square = share.sum(0).chunk(2)
-        self.examples += len(share)
+        self.examples += examples
         self.count += rows.shape[0] * rows.shape[2]
         first = not self.mean.numel()
         self.mean, self.squares = (mean, square) if first else (self.mean + mean, self.squares + square)

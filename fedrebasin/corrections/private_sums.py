@@ -11,7 +11,8 @@ positive semi-definite and of Frobenius norm ``B^2`` at most; two such matrices 
 that replacing one example moves the sum of all by at most ``sqrt(2) B^2``. The upper triangle, its entries off the
 diagonal times ``sqrt(2)``, has that norm as a vector; it gets Gaussian noise of standard deviation ``noise * sqrt(2)
 B^2``, and is one release of ``privacy.py``. Entries off the diagonal thus have noise of ``noise * B^2``. Sums over
-the examples that are fitted and over those held out see different examples: one release for both. What is made of
+the examples that are fitted and over those held out see different examples, or parts of one whose norms sum to
+``B^2`` at most: one release for both. What is made of
 them afterwards (no negative eigenvalues, a ridge) is free.
 """
 
@@ -23,8 +24,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.corrections.normal_equations import NormalEquations, add_to, gram_product
-from fedrebasin.corrections.privacy import Privacy, source_of_noise
-from fedrebasin.errors import RebasinError
+from fedrebasin.corrections.privacy import Privacy, check_positions, source_of_noise
 
 #: the 1 of the bias, and the targets, as shares of the length of the inputs
 _SHARE = 0.5
@@ -50,10 +50,7 @@ class ClippedEquations(NormalEquations):
 
     def add_clipped(self, X: Tensor, E: Tensor | None, *, positions: float) -> None:
         """Add samples (m, samples), of which an example has so many, and their targets (out, samples)."""
-        if positions != round(positions) or positions < 1:
-            raise RebasinError(
-                f"privacy: a layer meets {positions:g} positions an example; expected the same whole number for each"
-            )
+        check_positions(positions)
         X, m = X.nan_to_num(0.0, 0.0, 0.0), len(X)
         squares = X.square().sum(0) + self._t(m) ** 2
         if E is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.corrections.calls import leaves
+from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
@@ -171,7 +171,7 @@ def input_sums(
             for part in chunks(step, x, kernel):
                 X, own = columns(step, x[part], kernel), sums[step.weight]
                 if isinstance(own, ClippedEquations):
-                    examples = len(next(iter(leaves((args, kwargs)))))  # not always the first axis of the layer's input
+                    examples = examples_in((args, kwargs))  # not always the first axis of the layer's input
                     own.add_clipped(X, None, positions=X.shape[1] / len(x[part]) * len(x) / examples)
                 else:
                     own.add_inputs(X, unfolded_gram(step, X, kernel, places))
