@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,9 @@ from fedrebasin.batches import Batches
 from fedrebasin.corrections.moments import Moments, all_moments, output_moments, site_moments
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.sites import Site, find_calls
-from fedrebasin.corrections.working import begin, extract, load
+from fedrebasin.corrections.working import begin, extract, load, warn_of_few
 from fedrebasin.errors import RebasinError
 
-#: Below this many observations per channel the statistics are mostly noise.
-_FEW = 100
 #: A channel whose standard deviation is below this share of its layer's largest is dead.
 _DEAD = 1e-6
 
@@ -139,12 +136,8 @@ def goals_of(
     for end, weight in zip(ends, weights, strict=True):
         load(model, end)
         found = output_moments(model, batches, sites)
-        few = min((moments.count for moments in found.values()), default=_FEW)
-        if few < _FEW:
-            warnings.warn(
-                f"calibration: {few} observations per channel make noisy statistics; {_FEW} and more would do",
-                stacklevel=5,
-            )
+        few = min(moments.count for moments in found.values())
+        warn_of_few(few, "observations per channel make noisy statistics", stacklevel=5)
         for name, moments in found.items():
             means[name] = means.get(name, 0.0) + weight * moments.mean
             stds[name] = stds.get(name, 0.0) + weight * moments.std

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.corrections.layers import Layer
-from fedrebasin.corrections.least_squares import held_out_rows, steps_of, warn_of_few
+from fedrebasin.corrections.least_squares import held_out_rows, steps_of
 from fedrebasin.corrections.normal_equations import NormalEquations, gram_product
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, goals_of
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.solution import check_finite, check_ridge, choose_ridge, solve_layer
-from fedrebasin.corrections.working import begin, extract, working_copy
+from fedrebasin.corrections.working import begin, extract, warn_of_few, working_copy
 
 LOGGER = logging.getLogger("fedrebasin")
 
@@ -104,7 +104,7 @@ def best_end(
         seen += len(held)
         for one, output in zip(candidates, said, strict=True):
             one.add(mean - output, goal - output, held)
-    warn_of_few(seen, "best_end", stacklevel=4)
+    warn_of_few(seen, "examples are few for best_end", stacklevel=4)
     errors = [one.error(last, ridge) for one in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     LOGGER.info("best end: %d of %d; mean squared errors %s", best, len(errors), ", ".join(f"{e:.4g}" for e in errors))

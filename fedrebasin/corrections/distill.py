@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches, tensors
 from fedrebasin.coefficients import wide_type
-from fedrebasin.corrections.working import begin, extract, load
+from fedrebasin.corrections.calls import examples_in
+from fedrebasin.corrections.working import begin, extract, load, warn_of_few
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.modules import deep_copy
 
@@ -64,6 +65,11 @@ def distill(
     RebasinError
         If coefficients do not fit, ``epochs`` is below 1, ``lr`` not positive, or the outputs are no logits of classes.
 
+    Warns
+    -----
+    UserWarning
+        If there are fewer than 100 examples.
+
     References
     ----------
     Lin, Kong, Stich, Jaggi (NeurIPS 2020), "Ensemble distillation for robust model fusion in federated learning";
@@ -83,6 +89,7 @@ def distill(
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     model.requires_grad_(True)
     lesson = _Reread(model, ends, weights, batches) if reread else _Held(model, ends, weights, batches, seed)
+    warn_of_few(lesson.examples, "examples are few for distill", stacklevel=3)
     load(model, merged)
     for module in model.modules():
         module.train(isinstance(module, _BatchNorm))
@@ -119,7 +126,7 @@ class _Held:
         self._inputs = [(args, kwargs) for args, kwargs, _ in batches]
         self._goals = _goals(model, ends, weights, self._inputs)
         self._generator = torch.Generator().manual_seed(seed)
-        self.steps = len(self._inputs)
+        self.steps, self.examples = len(self._inputs), sum(map(examples_in, self._inputs))
 
     def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
         for place in torch.randperm(self.steps, generator=self._generator).tolist():
@@ -133,7 +140,8 @@ class _Reread:
         self, model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: Sequence[float], batches: Batches
     ) -> None:
         self._teacher, self._ends, self._weights, self._batches = deep_copy(model).eval(), ends, weights, batches
-        self.steps = sum(1 for _ in batches)
+        sizes = [examples_in((args, kwargs)) for args, kwargs, _ in batches]
+        self.steps, self.examples = len(sizes), sum(sizes)
 
     def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
         for args, kwargs, _ in self._batches:

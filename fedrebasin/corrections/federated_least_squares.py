@@ -22,7 +22,7 @@ from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.private_sums import ClippedEquations
 from fedrebasin.corrections.queries import FLOOR, About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
 from fedrebasin.corrections.solution import solve_layer
-from fedrebasin.corrections.working import extract
+from fedrebasin.corrections.working import extract, warn_of_few
 from fedrebasin.errors import RebasinError
 
 KIND = "equations"
@@ -66,6 +66,11 @@ def federated_least_squares(case: Case) -> Correction:
     RebasinError
         If no layer can be solved, or ``label_prior`` is asked for and the last layer does not give the logits.
 
+    Warns
+    -----
+    UserWarning
+        If all nodes together have fewer than 100 samples of a layer.
+
     References
     ----------
     Nasery, Hayase, Koh, Oh (2024), "PLeaS", arXiv 2407.02447, for the layer-wise solution on one data set.
@@ -84,6 +89,7 @@ def federated_least_squares(case: Case) -> Correction:
         raise RebasinError(
             "label_prior: expected a network whose last linear layer gives the logits; another part comes behind it"
         )
+    samples: list[int] = []
     for step in steps:
         state = extract(model, case.merged)
         names = read_until(uses, _names(state, step), state)
@@ -105,6 +111,7 @@ def federated_least_squares(case: Case) -> Correction:
         fit, check = NormalEquations(), NormalEquations()
         for own_fit, own_check in answers.values():
             fit, check = fit + own_fit, check + own_check
+        samples.append(fit.count + check.count)
         for sums in (fit, check):  # packed until here: the nodes' matrices are never unpacked side by side
             sums.gram = unpack(sums.gram, len(start.matrix.T)) if sums.count else sums.gram
         if fit.noise[0] or check.noise[0]:
@@ -113,6 +120,8 @@ def federated_least_squares(case: Case) -> Correction:
             write_map(model, step, LinearMap(start.matrix + D, start.shift + d), total.mean, total.covariance)
         else:
             solve_layer(model, step, fit, check, ridge)
+    text = "samples of a layer, of all nodes, are few for federated least squares"
+    warn_of_few(min(samples), text, name="data", stacklevel=5)
     return extract(model, case.merged)
 
 

@@ -14,7 +14,7 @@ from fedrebasin.corrections.moments import Moments, all_moments, output_moments,
 from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
 from fedrebasin.corrections.sites import Site, find_sites
-from fedrebasin.corrections.working import extract
+from fedrebasin.corrections.working import extract, warn_of_few
 from fedrebasin.errors import RebasinError
 
 KIND = "moments"
@@ -55,6 +55,11 @@ def federated_repair(case: Case) -> Correction:
     RebasinError
         If no layer can be corrected.
 
+    Warns
+    -----
+    UserWarning
+        If all nodes together have fewer than 100 observations per channel.
+
     References
     ----------
     Jordan, Sedghi, Saukh, Entezari, Neyshabur (2023), "REPAIR", arXiv 2211.08403.
@@ -93,7 +98,11 @@ def federated_repair(case: Case) -> Correction:
             lambda measured: rms_of([*measured[0].values(), *measured[1].values()]),
         )
         answers: dict[int, tuple[Measured, Measured]] = yield query
-        goals = goals or {place: theirs for place, (_, theirs) in answers.items()}
+        if not goals:
+            goals = {place: theirs for place, (_, theirs) in answers.items()}
+            few = min(sum(theirs[site.name].count for theirs in goals.values()) for site in sites)
+            text = "observations per channel, of all nodes, make noisy statistics"
+            warn_of_few(few, text, name="data", stacklevel=5)
         shares = case.shares(answers)
         for site in group:
             ours = {place: measured[site.name] for place, (measured, _) in answers.items()}

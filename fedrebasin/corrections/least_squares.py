@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,15 +22,13 @@ from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
 from fedrebasin.corrections.shifted_gram import unfolded_gram
 from fedrebasin.corrections.solution import check_ridge, solve_layer
-from fedrebasin.corrections.working import begin, extract, working_copy
+from fedrebasin.corrections.working import begin, extract, warn_of_few, working_copy
 from fedrebasin.errors import RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
 
 #: One example in so many is held out.
 _HELD = 5
-#: Fewer examples than this make a poor choice.
-_FEW = 100
 
 
 def least_squares(
@@ -153,13 +150,6 @@ def solve_steps(
         solve_layer(model, step, fit, check, ridge)
 
 
-def warn_of_few(examples: int, method: str, *, stacklevel: int) -> None:
-    """Warn where there are fewer examples than a choice of the ridge needs."""
-    if examples < _FEW:
-        text = f"calibration: {examples} examples are few for {method}; {_FEW} and more would do"
-        warnings.warn(text, stacklevel=stacklevel)
-
-
 def held_out_rows(seen: int, examples: Tensor) -> Tensor:
     """Which of these examples, after so many, are not fitted but choose the ridge: a mask, one in ``_HELD``."""
     return torch.arange(seen, seen + len(examples), device=examples.device) % _HELD == _HELD - 1
@@ -220,7 +210,7 @@ def layer_equations(
                 else:
                     sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
     if index == 0:
-        warn_of_few(seen, "least squares", stacklevel=5)
+        warn_of_few(seen, "examples are few for least squares", stacklevel=5)
     return fit, check
 
 

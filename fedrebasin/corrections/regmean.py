@@ -17,7 +17,7 @@ from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
 from fedrebasin.corrections.shifted_gram import unfolded_gram
-from fedrebasin.corrections.working import batches_for, begin, extract, working_copy
+from fedrebasin.corrections.working import batches_for, begin, extract, warn_of_few, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 
 #: weight's key -> Gram matrix of the layer's inputs with a row of ones below them
@@ -65,6 +65,11 @@ def regmean(
     RebasinError
         If coefficients, ``grams`` or ``off_diagonal`` do not fit, or no layer can be solved.
 
+    Warns
+    -----
+    UserWarning
+        If a layer has fewer than 100 samples, those of all ``grams`` together.
+
     References
     ----------
     Jin, Ren, Preotiuc-Pietro, Cheng (ICLR 2023), "Dataless knowledge fusion by merging weights of language models",
@@ -86,6 +91,7 @@ def regmean(
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
+    samples: dict[str, float] = {}
     for place, (end, weight) in enumerate(zip(ends, weights, strict=True)):
         if not weight:
             continue
@@ -95,12 +101,15 @@ def regmean(
             map_ = read_map(one, layer)
             own = torch.cat([map_.matrix, map_.shift.unsqueeze(1)], 1)
             gram = _gram_of(found, layer, own.shape[1], place).to(own.device)
+            key, count = layer.weight, float(gram[-1, -1])
+            samples[key] = count if grams is None else samples.get(key, 0.0) + count
             gram = weight * gram / gram[-1, -1]
             shrunk = off_diagonal * gram + (1 - off_diagonal) * gram.diagonal().diag()
-            key = layer.weight
             whole[key] = whole.get(key, torch.zeros_like(gram)) + gram
             left[key] = left.get(key, torch.zeros_like(own)) + own @ shrunk
             right[key] = right.get(key, torch.zeros_like(gram)) + shrunk
+    name = "calibration" if grams is None else "grams"
+    warn_of_few(round(min(samples.values())), "samples of a layer are few for regmean", name=name, stacklevel=3)
     for layer in layers:
         start = read_map(model, layer)
         W = _divide(left[layer.weight], right[layer.weight], torch.cat([start.matrix, start.shift.unsqueeze(1)], 1))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedrebasin.corrections.working import batches_for, extract, working_copy
+from fedrebasin.corrections.calls import examples_in
+from fedrebasin.corrections.working import batches_for, extract, warn_of_few, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.finite import first_not_finite
 
@@ -46,6 +47,11 @@ def reset_batchnorm(
     CalibrationError
         If the data is empty, can be read only once, or holds a batch of one example.
 
+    Warns
+    -----
+    UserWarning
+        If there are fewer than 100 examples.
+
     References
     ----------
     Jordan et al. (2023), "REPAIR", Section 3; there it is the first step for networks with BatchNorm.
@@ -69,14 +75,17 @@ def reset_batchnorm(
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
         norm.train()
+    seen = 0
     with torch.no_grad():
         for args, kwargs, _ in batches:
+            seen += examples_in((args, kwargs))
             try:
                 model(*args, **kwargs)
             except ValueError as error:
                 raise CalibrationError(
                     f"calibration: BatchNorm needs batches of more than one example ({error})"
                 ) from error
+    warn_of_few(seen, "examples are few for reset_batchnorm", stacklevel=3)
     for norm, counter in zip(norms, counters, strict=False):
         norm.num_batches_tracked = counter
     result = extract(model, merged)

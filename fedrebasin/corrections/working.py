@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,23 @@ from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import SpecMismatchError
 from fedrebasin.modules import deep_copy
 from fedrebasin.permute import like_state
+
+#: Fewer observations than this make noisy statistics, and a poor choice of a ridge.
+_FEW = 100
+
+
+def warn_of_few(count: int, what: str, *, name: str = "calibration", stacklevel: int) -> None:
+    """Warn where there are fewer examples, or observations, than a correction needs; ``what`` is wrong with them.
+
+    Examples
+    --------
+    >>> with warnings.catch_warnings(record=True) as found:
+    ...     warn_of_few(3, "examples are few for repair", stacklevel=1)
+    >>> str(found[0].message)
+    'calibration: 3 examples are few for repair; 100 and more would do'
+    """
+    if count < _FEW:
+        warnings.warn(f"{name}: {count} {what}; {_FEW} and more would do", stacklevel=stacklevel)
 
 
 def working_copy(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
