@@ -57,6 +57,17 @@ def test_a_name_is_its_function_with_the_coefficients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
+def test_an_end_whose_coefficient_is_zero_takes_no_part_whatever_it_holds(name: str) -> None:
+    net = small_net(norm=name != "bias-normalisation")
+    ends = random_ends(net, DATA)
+    spoiled = {key: tensor * torch.nan for key, tensor in ends[0].items()}
+    setting = {"net": net, "calibration": DATA}
+    expected = correct(name, CorrectionSetting(**setting, coefficients=[0.2, 0.8]), merge(ends), ends)
+    found = correct(name, CorrectionSetting(**setting, coefficients=[0.2, 0.8, 0]), merge(ends), [*ends, spoiled])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_strategy_takes_every_name_and_corrects_its_aggregate(name: str, warnings: list[str]) -> None:
     needs_no_norm = name == "bias-normalisation"
     net = small_net(norm=not needs_no_norm)

@@ -12,10 +12,10 @@ from networks import Grouped
 from networks_by_hand import InPlace, Residual, deep, norm_free
 from torch import Tensor, nn
 
-from fedrebasin import merge, repair
+from fedrebasin import closed_form, merge, regmean, repair
 from fedrebasin.corrections.least_squares import least_squares
 from fedrebasin.corrections.passes import Runner
-from fedrebasin.errors import RebasinError
+from fedrebasin.errors import CalibrationError, RebasinError
 
 MAKERS = {"norm-free": norm_free, "residual": Residual, "groupnorm": Grouped, "in-place": InPlace}
 IMAGES = [draw(30, 3, 8, 8, seed=seed) for seed in range(4)]
@@ -98,6 +98,29 @@ def test_negative_memory_is_refused() -> None:
     net = deep()
     with pytest.raises(RebasinError, match="memory: expected a number of bytes from 0; got -1"):
         repair(net, net.state_dict(), [net.state_dict()], [draw(100, 4)], memory=-1)
+
+
+class Branches(nn.Module):
+    """Takes one of two ways, by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        found: Tensor = self.last((self.one if bool(x.mean() > 1) else self.other)(x).relu())
+        return found
+
+
+@pytest.mark.parametrize("correct", [least_squares, repair, regmean, closed_form])
+def test_a_layer_that_some_batches_do_not_reach_is_named(correct: Callable[..., dict[str, Tensor]]) -> None:
+    net, data = Branches().double(), [draw(100, 4), draw(100, 4) + 100]
+    ends = [{key: tensor.abs() for key, tensor in end.items()} for end in random_ends(net)]
+    with pytest.raises(
+        CalibrationError, match=r"does not reach 'other.*' on every batch; give batches on which it does"
+    ):
+        correct(net, merge(ends), ends, data)
 
 
 class Stream(nn.Module):

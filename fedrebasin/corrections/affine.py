@@ -134,6 +134,8 @@ def goals_of(
     means: dict[str, Tensor] = {}
     stds: dict[str, Tensor] = {}
     for end, weight in zip(ends, weights, strict=True):
+        if not weight:
+            continue
         load(model, end)
         found = output_moments(model, batches, sites)
         few = min(moments.count for moments in found.values())

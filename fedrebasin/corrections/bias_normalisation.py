@@ -65,6 +65,7 @@ def bias_normalisation(
     (tensor([1.]), tensor([0.5000]))
     """
     weights = check_coefficients(coefficients, len(ends))
+    used = [(end, weight) for end, weight in zip(ends, weights, strict=True) if weight]
     model = working_copy(net, merged, device)
     where = next(iter(model.state_dict().values())).device
     args, kwargs = split_inputs(example_inputs)
@@ -78,8 +79,8 @@ def bias_normalisation(
         depths.append(1 + max((depths[place] for place in step.after), default=0))
         if isinstance(step, Layer) and step.bias is not None:
             old = result[step.bias]
-            biases = [end[step.bias].to(old.device, torch.float64) for end in ends]
-            powers = [weight ** depths[-1] for weight in weights]
+            biases = [end[step.bias].to(old.device, torch.float64) for end, _ in used]
+            powers = [weight ** depths[-1] for _, weight in used]
             new = sum((power * bias for power, bias in zip(powers, biases, strict=True)), torch.zeros_like(biases[0]))
             result[step.bias] = new.to(old.dtype)
     return result

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.affine import Affine, apply_affine, begin_at_sites, goals_of
 from fedrebasin.corrections.moments import Moments
+from fedrebasin.corrections.passes import not_reached
 from fedrebasin.corrections.sites import Site
 from fedrebasin.corrections.taps import tap
 from fedrebasin.corrections.working import extract, working_copy
@@ -48,8 +49,11 @@ def closed_form(
     """
     affine = Affine(max_gain=max_gain)
     work = begin_at_sites(net, merged, ends, calibration, coefficients, device)
-    models = [working_copy(net, end, work.batches.device) for end in ends]
-    expected = average_moments(models, work.weights, work.batches, work.sites)
+    shares = [weight for weight in work.weights if weight]
+    models = [
+        working_copy(net, end, work.batches.device) for end, weight in zip(ends, work.weights, strict=True) if weight
+    ]
+    expected = average_moments(models, shares, work.batches, work.sites)
     goals = goals_of(working_copy(net, merged, device), ends, work.weights, work.batches, work.sites)
     for site in work.sites:
         apply_affine(work.model, site, expected[site.name], goals[site.name], affine)
@@ -77,6 +81,8 @@ def average_moments(
             with tap(model, sites, add(weight)):
                 model(*args, **kwargs)
         for site in sites:
+            if site.name not in total:
+                raise not_reached(site.name)
             found[site.name].add(total[site.name], site.dim)
     for name, moments in found.items():
         moments.check(name)

@@ -165,6 +165,8 @@ def _goals(
 ) -> list[Tensor]:
     goals: list[Tensor] = []
     for end, weight in zip(ends, weights, strict=True):
+        if not weight:
+            continue
         load(model, end)
         said = [weight * _logits(model, args, kwargs).softmax(1) for args, kwargs in held]
         goals = [a + b for a, b in zip(goals, said, strict=True)] if goals else said

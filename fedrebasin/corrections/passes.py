@@ -16,7 +16,7 @@ from fedrebasin.batches import Batches
 from fedrebasin.corrections.calls import arguments_of, attention_inside, key_of, leaves, names_of_tensors
 from fedrebasin.corrections.layers import Norm, Step
 from fedrebasin.corrections.sites import Site
-from fedrebasin.errors import RebasinError
+from fedrebasin.errors import CalibrationError, RebasinError
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -91,7 +91,7 @@ class Runner:
             self._hollow = False
             return self._run(index, number, batch, output=output, final=final)
         if mode.seen is None:
-            raise RuntimeError(f"the network did not reach {self._steps[index].key!r} on every batch")
+            raise not_reached(self._steps[index].key)
         self.last_input = mode.seen_input
         done = index + 1 if output and final else index
         alive = self._reached(range(done, len(self._steps)), number)
@@ -147,6 +147,17 @@ class Runner:
         self._device = output.device
         if final and self._keep and self._read_from(index + 1, index) and self._memory.take(output):
             self._kept[index, number] = output
+
+
+def not_reached(name: str) -> CalibrationError:
+    """What is raised where a network takes another way on some batches than on the first.
+
+    >>> not_reached("b.weight")
+    CalibrationError("calibration: the network does not reach 'b.weight' on every batch; give batches on which it does")
+    """
+    return CalibrationError(
+        f"calibration: the network does not reach {name!r} on every batch; give batches on which it does"
+    )
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
