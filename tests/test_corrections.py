@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import networks
 import pytest
 import torch
+from networks_by_hand import Functions
 from torch import Tensor, nn
 
 from fedrebasin import CalibrationError, RebasinError, SpecMismatchError, merge, repair, reset_batchnorm
@@ -135,6 +138,17 @@ def test_few_observations_are_warned_about_with_the_number_that_would_do() -> No
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.warns(UserWarning, match="8 observations per channel make noisy statistics; 100 and more would do"):
         repair(net, net.state_dict(), [net.state_dict()], [torch.randn(8, 4)])
+
+
+def test_running_statistics_that_no_module_holds_are_named_and_stay(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(Functions(), nn.BatchNorm1d(2).double())
+    state, images = net.state_dict(), [torch.randn(100, 3, 8, 8, dtype=torch.float64)]
+    with caplog.at_level(logging.INFO, logger="fedrebasin"):
+        found = reset_batchnorm(net, state, images)
+    said = "reset_batchnorm: '0.%s' stays averaged: no BatchNorm module holds it; use repair"
+    assert caplog.messages == [said % "center", said % "spread"]
+    assert torch.equal(found["0.center"], state["0.center"])
+    assert not torch.equal(found["1.running_mean"], state["1.running_mean"])
 
 
 def test_labelled_batches_are_fine_for_calibration() -> None:

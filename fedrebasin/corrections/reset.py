@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
-from fedrebasin.corrections.calls import examples_in
+from fedrebasin.corrections.calls import arguments_of, examples_in, names_of_tensors
 from fedrebasin.corrections.working import batches_for, extract, warn_of_few, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.finite import first_not_finite
+
+LOGGER = logging.getLogger("fedrebasin")
 
 
 def reset_batchnorm(
@@ -23,6 +28,8 @@ def reset_batchnorm(
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Recompute the running statistics of every BatchNorm as the mean over the calibration batches.
+
+    Those that no BatchNorm module holds stay averaged: the log (INFO) names them.
 
     Parameters
     ----------
@@ -75,8 +82,8 @@ def reset_batchnorm(
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
         norm.train()
-    seen = 0
-    with torch.no_grad():
+    seen, by_hand = 0, _ByHand(model, norms)
+    with torch.no_grad(), by_hand:
         for args, kwargs, _ in batches:
             seen += examples_in((args, kwargs))
             try:
@@ -85,6 +92,8 @@ def reset_batchnorm(
                 raise CalibrationError(
                     f"calibration: BatchNorm needs batches of more than one example ({error})"
                 ) from error
+    for name in by_hand.found:
+        LOGGER.info("reset_batchnorm: %r stays averaged: no BatchNorm module holds it; use repair", name)
     warn_of_few(seen, "examples are few for reset_batchnorm", stacklevel=3)
     for norm, counter in zip(norms, counters, strict=False):
         norm.num_batches_tracked = counter
@@ -93,3 +102,22 @@ def reset_batchnorm(
     if odd is not None:
         raise CalibrationError(f"calibration: {odd!r} became NaN or infinite; check the models and the inputs")
     return result
+
+
+class _ByHand(TorchFunctionMode):
+    """Finds the running statistics that are read by a BatchNorm which is no module."""
+
+    def __init__(self, model: nn.Module, norms: list[_BatchNorm]) -> None:
+        super().__init__()
+        own = {id(statistics) for norm in norms for statistics in (norm.running_mean, norm.running_var)}
+        self._names = {key: name for key, name in names_of_tensors(model).items() if key not in own}
+        self.found: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` and note the statistics that it reads."""
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            given = arguments_of(func, args, kwargs) or {}
+            read = [self._names.get(id(given.get(key))) for key in ("running_mean", "running_var")]
+            self.found |= dict.fromkeys(name for name in read if name is not None)
+        return func(*args, **kwargs)
