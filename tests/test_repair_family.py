@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -152,6 +153,38 @@ def test_biases_are_averaged_with_powers_of_the_coefficients() -> None:
         expected = sum(share**depth * end[f"{key}.bias"] for share, end in zip(SHARES, ends, strict=True))
         torch.testing.assert_close(found[f"{key}.bias"], torch.as_tensor(expected), rtol=1e-12, atol=0)
         assert torch.equal(found[f"{key}.weight"], merged[f"{key}.weight"])
+
+
+class Odd(nn.Module):
+    """A grouped and a transposed convolution, a layer that runs twice, and a bias that is added by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6)
+        self.up, self.twice = nn.ConvTranspose2d(6, 4, 3), nn.Conv2d(4, 4, 1)
+        self.last, self.shift = nn.Linear(4, 2), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.grouped(self.first(x).tanh()).tanh()).tanh()
+        x = self.twice(self.twice(x).tanh()).tanh()
+        found: Tensor = self.last(x.mean((2, 3))) + self.shift
+        return found
+
+
+def test_every_layer_counts_for_the_depth_and_biases_that_stay_averaged_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = Odd().double()
+    ends = random_ends(net)
+    merged = merge(ends, coefficients=[0.3, 0.7])
+    with caplog.at_level(logging.INFO, logger="fedrebasin"):
+        found = bias_normalisation(net, merged, ends, BATCHES[0][:1], coefficients=[0.3, 0.7])
+    for name, depth in {"first": 1, "grouped": 2, "up": 3, "last": 6}.items():
+        a, b = (end[f"{name}.bias"] for end in ends)
+        torch.testing.assert_close(found[f"{name}.bias"], 0.3**depth * a + 0.7**depth * b, rtol=1e-12, atol=0)
+    said = "bias normalisation: %r stays averaged: it is not the bias of one layer, used once"
+    assert sorted(caplog.messages) == [said % name for name in ("shift", "twice.bias")]
+    assert all(torch.equal(found[name], merged[name]) for name in ("shift", "twice.bias"))
 
 
 def test_networks_that_are_the_same_but_for_disjoint_units_come_out_scaled_by_the_powers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.batches import split_inputs
-from fedrebasin.coefficients import check_coefficients
-from fedrebasin.corrections.layers import Layer, find_steps
+from fedrebasin.coefficients import check_coefficients, wide_type
+from fedrebasin.corrections.watch import watch
 from fedrebasin.corrections.working import extract, working_copy
 from fedrebasin.errors import RebasinError
+
+LOGGER = logging.getLogger("fedrebasin")
 
 _NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.rms_norm, F.normalize}
 
@@ -32,7 +35,8 @@ def bias_normalisation(
 
     Where units of the ends do not agree, averaged weights carry end k's share of an activation scaled by ``c_k`` in
     each layer; averaged biases would be scaled once alone and drown it. Outputs shrink with depth: the largest
-    output may be right where the loss is not. For networks without norms.
+    output may be right where the loss is not. For networks without norms. The log (INFO) names the vectors that
+    stay averaged.
 
     Parameters
     ----------
@@ -40,7 +44,7 @@ def bias_normalisation(
         As for :func:`fedrebasin.repair`.
     example_inputs : Tensor, tuple or dict
         A batch, whose values do not matter: the depths are seen in one pass. A layer is one deeper than the deepest
-        before it.
+        before it; recurrent ones are none.
 
     Returns
     -------
@@ -73,16 +77,25 @@ def bias_normalisation(
     kwargs = {name: x.to(where) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
     with torch.no_grad(), _NoNorm():
         model(*args, **kwargs)
-    steps, _ = find_steps(model, args, kwargs)
-    result, depths = extract(model, merged), list[int]()
-    for step in steps:
-        depths.append(1 + max((depths[place] for place in step.after), default=0))
-        if isinstance(step, Layer) and step.bias is not None:
-            old = result[step.bias]
-            biases = [end[step.bias].to(old.device, torch.float64) for end, _ in used]
-            powers = [weight ** depths[-1] for _, weight in used]
-            new = sum((power * bias for power, bias in zip(powers, biases, strict=True)), torch.zeros_like(biases[0]))
-            result[step.bias] = new.to(old.dtype)
+    seen = watch(model, args, kwargs)
+    result, depths, done = extract(model, merged), list[int](), set[str]()
+    for call in seen.calls:
+        depths.append((not call.norm) + max((depths[place] for place in call.after), default=0))
+        bias = call.given.get("bias")
+        if not isinstance(bias, Tensor) or id(bias) not in seen.names:
+            continue
+        if call.norm or bias.is_complex() or not seen.used_once(bias):
+            continue
+        name = seen.names[id(bias)]
+        old = result[name]
+        new = torch.zeros_like(old, dtype=torch.float64)
+        for end, weight in used:
+            new += weight ** depths[-1] * end[name].to(new)
+        result[name] = new.to(old.dtype)
+        done.add(name)
+    for name, tensor in result.items():
+        if tensor.ndim == 1 and name not in done and wide_type(tensor) is not None:
+            LOGGER.info("bias normalisation: %r stays averaged: it is not the bias of one layer, used once", name)
     return result
 
 
