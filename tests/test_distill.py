@@ -9,7 +9,7 @@ import torch
 from corrections_ends import check_keeps_form, random_ends, run
 from torch import Tensor, nn
 
-from fedrebasin import CalibrationError, RebasinError, distill, merge
+from fedrebasin import CalibrationError, RebasinError, distill, merge, reset_batchnorm
 from fedrebasin.simulations.models import build_model
 
 DATA = [torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -85,6 +85,23 @@ def test_an_end_merged_with_itself_has_nothing_to_learn() -> None:
     found = distill(model, state, [state, state], DATA, epochs=1, lr=1e-6)
     for name, tensor in state.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reread", [False, True])
+@pytest.mark.parametrize(("momentum", "epochs"), [(0.1, 10), (None, 50)])
+def test_a_few_steps_leave_no_statistics_of_the_merge(momentum: float | None, epochs: int, reread: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=momentum), nn.ReLU(), nn.Linear(6, 3))
+    ends = random_ends(model, DATA)
+    found = distill(model, merge(ends), ends, DATA[:1], epochs=epochs, reread=reread)
+    renewed = reset_batchnorm(model, found, DATA[:1])
+    assert all(torch.equal(found[name], renewed[name]) for name in found)
+
+
+def test_many_steps_leave_the_average_over_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    ends = random_ends(model, DATA)
+    found = distill(model, merge(ends), ends, DATA, epochs=12)
+    assert not torch.equal(found["1.running_var"], reset_batchnorm(model, found, DATA)["1.running_var"])
 
 
 def test_keys_order_and_dtypes_stay_and_inputs_are_not_edited() -> None:

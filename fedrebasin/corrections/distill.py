@@ -11,9 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches, tensors
 from fedrebasin.coefficients import wide_type
+from fedrebasin.corrections.passes import Batch
+from fedrebasin.corrections.reset import norms_with_statistics, renew_statistics
 from fedrebasin.corrections.working import begin, extract, load
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.modules import deep_copy
+
+#: Share of the merge's statistics that may be left in a BatchNorm's running average.
+_STALE = 0.01
 
 
 def distill(
@@ -42,7 +47,8 @@ def distill(
     calibration : iterable of batches
         Inputs, no labels; batches of about 100 suit. Classes lie along axis 1 of the network's (first) output.
     epochs : int
-        Passes over the data.
+        Passes over the data. Where their steps are so few that BatchNorms keep over a hundredth of the merge's
+        statistics, one more pass renews them as :func:`fedrebasin.reset_batchnorm` does.
     lr : float
         Adam's rate at the start.
     reread : bool
@@ -98,11 +104,20 @@ def distill(
                 torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
+    # too few steps leave statistics of a network that is no more; where they forgot it, the average is the newest
+    if any(_kept(norm, epochs * lesson.steps) > _STALE for norm in norms_with_statistics(model)):
+        renew_statistics(model, norms_with_statistics(model), lesson.inputs())
     result = extract(model, merged)
     return {name: merged[name].clone() if wide_type(x) is None else x for name, x in result.items()}
 
 
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+def _kept(norm: _BatchNorm, steps: int) -> float:
+    """The share that what was before the steps has in a running average; a cumulative one (None) forgets nothing.
+
+    >>> _kept(nn.BatchNorm1d(2, momentum=0.5), 3), _kept(nn.BatchNorm1d(2, momentum=None), 3)
+    (0.125, 1.0)
+    """
+    return 1.0 if norm.momentum is None else float((1 - norm.momentum) ** steps)
 
 
 class _Held:
@@ -121,7 +136,10 @@ class _Held:
         self._generator = torch.Generator().manual_seed(seed)
         self.steps = len(self._inputs)
 
-    def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
+    def inputs(self) -> Iterable[Batch]:
+        return self._inputs
+
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
         for place in torch.randperm(self.steps, generator=self._generator).tolist():
             yield self._inputs[place], self._goals[place]
 
@@ -135,8 +153,11 @@ class _Reread:
         self._teacher, self._ends, self._weights, self._batches = deep_copy(model).eval(), ends, weights, batches
         self.steps = sum(1 for _ in batches)
 
-    def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
-        for args, kwargs, _ in self._batches:
+    def inputs(self) -> Iterable[Batch]:
+        return ((args, kwargs) for args, kwargs, _ in self._batches)
+
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
+        for args, kwargs in self.inputs():
             (goal,) = _goals(self._teacher, self._ends, self._weights, [(args, kwargs)])
             yield (args, kwargs), goal
 

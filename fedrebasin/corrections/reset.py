@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedrebasin.corrections.passes import Batch
 from fedrebasin.corrections.working import batches_for, extract, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.finite import first_not_finite
@@ -58,29 +59,42 @@ def reset_batchnorm(
     torch.Size([3])
     """
     model = working_copy(net, merged, device)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = norms_with_statistics(model)
     if not norms:
         raise RebasinError(
             "net: reset_batchnorm needs a BatchNorm with running statistics; this network has none; use repair"
         )
     batches = batches_for(net, merged, calibration, device)
-    counters = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
-        norm.train()
-    with torch.no_grad():
-        for args, kwargs, _ in batches:
-            try:
-                model(*args, **kwargs)
-            except ValueError as error:
-                raise CalibrationError(
-                    f"calibration: BatchNorm needs batches of more than one example ({error})"
-                ) from error
-    for norm, counter in zip(norms, counters, strict=False):
-        norm.num_batches_tracked = counter
+    renew_statistics(model, norms, ((args, kwargs) for args, kwargs, _ in batches))
     result = extract(model, merged)
     odd = first_not_finite(result, merged)
     if odd is not None:
         raise CalibrationError(f"calibration: {odd!r} became NaN or infinite; check the models and the inputs")
     return result
+
+
+def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms that have running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
+@torch.no_grad()
+def renew_statistics(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Batch]) -> None:
+    """Give ``norms`` the plain mean over the batches, in one pass by the batch; what no batch reaches stays."""
+    before = [{name: tensor.clone() for name, tensor in norm.named_buffers(recurse=False)} for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    for args, kwargs in batches:
+        try:
+            model(*args, **kwargs)
+        except ValueError as error:
+            raise CalibrationError(
+                f"calibration: BatchNorm needs batches of more than one example ({error})"
+            ) from error
+    for norm, old in zip(norms, before, strict=True):
+        reached = norm.num_batches_tracked is None or bool(norm.num_batches_tracked)
+        for name, tensor in old.items():
+            if name == "num_batches_tracked" or not reached:
+                norm.get_buffer(name).copy_(tensor)
