@@ -104,6 +104,12 @@ def test_reset_gives_the_statistics_of_the_calibration_data() -> None:
     torch.testing.assert_close(reset["0.running_var"], variances.mean(0))
 
 
+def test_reset_leaves_out_a_batch_of_one() -> None:
+    net, data = nn.BatchNorm1d(4), torch.randn(51, 4)
+    found, wanted = (reset_batchnorm(net, net.state_dict(), data[:n].split(50)) for n in (51, 50))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_reset_leaves_a_norm_that_no_batch_reaches_as_it_is() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
     net[1].register_module("unused", nn.BatchNorm1d(2))

@@ -104,6 +104,48 @@ def test_many_steps_leave_the_average_over_them() -> None:
     assert not torch.equal(found["1.running_var"], reset_batchnorm(model, found, DATA)["1.running_var"])
 
 
+@pytest.mark.parametrize("reread", [False, True])
+def test_a_batch_of_one_that_a_batchnorm_cannot_go_by_is_left_out(reread: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    ends = random_ends(model, DATA)
+    data = [DATA[0], DATA[1][:1]]
+    found = distill(model, merge(ends), ends, data, reread=reread)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert all(torch.equal(found[name], x) for name, x in reset_batchnorm(model, found, DATA[:1]).items())
+    with pytest.raises(CalibrationError, match="batches of more than one example; got none"):
+        distill(model, merge(ends), ends, data[1:], reread=reread)
+
+
+class Counted(nn.Module):
+    """A network whose parameters are not all of floating numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.layer = nn.Parameter(torch.tensor([2]), requires_grad=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.steps)
+
+
+def test_integer_parameters_stay() -> None:
+    model = Counted()
+    ends = random_ends(model)
+    found = distill(model, merge(ends), ends, DATA, epochs=1)
+    assert torch.equal(found["steps"], torch.tensor([2]))
+    assert not torch.equal(found["layer.weight"], merge(ends)["layer.weight"])
+
+
+@pytest.mark.parametrize("reread", [False, True])
+def test_half_precision_is_trained_in_single(reread: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    ends = [{name: x.half() for name, x in end.items()} for end in random_ends(model)]
+    merged = merge(ends)
+    given = ([{name: x.float() for name, x in end.items()} for end in ends], [x.half().float() for x in DATA])
+    wanted = distill(model, {name: x.float() for name, x in merged.items()}, *given, epochs=2, reread=reread)
+    found = distill(model.half(), merged, ends, [x.half() for x in DATA], epochs=2, reread=reread)
+    assert all(torch.equal(found[name], x.half()) for name, x in wanted.items())
+
+
 def test_keys_order_and_dtypes_stay_and_inputs_are_not_edited() -> None:
     images: list[Tensor] = [torch.randn(30, 3, 8, 8)]
     model = build_model("conv", (3, 8, 8), 3, width=4)

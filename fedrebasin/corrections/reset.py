@@ -31,7 +31,8 @@ def reset_batchnorm(
     merged : dict of str to Tensor
         The state dict to correct; it is not changed.
     calibration : iterable of batches
-        Inputs, no labels; read once. Batches of 100 and more give good variances.
+        Inputs, no labels; read once. Batches of 100 and more give good variances; one of a single value per channel has
+        none and is left out.
     device : str, optional
         Where the network runs; by default where ``merged`` is.
 
@@ -45,7 +46,7 @@ def reset_batchnorm(
     RebasinError
         If the network has no BatchNorm with running statistics.
     CalibrationError
-        If the data is empty, can be read only once, or holds a batch of one example.
+        If the data is empty, can be read only once, or all batches hold one example.
 
     References
     ----------
@@ -86,15 +87,29 @@ def renew_statistics(model: nn.Module, norms: Sequence[_BatchNorm], batches: Ite
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
         norm.train()
+    reached = False
     for args, kwargs in batches:
         try:
             model(*args, **kwargs)
+            reached = True
         except ValueError as error:
-            raise CalibrationError(
-                f"calibration: BatchNorm needs batches of more than one example ({error})"
-            ) from error
+            check_too_small(error)
+    if not reached:
+        raise CalibrationError("calibration: BatchNorm needs batches of more than one example; got none; join some")
     for norm, old in zip(norms, before, strict=True):
-        reached = norm.num_batches_tracked is None or bool(norm.num_batches_tracked)
+        stays = norm.num_batches_tracked is not None and not bool(norm.num_batches_tracked)
         for name, tensor in old.items():
-            if name == "num_batches_tracked" or not reached:
+            if stays or name == "num_batches_tracked":
                 norm.get_buffer(name).copy_(tensor)
+
+
+def check_too_small(error: ValueError) -> None:
+    """Raise what a pass by the batch has raised, unless a BatchNorm had one value per channel: the batch is left out.
+
+    >>> try:
+    ...     _ = nn.BatchNorm1d(2).train()(torch.zeros(1, 2))
+    ... except ValueError as error:
+    ...     check_too_small(error)
+    """
+    if "more than 1 value per channel" not in str(error):
+        raise error
