@@ -136,6 +136,18 @@ def test_integer_parameters_stay() -> None:
     assert not torch.equal(found["layer.weight"], merge(ends)["layer.weight"])
 
 
+def test_frozen_parameters_stay_unless_all_are_frozen() -> None:
+    model = net()
+    ends = random_ends(model)
+    merged = merge(ends)
+    wanted = distill(model, merged, ends, DATA, epochs=1)
+    frozen = distill(model.requires_grad_(False), merged, ends, DATA, epochs=1)
+    assert all(torch.equal(frozen[name], x) for name, x in wanted.items())
+    model.get_submodule("3").requires_grad_(True)
+    part = distill(model, merged, ends, DATA, epochs=1)
+    assert [name for name, x in part.items() if not torch.equal(x, merged[name])] == ["3.weight", "3.bias"]
+
+
 @pytest.mark.parametrize("reread", [False, True])
 def test_half_precision_is_trained_in_single(reread: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))

@@ -45,7 +45,8 @@ def distill(
     Parameters
     ----------
     net, merged, ends, coefficients, device
-        As for :func:`fedrebasin.repair`.
+        As for :func:`fedrebasin.repair`. Parameters of ``net`` that require no gradient stay as merged; where none
+        requires one, as in a network for inference, all are trained.
     calibration : iterable of batches
         Inputs, no labels; batches of about 100 suit. Classes lie along axis 1 of the network's (first) output.
     epochs : int
@@ -94,8 +95,9 @@ def distill(
     if any(tensor.dtype == torch.float16 for tensor in model.parameters()):
         model.float()  # in float16 Adam's squares vanish
         batches = _Wide(batches)
-    for parameter in model.parameters():
-        parameter.requires_grad_(wide_type(parameter) is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        for parameter in model.parameters():
+            parameter.requires_grad_(wide_type(parameter) is not None)
     lesson = _Reread(model, ends, weights, batches) if reread else _Held(model, ends, weights, batches, seed)
     load(model, merged)
     for module in model.modules():
