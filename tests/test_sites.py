@@ -92,6 +92,22 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class PreNorm(nn.Module):
+    """A stream that the first layer starts, and that goes into a norm before each block."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.into, self.out = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.norms = nn.ModuleList(norm(width) for width in (4, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.out(self.norms[1](self.into(self.norms[0](x).relu())).relu())
+        return self.last(self.norms[2](x).relu())
+
+
+STREAM = ["stem", "norms.0", "norms.1", "out", "norms.2"]
 NORMED = ["norm", "blocks.0.1", "blocks.0.4", "blocks.1.1", "blocks.1.4"]
 BARE = ["stem", "blocks.0.0", "blocks.0.3", "blocks.1.0", "blocks.1.3"]
 
@@ -106,6 +122,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Tensor], list[str]]] = {
     "group": (lambda: Residual(lambda n: nn.GroupNorm(2, n)), IMAGES, NORMED),
     "instance": (lambda: Residual(lambda n: nn.InstanceNorm2d(n, affine=True)), IMAGES, NORMED),
     "hand": (lambda: Residual(HandNorm), IMAGES, NORMED),
+    "stream": (lambda: PreNorm(nn.BatchNorm2d), IMAGES, STREAM),
+    "stream by hand": (lambda: PreNorm(HandNorm), IMAGES, STREAM),
     "none": (lambda: Residual(lambda n: nn.Identity()), IMAGES, BARE),
     "attention": (
         lambda: sequence(nn.LayerNorm),

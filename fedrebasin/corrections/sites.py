@@ -39,8 +39,8 @@ class Site:
     by_module : bool
         The call is the module's; otherwise that of a function with the tensor ``key``.
     corrected : bool
-        False for a call that runs and stays as it is: it goes straight into a norm, is the model's output, or cannot
-        take a map.
+        False for a call that runs and stays as it is: it goes straight into a norm alone, is the model's output, or
+        cannot take a map.
     after : frozenset of int
         Places, in the list of all calls, of those whose outputs reach its input.
     """
@@ -77,7 +77,7 @@ def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
     """Run one batch and list the calls in their order; the log names what cannot be corrected, with the reason.
 
     Corrected are norms with weight and bias, BatchNorms, and linear and convolution layers with a bias whose output
-    is neither the model's nor goes straight into a norm. What runs more than once or is tied is not in the list.
+    is neither the model's nor goes straight into a norm alone. What runs more than once or is tied is not in the list.
     """
     args, kwargs, _ = next(iter(batches))
     seen = watch(model, args, kwargs)
@@ -92,7 +92,7 @@ def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
             once = all(seen.used_once(x) for x in tensors)
         else:  # a norm that computes by hand may read its tensors in several calls
             once = by_hand[call.module] == 1 and all(seen.tied[id(x)] == 1 for x in tensors)
-        passes = not call.norm and (call.content in ends or (*call.content, call.output.numel()) in seen.normed)
+        passes = not call.norm and (call.content in ends or seen.only_normed(call))
         reason = "" if passes else _refuse(call, seen) if once else "it is used more than once"
         if reason:
             left[seen.names[id(key_of(call.func, call.given))]] = reason
