@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.corrections.calls import (
@@ -37,7 +38,7 @@ class Call:
     func : callable
         A key of ``AFFINE``; the module's ``forward`` where a norm computes by hand.
     given : dict of str to object
-        Arguments by name.
+        Arguments by name; where a norm computes by hand also ``again``, which gives its output with other weights.
     content : tuple of int
         Of the output, see :func:`content_of`.
     after : frozenset of int
@@ -114,18 +115,19 @@ class Watch(TorchFunctionMode):
             own = {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
             if set(own) == {"weight", "bias"} and all(tensor.ndim == 1 for tensor in own.values()):
                 stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+                stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
         return stack
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._inside += 1
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._inside -= 1
             known = any(call.module is None and call.given.get("weight") is module.weight for call in self.calls)
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and not known:
-                given = {"input": args[0], "weight": module.weight, "bias": module.bias}
+                given: dict[str, Any] = {"input": args[0], "weight": module.weight, "bias": module.bias}
+                given["again"] = lambda changed: functional_call(module, changed, args, kwargs)
                 self.normed.add((*content_of(args[0]), args[0].numel()))
                 sources = self._sources_of([args[0]])
                 self.calls.append(Call(type(module).forward, given, output, content_of(output), sources, name))
