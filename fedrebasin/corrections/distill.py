@@ -19,7 +19,7 @@ from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.modules import deep_copy
 
 #: Share of the merge's statistics that may be left in a BatchNorm's running average.
-_STALE = 0.01
+_STALE = 0.02
 
 
 def distill(
@@ -50,7 +50,7 @@ def distill(
     calibration : iterable of batches
         Inputs, no labels; batches of about 100 suit. Classes lie along axis 1 of the network's (first) output.
     epochs : int
-        Passes over the data. Where their steps are so few that BatchNorms keep over a hundredth of the merge's
+        Passes over the data. Where their steps are so few that BatchNorms keep over a fiftieth of the merge's
         statistics, one more pass renews them as :func:`fedrebasin.reset_batchnorm` does.
     lr : float
         Adam's rate at the start.
