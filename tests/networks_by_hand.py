@@ -87,3 +87,29 @@ class Functions(nn.Module):
 
 def _draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class HandNorm(nn.Module):
+    """ConvNeXt's first LayerNorm: over channels, computed by hand."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt()
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class LastNorm(HandNorm):
+    """The same over the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT[..., None]).squeeze(-1).mT
+
+
+class Rectified(HandNorm):
+    """A norm with its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()

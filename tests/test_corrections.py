@@ -107,6 +107,20 @@ def test_reset_gives_the_statistics_of_the_calibration_data() -> None:
     torch.testing.assert_close(reset["0.running_var"], variances.mean(0))
 
 
+def test_reset_leaves_out_a_batch_of_one() -> None:
+    net, data = nn.BatchNorm1d(4), torch.randn(51, 4)
+    found, wanted = (reset_batchnorm(net, net.state_dict(), data[:n].split(50)) for n in (51, 50))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_reset_leaves_a_norm_that_no_batch_reaches_as_it_is() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    net[1].register_module("unused", nn.BatchNorm1d(2))
+    state = {name: torch.full_like(tensor, 7) for name, tensor in net.state_dict().items()}
+    reset = reset_batchnorm(net, state, IMAGES)
+    assert all(torch.equal(reset[name], state[name]) == ("0.running" not in name) for name in state)
+
+
 def test_dead_units_are_left_alone_and_gains_are_bounded() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}

@@ -9,7 +9,7 @@ import torch
 from corrections_ends import check_keeps_form, random_ends, run
 from torch import Tensor, nn
 
-from fedrebasin import CalibrationError, RebasinError, distill, merge
+from fedrebasin import CalibrationError, RebasinError, distill, merge, reset_batchnorm
 from fedrebasin.simulations.models import build_model
 
 DATA = [torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -55,6 +55,7 @@ class Drawn:
 
 
 def test_data_that_is_read_anew_teaches_more_than_data_that_is_held() -> None:
+    torch.manual_seed(0)
     model, x = net(), torch.randn(1000, 4, generator=torch.Generator().manual_seed(9))
     ends = random_ends(model, noise=1.0)
     goal = sum(run(model, end, x).softmax(1) for end in ends) / 2
@@ -85,6 +86,77 @@ def test_an_end_merged_with_itself_has_nothing_to_learn() -> None:
     found = distill(model, state, [state, state], DATA, epochs=1, lr=1e-6)
     for name, tensor in state.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reread", [False, True])
+@pytest.mark.parametrize(("momentum", "epochs"), [(0.1, 10), (None, 50)])
+def test_a_few_steps_leave_no_statistics_of_the_merge(momentum: float | None, epochs: int, reread: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=momentum), nn.ReLU(), nn.Linear(6, 3))
+    ends = random_ends(model, DATA)
+    found = distill(model, merge(ends), ends, DATA[:1], epochs=epochs, reread=reread)
+    renewed = reset_batchnorm(model, found, DATA[:1])
+    assert all(torch.equal(found[name], renewed[name]) for name in found)
+
+
+def test_many_steps_leave_the_average_over_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    ends = random_ends(model, DATA)
+    found = distill(model, merge(ends), ends, DATA, epochs=12)
+    assert not torch.equal(found["1.running_var"], reset_batchnorm(model, found, DATA)["1.running_var"])
+
+
+@pytest.mark.parametrize("reread", [False, True])
+def test_a_batch_of_one_that_a_batchnorm_cannot_go_by_is_left_out(reread: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    ends = random_ends(model, DATA)
+    data = [DATA[0], DATA[1][:1]]
+    found = distill(model, merge(ends), ends, data, reread=reread)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert all(torch.equal(found[name], x) for name, x in reset_batchnorm(model, found, DATA[:1]).items())
+    with pytest.raises(CalibrationError, match="batches of more than one example; got none"):
+        distill(model, merge(ends), ends, data[1:], reread=reread)
+
+
+class Counted(nn.Module):
+    """A network whose parameters are not all of floating numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.layer = nn.Parameter(torch.tensor([2]), requires_grad=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.steps)
+
+
+def test_integer_parameters_stay() -> None:
+    model = Counted()
+    ends = random_ends(model)
+    found = distill(model, merge(ends), ends, DATA, epochs=1)
+    assert torch.equal(found["steps"], torch.tensor([2]))
+    assert not torch.equal(found["layer.weight"], merge(ends)["layer.weight"])
+
+
+def test_frozen_parameters_stay_unless_all_are_frozen() -> None:
+    model = net()
+    ends = random_ends(model)
+    merged = merge(ends)
+    wanted = distill(model, merged, ends, DATA, epochs=1)
+    frozen = distill(model.requires_grad_(False), merged, ends, DATA, epochs=1)
+    assert all(torch.equal(frozen[name], x) for name, x in wanted.items())
+    model.get_submodule("3").requires_grad_(True)
+    part = distill(model, merged, ends, DATA, epochs=1)
+    assert [name for name, x in part.items() if not torch.equal(x, merged[name])] == ["3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize("reread", [False, True])
+def test_half_precision_is_trained_in_single(reread: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    ends = [{name: x.half() for name, x in end.items()} for end in random_ends(model)]
+    merged = merge(ends)
+    given = ([{name: x.float() for name, x in end.items()} for end in ends], [x.half().float() for x in DATA])
+    wanted = distill(model, {name: x.float() for name, x in merged.items()}, *given, epochs=2, reread=reread)
+    found = distill(model.half(), merged, ends, [x.half() for x in DATA], epochs=2, reread=reread)
+    assert all(torch.equal(found[name], x.half()) for name, x in wanted.items())
 
 
 def test_keys_order_and_dtypes_stay_and_inputs_are_not_edited() -> None:

@@ -185,12 +185,13 @@ def test_repair_gives_a_batchnorm_the_statistics_of_the_mixture_of_the_nodes() -
     expected = _averaged(spread)
     torch.testing.assert_close(found["1.running_var"], expected, rtol=1e-9, atol=1e-11)
     ours = _averaged([one.std(0, correction=0) for one in x])
-    biased = _averaged([one.var(0, correction=0) + (one.mean(0) - mean).square() for one in x])
     z = [
         run(net[:2], {key: end[key] for key in net[:2].state_dict()}, torch.cat(own))
         for own, end in zip(OWN, ends, strict=True)
     ]
     goal = _averaged([one.std(0, correction=0) for one in z])
-    gain = goal / (case.merged["1.weight"].abs() * ours / (biased + 1e-5).sqrt())
+    gain = goal / (case.merged["1.weight"].abs() * ours / (expected + 1e-5).sqrt())
     torch.testing.assert_close(found["1.weight"], gain * case.merged["1.weight"], rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found["1.bias"], _averaged([one.mean(0) for one in z]), rtol=1e-9, atol=1e-11)
+    given = [run(net[:2], {key: found[key] for key in net[:2].state_dict()}, torch.cat(own)) for own in OWN]
+    torch.testing.assert_close(_averaged([one.std(0, correction=0) for one in given]), goal, rtol=1e-9, atol=1e-11)

@@ -130,6 +130,16 @@ def test_an_end_merged_with_itself_keeps_its_function(method: str, kind: str) ->
     torch.testing.assert_close(run(net, found, BATCHES[0]), run(net, end, BATCHES[0]), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("method", ["repair", "closed-form"])
+@pytest.mark.filterwarnings("ignore:calibration")
+def test_an_end_with_batchnorms_merged_with_itself_keeps_its_function_on_ten_examples(method: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(10, 4, dtype=torch.float64)
+    (end,) = random_ends(net, [torch.randn(50, 4, dtype=torch.float64)], count=1)
+    found = FAMILY[method](net, end, [end, end], [x])
+    torch.testing.assert_close(run(net, found, x), run(net, end, x), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("method", FAMILY)
 def test_keys_order_and_dtypes_stay_and_inputs_are_not_edited(method: str) -> None:
     net, images = build_model("conv", (3, 8, 8), 3, width=4), [batch.float() for batch in BATCHES]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from corrections_ends import draw, random_ends
-from networks_by_hand import Functions
+from networks_by_hand import Functions, HandNorm, LastNorm, Rectified
 from torch import Tensor, nn
 
 from fedrebasin import closed_form, least_squares, merge, repair
@@ -57,18 +57,6 @@ def test_a_network_of_functions_is_repaired_like_the_same_one_of_modules(sequent
     ]
 
 
-class HandNorm(nn.Module):
-    """ConvNeXt's first LayerNorm: over channels, computed by hand."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt()
-        return self.weight[:, None, None] * x + self.bias[:, None, None]
-
-
 class Residual(nn.Module):
     """A stream that two blocks write to, with whatever norm, or none."""
 
@@ -92,6 +80,22 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class PreNorm(nn.Module):
+    """A stream that the first layer starts, and that goes into a norm before each block."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.into, self.out = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.norms = nn.ModuleList(norm(width) for width in (4, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.out(self.norms[1](self.into(self.norms[0](x).relu())).relu())
+        return self.last(self.norms[2](x).relu())
+
+
+STREAM = ["stem", "norms.0", "norms.1", "out", "norms.2"]
 NORMED = ["norm", "blocks.0.1", "blocks.0.4", "blocks.1.1", "blocks.1.4"]
 BARE = ["stem", "blocks.0.0", "blocks.0.3", "blocks.1.0", "blocks.1.3"]
 
@@ -106,7 +110,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Tensor], list[str]]] = {
     "group": (lambda: Residual(lambda n: nn.GroupNorm(2, n)), IMAGES, NORMED),
     "instance": (lambda: Residual(lambda n: nn.InstanceNorm2d(n, affine=True)), IMAGES, NORMED),
     "hand": (lambda: Residual(HandNorm), IMAGES, NORMED),
+    "stream": (lambda: PreNorm(nn.BatchNorm2d), IMAGES, STREAM),
+    "stream by hand": (lambda: PreNorm(HandNorm), IMAGES, STREAM),
     "none": (lambda: Residual(lambda n: nn.Identity()), IMAGES, BARE),
+    "as many positions as channels": (
+        lambda: nn.Sequential(nn.Linear(5, 4), LastNorm(4), nn.Flatten(), nn.Linear(16, 2)),
+        [draw(60, 4, 5, seed=seed) for seed in range(3)],
+        ["1"],
+    ),
     "attention": (
         lambda: sequence(nn.LayerNorm),
         [draw(60, 3, 5, seed=seed) for seed in range(3)],
@@ -161,13 +172,14 @@ class Odd(nn.Module):
         self.plain, self.bare, self.twice = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
         self.tied, self.tied_too = nn.Linear(4, 4), nn.Linear(4, 4)
         self.tied_too.weight = self.tied.weight
-        self.root, self.both = nn.RMSNorm(4), nn.LayerNorm((1, 4))
+        self.root, self.both, self.rectified = nn.RMSNorm(4), nn.LayerNorm((1, 4)), Rectified(4)
         self.up, self.lstm = nn.ConvTranspose1d(4, 4, 1, groups=2), nn.LSTM(4, 4, batch_first=True)
         self.last = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.bare(self.plain(x).relu()).relu()))
         x = self.root(self.tied_too(self.tied(x).relu()).relu())
+        x = self.rectified(x[..., None, None])[..., 0, 0]
         x = self.both(x[:, None]).relu()
         return self.last(self.lstm(self.up(x.mT).relu().mT)[0][:, -1])
 
@@ -186,6 +198,7 @@ def test_what_is_no_site_is_named_with_its_reason(caplog: pytest.LogCaptureFixtu
         "'tied_too.weight'": "it is used more than once",
         "'root.weight'": "it has no bias",
         "'both.weight'": "it has other numbers than one a channel",
+        "'rectified.weight'": "its output is no affine map of its weight and bias",
         "'up.weight'": "a grouped transposed convolution",
         "'lstm.weight_ih_l0'": unread,
         "'lstm.weight_hh_l0'": unread,

@@ -117,8 +117,7 @@ def _moments_at(runner: Runner, index: int, site: Site, source: Iterable[Batch])
 def apply_affine(model: nn.Module, site: Site, moments: Moments, goal: tuple[Tensor, Tensor], affine: Affine) -> None:
     """Correct one site by the moments of its output; of its input, if it is a BatchNorm."""
     if site.running is not None:
-        count, variance = moments.count, moments.std.square()
-        moments = refresh(model, site, moments, variance, variance * count / max(1, count - 1))
+        moments = refresh(model, site, moments, moments.squares / max(1, moments.count - 1))
     goal_mean, goal_std = goal
     fuse(
         *(model, site, moments),
@@ -146,20 +145,20 @@ def goals_of(
     return {site.name: (means[site.name], stds[site.name]) for site in sites}
 
 
-def refresh(model: nn.Module, site: Site, into: Moments, variance: Tensor, running: Tensor) -> Moments:
-    """Give a BatchNorm ``running`` as the variance of its input, and its mean; the moments of its output.
+def refresh(model: nn.Module, site: Site, into: Moments, variance: Tensor) -> Moments:
+    """Give a BatchNorm the mean of its input, and ``variance``; the moments of what it gives in evaluation mode.
 
     Parameters
     ----------
     into : Moments
         Of the input; for several nodes, the mean of theirs.
     variance : Tensor
-        Of the input over all examples, by which the BatchNorm divides.
+        Of the input over all examples, unbiased as torch has it.
     """
     assert site.running is not None
     own = model.state_dict()
     own[site.running[0]].copy_(into.mean)
-    own[site.running[1]].copy_(running)
+    own[site.running[1]].copy_(variance)
     scale = torch.ones_like(variance) if site.weight is None else own[site.weight].double().abs()
     mean = torch.zeros_like(variance) if site.bias is None else own[site.bias].double()
     return Moments.of(into.count, mean, scale.square() * into.squares / (variance + site.eps))

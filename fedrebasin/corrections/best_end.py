@@ -47,7 +47,8 @@ def best_end(
         Says which keys, dtypes and devices the result has.
     ends : sequence of dict of str to Tensor
     calibration : iterable of batches
-        Inputs, no labels. Along the first axis lie examples.
+        Inputs, no labels. Along the first axis lie examples. Shuffle data whose classes come in turn: every fifth
+        example is held out, which would be one or two classes alone.
     coefficients : sequence of float, optional
         The ensemble's; equal by default. An end whose coefficient is 0 takes no part.
     ridge : float, optional

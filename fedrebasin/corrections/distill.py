@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
-from fedrebasin.batches import Batches, tensors
+from fedrebasin.batches import tensors
 from fedrebasin.coefficients import wide_type
 from fedrebasin.corrections.calls import examples_in
+from fedrebasin.corrections.passes import Batch
+from fedrebasin.corrections.reset import check_too_small, norms_with_statistics, renew_statistics
 from fedrebasin.corrections.working import begin, extract, load, warn_of_few
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.modules import deep_copy
+
+#: Share of the merge's statistics that may be left in a BatchNorm's running average.
+_STALE = 0.02
 
 
 def distill(
@@ -34,16 +40,19 @@ def distill(
 
     Adam on the cross-entropy to ``sum_k c_k softmax(logits_k)``, a step for each calibration batch, in an order drawn
     anew in each epoch, with a rate that falls to 0 along a half cosine. BatchNorms go by the batch and renew their
-    statistics; dropout is off.
+    statistics; a batch that gives one a single value per channel is left out. Dropout is off. A float16 network is
+    trained in float32.
 
     Parameters
     ----------
     net, merged, ends, coefficients, device
-        As for :func:`fedrebasin.repair`.
+        As for :func:`fedrebasin.repair`. Parameters of ``net`` that require no gradient stay as merged; where none
+        requires one, as in a network for inference, all are trained.
     calibration : iterable of batches
         Inputs, no labels; batches of about 100 suit. Classes lie along axis 1 of the network's (first) output.
     epochs : int
-        Passes over the data.
+        Passes over the data. Where their steps are so few that BatchNorms keep over a fiftieth of the merge's
+        statistics, one more pass renews them as :func:`fedrebasin.reset_batchnorm` does.
     lr : float
         Adam's rate at the start.
     reread : bool
@@ -61,7 +70,8 @@ def distill(
     Raises
     ------
     CalibrationError
-        If the data is empty, can be read only once, or a loss is not finite.
+        If the data is empty, can be read only once, or holds no batch that BatchNorms can go by, or a loss is not
+        finite.
     RebasinError
         If coefficients do not fit, ``epochs`` is below 1, ``lr`` not positive, or the outputs are no logits of classes.
 
@@ -86,8 +96,14 @@ def distill(
         raise RebasinError(f"epochs: expected 1 or more; got {epochs}")
     if not 0 < lr < float("inf"):
         raise RebasinError(f"lr: expected a positive number; got {lr}")
-    model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
-    model.requires_grad_(True)
+    model, found, weights = begin(net, merged, ends, calibration, coefficients, device)
+    batches: Iterable[Any] = found
+    if any(tensor.dtype == torch.float16 for tensor in model.parameters()):
+        model.float()  # in float16 Adam's squares vanish
+        batches = _Wide(batches)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        for parameter in model.parameters():
+            parameter.requires_grad_(wide_type(parameter) is not None)
     lesson = _Reread(model, ends, weights, batches) if reread else _Held(model, ends, weights, batches, seed)
     warn_of_few(lesson.examples, "examples are few for distill", stacklevel=3)
     load(model, merged)
@@ -95,21 +111,47 @@ def distill(
         module.train(isinstance(module, _BatchNorm))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * lesson.steps)
+    taken = 0
     with torch.enable_grad():
         for _ in range(epochs):
             for (args, kwargs), goal in lesson.epoch():
-                loss = -(goal * _logits(model, args, kwargs).log_softmax(1)).sum(1).mean()
-                if not bool(loss.isfinite()):
-                    raise CalibrationError(f"distill: the loss became {loss.item()}; check the inputs, or lower lr")
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
+                try:
+                    loss = -(goal * _logits(model, args, kwargs).log_softmax(1)).sum(1).mean()
+                except ValueError as error:
+                    check_too_small(error)
+                else:
+                    if not bool(loss.isfinite()):
+                        raise CalibrationError(f"distill: the loss became {loss.item()}; check the inputs, or lower lr")
+                    torch.autograd.backward(loss)
+                    taken += 1
+                optimizer.step()  # without gradients nothing is done
                 schedule.step()
+    # too few steps leave statistics of a network that is no more; where they forgot it, the average is the newest
+    if any(_kept(norm, taken) > _STALE for norm in norms_with_statistics(model)):
+        renew_statistics(model, norms_with_statistics(model), lesson.inputs())
     result = extract(model, merged)
     return {name: merged[name].clone() if wide_type(x) is None else x for name, x in result.items()}
 
 
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+def _kept(norm: _BatchNorm, steps: int) -> float:
+    """The share that what was before the steps has in a running average; a cumulative one (None) forgets nothing.
+
+    >>> _kept(nn.BatchNorm1d(2, momentum=0.5), 3), _kept(nn.BatchNorm1d(2, momentum=None), 3)
+    (0.125, 1.0)
+    """
+    return 1.0 if norm.momentum is None else float((1 - norm.momentum) ** steps)
+
+
+class _Wide:
+    """Batches whose float16 numbers are float32."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.float16 else x, batch)
 
 
 class _Held:
@@ -120,7 +162,7 @@ class _Held:
         model: nn.Module,
         ends: Sequence[Mapping[str, Tensor]],
         weights: Sequence[float],
-        batches: Batches,
+        batches: Iterable[Any],
         seed: int,
     ) -> None:
         self._inputs = [(args, kwargs) for args, kwargs, _ in batches]
@@ -128,7 +170,10 @@ class _Held:
         self._generator = torch.Generator().manual_seed(seed)
         self.steps, self.examples = len(self._inputs), sum(map(examples_in, self._inputs))
 
-    def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
+    def inputs(self) -> Iterable[Batch]:
+        return self._inputs
+
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
         for place in torch.randperm(self.steps, generator=self._generator).tolist():
             yield self._inputs[place], self._goals[place]
 
@@ -137,14 +182,17 @@ class _Reread:
     """Batches that are read in every epoch, and answered by the ends as they come."""
 
     def __init__(
-        self, model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: Sequence[float], batches: Batches
+        self, model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: Sequence[float], batches: Iterable[Any]
     ) -> None:
         self._teacher, self._ends, self._weights, self._batches = deep_copy(model).eval(), ends, weights, batches
         sizes = [examples_in((args, kwargs)) for args, kwargs, _ in batches]
         self.steps, self.examples = len(sizes), sum(sizes)
 
-    def epoch(self) -> Iterator[tuple[_Inputs, Tensor]]:
-        for args, kwargs, _ in self._batches:
+    def inputs(self) -> Iterable[Batch]:
+        return ((args, kwargs) for args, kwargs, _ in self._batches)
+
+    def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
+        for args, kwargs in self.inputs():
             (goal,) = _goals(self._teacher, self._ends, self._weights, [(args, kwargs)])
             yield (args, kwargs), goal
 

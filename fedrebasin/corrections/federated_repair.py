@@ -190,12 +190,11 @@ def _average(parts: dict[int, Moments], shares: dict[int, float]) -> Moments:
 def _refresh(model: nn.Module, site: Site, into: dict[int, Moments], shares: dict[int, float]) -> Moments:
     """Give a BatchNorm the statistics of the mixture of the nodes' inputs; the average moments of its output."""
     average = _average(into, shares)
-    biased = unbiased = torch.zeros_like(average.mean)
+    variance = torch.zeros_like(average.mean)
     for place, moments in into.items():
-        between, within = (moments.mean - average.mean).square(), moments.squares / max(1, moments.count)
-        biased = biased + shares[place] * (within + between)
-        unbiased = unbiased + shares[place] * (within * moments.count / max(1, moments.count - 1) + between)
-    return refresh(model, site, average, biased, unbiased)
+        between, within = (moments.mean - average.mean).square(), moments.squares / max(1, moments.count - 1)
+        variance = variance + shares[place] * (within + between)
+    return refresh(model, site, average, variance)
 
 
 def _reader(

@@ -65,7 +65,8 @@ def least_squares(
     ends : sequence of dict of str to Tensor
         The aligned state dicts.
     calibration : iterable of batches
-        Inputs, no labels. Along the first axis lie examples.
+        Inputs, no labels. Along the first axis lie examples. Shuffle data whose classes come in turn: every fifth
+        example is held out, which would be one or two classes alone.
     coefficients : sequence of float, optional
         The merge's; equal by default.
     ridge : float, optional

@@ -31,8 +31,8 @@ def repair(
     of the state dict stay. A BatchNorm gets the statistics of its input first.
 
     Corrected are the outputs of norms with weight and bias, and of linear and convolution layers with a bias, modules
-    or functions alike, that are neither the model's outputs nor go straight into a norm. The log (INFO) names what
-    takes no affine map of its own, with the reason.
+    or functions alike, that are neither the model's outputs nor go straight into a norm alone. The log (INFO) names
+    what takes no affine map of its own, with the reason.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.corrections.calls import arguments_of, examples_in, names_of_tensors
+from fedrebasin.corrections.passes import Batch
 from fedrebasin.corrections.working import batches_for, extract, warn_of_few, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.finite import first_not_finite
@@ -38,7 +39,8 @@ def reset_batchnorm(
     merged : dict of str to Tensor
         The state dict to correct; it is not changed.
     calibration : iterable of batches
-        Inputs, no labels; read once. Batches of 100 and more give good variances.
+        Inputs, no labels; read once. Batches of 100 and more give good variances; one of a single value per channel has
+        none and is left out.
     device : str, optional
         Where the network runs; by default where ``merged`` is.
 
@@ -52,7 +54,7 @@ def reset_batchnorm(
     RebasinError
         If the network has no BatchNorm with running statistics.
     CalibrationError
-        If the data is empty, can be read only once, or holds a batch of one example.
+        If the data is empty, can be read only once, or all batches hold one example.
 
     Warns
     -----
@@ -71,37 +73,71 @@ def reset_batchnorm(
     torch.Size([3])
     """
     model = working_copy(net, merged, device)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = norms_with_statistics(model)
     if not norms:
         raise RebasinError(
             "net: reset_batchnorm needs a BatchNorm with running statistics; this network has none; use repair"
         )
     batches = batches_for(net, merged, calibration, device)
-    counters = [norm.num_batches_tracked.clone() for norm in norms if norm.num_batches_tracked is not None]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
-        norm.train()
-    seen, by_hand = 0, _ByHand(model, norms)
-    with torch.no_grad(), by_hand:
+    seen = 0
+
+    def inputs() -> Iterator[Batch]:
+        nonlocal seen
         for args, kwargs, _ in batches:
             seen += examples_in((args, kwargs))
-            try:
-                model(*args, **kwargs)
-            except ValueError as error:
-                raise CalibrationError(
-                    f"calibration: BatchNorm needs batches of more than one example ({error})"
-                ) from error
+            yield args, kwargs
+
+    with _ByHand(model, norms) as by_hand:
+        renew_statistics(model, norms, inputs())
     for name in by_hand.found:
         LOGGER.info("reset_batchnorm: %r stays averaged: no BatchNorm module holds it; use repair", name)
     warn_of_few(seen, "examples are few for reset_batchnorm", stacklevel=3)
-    for norm, counter in zip(norms, counters, strict=False):
-        norm.num_batches_tracked = counter
     result = extract(model, merged)
     odd = first_not_finite(result, merged)
     if odd is not None:
         raise CalibrationError(f"calibration: {odd!r} became NaN or infinite; check the models and the inputs")
     return result
+
+
+def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms that have running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
+@torch.no_grad()
+def renew_statistics(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Batch]) -> None:
+    """Give ``norms`` the plain mean over the batches, in one pass by the batch; what no batch reaches stays."""
+    before = [{name: tensor.clone() for name, tensor in norm.named_buffers(recurse=False)} for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over batches
+        norm.train()
+    reached = False
+    for args, kwargs in batches:
+        try:
+            model(*args, **kwargs)
+            reached = True
+        except ValueError as error:
+            check_too_small(error)
+    if not reached:
+        raise CalibrationError("calibration: BatchNorm needs batches of more than one example; got none; join some")
+    for norm, old in zip(norms, before, strict=True):
+        stays = norm.num_batches_tracked is not None and not bool(norm.num_batches_tracked)
+        for name, tensor in old.items():
+            if stays or name == "num_batches_tracked":
+                norm.get_buffer(name).copy_(tensor)
+
+
+def check_too_small(error: ValueError) -> None:
+    """Raise what a pass by the batch has raised, unless a BatchNorm had one value per channel: the batch is left out.
+
+    >>> try:
+    ...     _ = nn.BatchNorm1d(2).train()(torch.zeros(1, 2))
+    ... except ValueError as error:
+    ...     check_too_small(error)
+    """
+    if "more than 1 value per channel" not in str(error):
+        raise error
 
 
 class _ByHand(TorchFunctionMode):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,8 +42,8 @@ class Site:
     by_module : bool
         The call is the module's; otherwise that of a function with the tensor ``key``.
     corrected : bool
-        False for a call that runs and stays as it is: it goes straight into a norm, is the model's output, or cannot
-        take a map.
+        False for a call that runs and stays as it is: it goes straight into a norm alone, is the model's output, or
+        cannot take a map.
     after : frozenset of int
         Places, in the list of all calls, of those whose outputs reach its input.
     """
@@ -77,7 +80,7 @@ def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
     """Run one batch and list the calls in their order; the log names what cannot be corrected, with the reason.
 
     Corrected are norms with weight and bias, BatchNorms, and linear and convolution layers with a bias whose output
-    is neither the model's nor goes straight into a norm. What runs more than once or is tied is not in the list.
+    is neither the model's nor goes straight into a norm alone. What runs more than once or is tied is not in the list.
     """
     args, kwargs, _ = next(iter(batches))
     seen = watch(model, args, kwargs)
@@ -92,7 +95,7 @@ def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
             once = all(seen.used_once(x) for x in tensors)
         else:  # a norm that computes by hand may read its tensors in several calls
             once = by_hand[call.module] == 1 and all(seen.tied[id(x)] == 1 for x in tensors)
-        passes = not call.norm and (call.content in ends or (*call.content, call.output.numel()) in seen.normed)
+        passes = not call.norm and (call.content in ends or seen.only_normed(call))
         reason = "" if passes else _refuse(call, seen) if once else "it is used more than once"
         if reason:
             left[seen.names[id(key_of(call.func, call.given))]] = reason
@@ -123,6 +126,8 @@ def _refuse(call: Call, seen: Watch) -> str:
         return "a grouped transposed convolution"
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         return "a product that is no plain linear map"
+    if call.module is not None and _dim(call) is None:
+        return "its output is no affine map of its weight and bias"
     single = bias.ndim == 1 and (weight.ndim == 1 or not call.norm)
     return "" if single and _dim(call) is not None else "it has other numbers than one a channel"
 
@@ -130,11 +135,29 @@ def _refuse(call: Call, seen: Watch) -> str:
 def _dim(call: Call) -> int | None:
     """Along which axis of the output channels lie."""
     output, weight = call.output, call.given.get("weight")
-    if call.module is not None and weight is not None:
-        return next((dim for dim in (1, output.ndim - 1) if output.shape[dim : dim + 1] == weight.shape), None)
+    if call.module is not None:
+        return _dim_by_hand(**call.given)
     if call.func in (*CONVOLUTIONS, *TRANSPOSED) and weight is not None:
         return output.ndim - int(weight.ndim) + 1
     return 1 if call.func in (F.batch_norm, F.instance_norm, F.group_norm) else output.ndim - 1
+
+
+@torch.no_grad()
+def _dim_by_hand(again: Callable[..., Tensor], weight: Tensor, bias: Tensor, **_: Any) -> int | None:
+    """The axis along which a norm's output follows its weight and bias; ``None`` where it does not, as with a ReLU."""
+    if bias.shape != weight.shape:
+        return None
+    before, steps = again({}), torch.linspace(0, 1, len(weight)).to(weight)
+    size = before.abs().mean() + 1
+    gain, shift = 1 + steps, (2 * steps - 1) * size
+    after = again({"weight": weight * gain, "bias": bias * gain + shift})
+    for dim in range(1, before.ndim):
+        if before.shape[dim] == len(weight):
+            shape = [-1 if dim == other else 1 for other in range(before.ndim)]
+            expected = before * gain.view(shape) + shift.view(shape)
+            if bool(((after - expected).abs() <= 0.02 * (expected.abs() + size)).all()):  # also in bfloat16
+                return dim
+    return None
 
 
 def _site(call: Call, seen: Watch, *, corrected: bool, after: frozenset[int]) -> Site:

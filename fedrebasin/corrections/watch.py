@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.corrections.calls import (
@@ -37,7 +38,7 @@ class Call:
     func : callable
         A key of ``AFFINE``; the module's ``forward`` where a norm computes by hand.
     given : dict of str to object
-        Arguments by name.
+        Arguments by name; where a norm computes by hand also ``again``, which gives its output with other weights.
     content : tuple of int
         Of the output, see :func:`content_of`.
     after : frozenset of int
@@ -86,6 +87,8 @@ class Watch(TorchFunctionMode):
         How many calls read a tensor, and how many keys of the state dict it has, by ``id``.
     normed : set of tuple
         Content and number of entries of what norms have read.
+    read : set of tuple
+        Content of what others than norms have read: a residual stream, for example.
     outputs : list of Tensor
         Of the model.
     """
@@ -95,6 +98,8 @@ class Watch(TorchFunctionMode):
         self._model, self.names = model, names_of_tensors(model)
         self.calls: list[Call] = []
         self.normed: set[tuple[int, int, int]] = set()
+        self.read: set[tuple[int, int]] = set()
+        self._inside = 0
         self.outputs: list[Tensor] = []
         self.uses: Counter[int] = Counter()
         self.tied = Counter(id(tensor) for tensor in model.state_dict(keep_vars=True).values())
@@ -109,14 +114,20 @@ class Watch(TorchFunctionMode):
         for name, module in self._model.named_modules():
             own = {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
             if set(own) == {"weight", "bias"} and all(tensor.ndim == 1 for tensor in own.values()):
-                stack.callback(module.register_forward_hook(self._hook(name)).remove)
+                stack.callback(module.register_forward_pre_hook(self._enter).remove)
+                stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
         return stack
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._inside += 1
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._inside -= 1
             known = any(call.module is None and call.given.get("weight") is module.weight for call in self.calls)
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor) and not known:
-                given = {"input": args[0], "weight": module.weight, "bias": module.bias}
+                given: dict[str, Any] = {"input": args[0], "weight": module.weight, "bias": module.bias}
+                given["again"] = lambda changed: functional_call(module, changed, args, kwargs)
                 self.normed.add((*content_of(args[0]), args[0].numel()))
                 sources = self._sources_of([args[0]])
                 self.calls.append(Call(type(module).forward, given, output, content_of(output), sources, name))
@@ -139,7 +150,8 @@ class Watch(TorchFunctionMode):
         contents = [content_of(x) for x in read]
         ours = given is not None and id(key_of(func, given)) in self.names
         sources = self._sources_of(read)
-        if given is not None and ours and func in NORMS:
+        norm = given is not None and ours and func in NORMS
+        if given is not None and norm:
             self.normed.add((*content_of(given["input"]), given["input"].numel()))
         result = func(*args, **kwargs)
         written = list(leaves(result))
@@ -147,6 +159,9 @@ class Watch(TorchFunctionMode):
             written = read[:1]
         if not written:
             return result  # a shape or a number: no use of the tensor's values that a pass could see
+        if not norm and not self._inside:
+            views = {address_of(y) for y in written}
+            self.read.update(content for content in contents if content[0] not in views)
         same = {id(y) for y in written}  # a cast that changes nothing gives its input back, and is no use
         self.uses.update(
             {
@@ -166,6 +181,10 @@ class Watch(TorchFunctionMode):
     def used_once(self, tensor: Tensor) -> bool:
         """Whether one call reads the tensor, under one key."""
         return self.uses[id(tensor)] <= 1 and self.tied[id(tensor)] <= 1
+
+    def only_normed(self, call: Call) -> bool:
+        """Whether a call's output goes straight into norms, all of it, and nowhere else."""
+        return (*call.content, call.output.numel()) in self.normed and call.content not in self.read
 
     def through(self, place: int, where: Mapping[int, int]) -> frozenset[int]:
         """``where`` of the calls whose outputs reach a call's input; one that is not in ``where`` is looked through."""
