@@ -25,7 +25,7 @@ from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.memory import identity
-from fedrebasin.modules import mode_of, unwrapped
+from fedrebasin.modules import mode_of, unwrapped, without_cache
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import settle_sizes
 from fedrebasin.written import written_buffers
@@ -160,20 +160,6 @@ def _same(first: Any, second: Any) -> bool:
     return len(items[0]) == len(items[1]) and all(one is other for one, other in zip(*items, strict=True))
 
 
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Have models of transformers return no cache of keys and values: export does not know the type."""
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    using = [config for config in configs if getattr(config, "use_cache", False) is True]
-    try:
-        for config in using:
-            config.use_cache = False
-        yield
-    finally:
-        for config in using:
-            config.use_cache = True
-
-
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Ways:
     """The graphs of a mode."""
     before = logging.root.manager.disable
@@ -181,7 +167,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     try:
         with (
             _attributes_kept(model),
-            _without_cache(model),
+            without_cache(model),
             packed_as_padded(),
             mode_of(model, training=training),
             torch.no_grad(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,20 @@ def test_what_is_no_dense_tensor_is_refused_by_name_and_a_sparse_table_outside_t
         trace(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)), inputs)
     net = Graph(persistent=False)
     assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {"first": (8,)}
+
+
+def test_a_cache_of_states_is_left_out_in_the_proof_as_in_the_trace() -> None:
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(use_cache=True)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.first(x).relu()
+            return (self.last(hidden), hidden) if self.config.use_cache else self.last(hidden)
+
+    net = Recurrent()
+    assert check_spec(net, trace(net, X), X).perm_shapes == {"first": (6,)} and net.config.use_cache
 
 
 def test_ops_that_write_to_a_given_tensor_are_followed() -> None:
