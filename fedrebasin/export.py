@@ -75,6 +75,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         fault = _fault(value)
         if fault:
             raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {fault}")
+    _refuse_other_names(model, state)
     try:
         ways = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -119,6 +120,19 @@ def _refuse_left_out(model: nn.Module, names: set[str]) -> None:
             f"example_inputs: the way through {type(model).__name__}.forward depends on the data, and those that were "
             f"followed leave out {min(names)!r}{' and others' if len(names) > 1 else ''}, which other inputs may use; "
             "choose inputs that use every parameter, or hand over a spec written for this model"
+        )
+
+
+def _refuse_other_names(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Graphs have the names of parameters and buffers: under other names a state dict is in none of them."""
+    parameters = dict(nn.Module.named_parameters(model, remove_duplicate=False))  # a wrapper may have its own
+    known = {*parameters, *(name for name, _ in nn.Module.named_buffers(model, remove_duplicate=False))}
+    strange, missing = [name for name in state if name not in known], [name for name in parameters if name not in state]
+    if strange and missing:
+        raise TraceError(
+            f"model: expected a state dict with the names of the model's parameters; it has {strange[0]!r}, and not "
+            f"{missing[0]!r}; pass the model without what renames them (torch's checkpoint_wrapper, a hook, a "
+            "state_dict of its own): a module that has the state dict's names"
         )
 
 
