@@ -142,6 +142,12 @@ def roll(traced: Traced, x: Value, shifts: Any, dims: Any = ()) -> Value:
     return ordered(traced, x, dims)
 
 
+@rule("triu", "tril")
+def triangle(traced: Traced, x: Value, *_: Any) -> Value:
+    """Rows and columns are compared by their places."""
+    return ordered(traced, x, (-2, -1))
+
+
 @rule("diff")
 def difference(traced: Traced, x: Value, n: int = 1, dim: int = -1, *more: Any, **keywords: Any) -> Value:
     """Neighbours along ``dim`` are subtracted."""
