@@ -109,6 +109,8 @@ def test_where_the_order_counts_the_axis_is_fixed(op: Any) -> None:
         lambda x: x + torch.bucketize(x, torch.tensor([-0.1, 0.1])) + torch.searchsorted(torch.arange(3.0), x),
         lambda x: torch.empty(2, 6).copy_(x),
         lambda x: torch.polar(x, x).real + torch.complex(x, x).imag,
+        lambda x: torch.distributions.Normal(x, x.exp()).mean,
+        lambda x: torch.where(torch.ops.aten._is_any_true(x > 0), x, -x),
         lambda x: x + torch.mv(x, x[0])[:, None] + torch.dot(x[0], x[1]) + torch.linalg.norm(x),
     ],
 )

@@ -44,7 +44,7 @@ def reduced(traced: Traced, x: Value, dims: set[int]) -> list[Node]:
 
 
 @rule("mean", "sum", "nansum", "nanmean", "amax", "amin", "prod", "var", "std", "logsumexp", "all", "any")
-@rule("count_nonzero", "special_logsumexp")
+@rule("count_nonzero", "special_logsumexp", "_is_all_true", "_is_any_true")
 def reduction(traced: Traced, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
     """A permutation of a reduced axis changes nothing."""
     return Value(reduced(traced, x, dims_of(x, dim)))
