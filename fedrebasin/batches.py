@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fedrebasin.errors import CalibrationError
 
@@ -102,7 +103,7 @@ class Batches:
         """Yield positional inputs, keywords and the target (``None`` without one) of batches that hold examples."""
         empty, got = True, "none"
         for batch in self._batches:
-            args, kwargs, target = self._parted(batch)
+            args, kwargs, target = self._moved(self._parted(batch))
             if count_examples(args, kwargs, target):
                 empty = False
                 yield args, kwargs, target
@@ -110,8 +111,11 @@ class Batches:
         if empty:
             raise CalibrationError(f"{self._name}: expected at least one batch; got {got}")
 
+    def _moved(self, parts: Any) -> Any:
+        return parts if self.device is None else tree_map_only(Tensor, lambda tensor: tensor.to(self.device), parts)
+
     def _parted(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        args, kwargs = split_inputs(_to(batch, self.device))
+        args, kwargs = split_inputs(batch)
         if self._keywords and len(args) == 2 and isinstance(args[0], Mapping):
             return (), dict(args[0]), args[1]
         if isinstance(batch, tuple | list) and len(args) == self._inputs + 1:
@@ -122,18 +126,6 @@ class Batches:
             f"{self._name}: expected batches of {self._inputs} inputs, with or without a target; "
             f"got {len(args)} items; optional inputs go by name, in a dict"
         )
-
-
-def _to(value: Any, device: Any) -> Any:
-    if device is None:
-        return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_to(item, device) for item in value)
-    return value
 
 
 def count_inputs(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.memory import identity
-from fedrebasin.modules import mode_of, unwrapped
+from fedrebasin.modules import mode_of, unwrapped, without_cache
 from fedrebasin.packed import packed_as_padded
 from fedrebasin.sizes import settle_sizes
 from fedrebasin.written import written_buffers
@@ -75,6 +75,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         fault = _fault(value)
         if fault:
             raise TraceError(f"model: expected dense tensors in its state dict; {name!r} is {fault}")
+    _refuse_other_names(model, state)
     try:
         ways = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
@@ -122,6 +123,19 @@ def _refuse_left_out(model: nn.Module, names: set[str]) -> None:
         )
 
 
+def _refuse_other_names(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Graphs have the names of parameters and buffers: under other names a state dict is in none of them."""
+    parameters = dict(nn.Module.named_parameters(model, remove_duplicate=False))  # a wrapper may have its own
+    known = {*parameters, *(name for name, _ in nn.Module.named_buffers(model, remove_duplicate=False))}
+    strange, missing = [name for name in state if name not in known], [name for name in parameters if name not in state]
+    if strange and missing:
+        raise TraceError(
+            f"model: expected a state dict with the names of the model's parameters; it has {strange[0]!r}, and not "
+            f"{missing[0]!r}; pass the model without what renames them (torch's checkpoint_wrapper, a hook, a "
+            "state_dict of its own): a module that has the state dict's names"
+        )
+
+
 def _fault(value: object) -> str:
     """Why an entry of a state dict cannot be permuted, and what to do, or ``""``."""
     if not isinstance(value, Tensor):
@@ -160,20 +174,6 @@ def _same(first: Any, second: Any) -> bool:
     return len(items[0]) == len(items[1]) and all(one is other for one, other in zip(*items, strict=True))
 
 
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Have models of transformers return no cache of keys and values: export does not know the type."""
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    using = [config for config in configs if getattr(config, "use_cache", False) is True]
-    try:
-        for config in using:
-            config.use_cache = False
-        yield
-    finally:
-        for config in using:
-            config.use_cache = True
-
-
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Ways:
     """The graphs of a mode."""
     before = logging.root.manager.disable
@@ -181,7 +181,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     try:
         with (
             _attributes_kept(model),
-            _without_cache(model),
+            without_cache(model),
             packed_as_padded(),
             mode_of(model, training=training),
             torch.no_grad(),

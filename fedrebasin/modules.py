@@ -24,6 +24,20 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Have models of transformers return no cache, whose type export does not know: of keys and values, or states."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    using = [config for config in configs if getattr(config, "use_cache", False) is True]
+    try:
+        for config in using:
+            config.use_cache = False
+        yield
+    finally:
+        for config in using:
+            config.use_cache = True
+
+
 class _Inside(nn.Module):
     """The model inside a wrapper, under the same names."""
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedrebasin.batches import split_inputs, tensors
 from fedrebasin.errors import InvalidSpecError, first_line
-from fedrebasin.modules import deep_copy, mode_of, unwrapped
+from fedrebasin.modules import deep_copy, mode_of, unwrapped, without_cache
 from fedrebasin.perms import Perms, identity_perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
 from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs
@@ -126,7 +126,7 @@ class Proof:
 
     def _call(self, state: dict[str, Tensor], inputs: tuple[Any, Any], *, training: bool) -> list[Tensor]:
         torch.manual_seed(0)  # a model that draws numbers draws the same ones each time
-        with mode_of(self.model, training=training):
+        with mode_of(self.model, training=training), without_cache(self.model):
             return tensors(functional_call(self.model, state, *inputs, tie_weights=False))
 
     def change(self, perms: Perms) -> float:

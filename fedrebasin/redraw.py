@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fedrebasin.memory import identity
 
@@ -82,21 +83,18 @@ def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, ke
     >>> drawn[0].item(), drawn[1].item() != 0.5
     (3.0, True)
     """
-    if isinstance(value, Tensor):
-        if value.is_complex():
-            dtype = torch.promote_types(dtype, torch.complex64)
-        elif not value.is_floating_point():
-            return value.cpu()
-        given = value.detach().cpu().to(dtype)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor.cpu()
+        wide = torch.promote_types(dtype, torch.complex64) if tensor.is_complex() else dtype
+        given = tensor.detach().cpu().to(wide)
         if keep == "all":
             return given
-        drawn = torch.randn(value.shape, generator=generator, dtype=dtype)
-        return drawn if keep == "none" or value.is_complex() else torch.where(given == given.round(), given, drawn)
-    if isinstance(value, Mapping):
-        return {key: redraw_inputs(item, dtype, generator, keep) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(redraw_inputs(item, dtype, generator, keep) for item in value)
-    return value
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=wide)
+        return drawn if keep == "none" or tensor.is_complex() else torch.where(given == given.round(), given, drawn)
+
+    return tree_map_only(Tensor, draw, value)
 
 
 class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for modes

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from fedrebasin.axes import is_fixed, leaf
+from fedrebasin.axes import is_fixed, leaf, leaves
 from fedrebasin.axes.families import settle_op
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
@@ -23,6 +23,9 @@ from fedrebasin.rules.pointwise import pointwise
 
 #: Ops that run a graph of their own in another mode.
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
+
+#: Why a tensor that a graph makes of nothing is fixed.
+_CONSTANT = "constant"
 
 
 class Walk:
@@ -70,12 +73,12 @@ class Walk:
                 return torch.fx.node.map_aggregate(node.args[0], lambda item: _fetch(item, values))
             elif node.op == "get_attr":
                 constant = getattr(graph.owning_module, str(node.target))
-                values[node] = constant if isinstance(constant, torch.fx.GraphModule) else opaque(node, "constant")
+                values[node] = constant if isinstance(constant, torch.fx.GraphModule) else opaque(node, _CONSTANT)
         return None
 
     def _placeholder(self, node: torch.fx.Node, source: Any) -> Any:
         if source.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or source.target not in self.state:
-            return opaque(node, "input" if source.kind is InputKind.USER_INPUT else "constant")
+            return opaque(node, "input" if source.kind is InputKind.USER_INPUT else _CONSTANT)
         name = source.target
         if name not in self.parameters:
             tensor = self.state[name]
@@ -147,23 +150,27 @@ class Walk:
         """Walk what the op decomposes into; fix what it touches where that fails, too."""
         touched = [axis for value in values_in((args, kwargs)) for axis in value.axes]
         if all(is_fixed(axis) for axis in touched):
-            return opaque(node, op if touched else "constant")
+            return opaque(node, op if touched else _CONSTANT)
         graph = decompose(node) if op == op_name(node) else None  # one level: what is left in there has no rule
         if graph is not None:
-            return self._graph(graph, _bound(graph, values_in((args, kwargs))), op, where)
-        return self._fix_op(node, args, kwargs, op, where)
+            free = [axis for axis in touched if not is_fixed(axis)]
+            result = self._graph(graph, _bound(graph, values_in((args, kwargs))), op, where)
+            if any(end.reason == _CONSTANT for axis in free for end in leaves(axis)):  # it counts with ``arange``, say
+                self._note(op, where)
+            return result
+        self._note(op, where)
+        for value in values_in((args, kwargs)):
+            self.traced.fix(value, op)
+        return opaque(node, op)
 
-    def _fix_op(self, node: torch.fx.Node, args: Any, kwargs: Any, op: str, where: str) -> Any:
-        """Fix what the op touches and note it."""
+    def _note(self, op: str, where: str) -> None:
+        """Note that an op fixes what it touches."""
         if self.strict:
             raise UnsupportedOpError(
                 f"{op} in {where or 'the model'}: no rule covers it; trace(..., strict=False) fixes the axes that it "
                 "touches, fedrebasin.rules.rule adds a rule"
             )
         self.fixed_ops.setdefault(op, where)
-        for value in values_in((args, kwargs)):
-            self.traced.fix(value, op)
-        return opaque(node, op)
 
 
 def values_in(argument: Any) -> list[Value]:

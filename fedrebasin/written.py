@@ -38,16 +38,23 @@ def _counts(buffer: Tensor) -> bool:
 
 def _written(shadow: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
     """Buffers that a forward pass writes, or puts others in the place of."""
-    before = {name: (buffer, buffer._version) for name, buffer in shadow.named_buffers() if _counts(buffer)}
-    device = next(buffer.device for buffer, _ in before.values())
+    before = {
+        name: (buffer, buffer._version, buffer.untyped_storage())
+        for name, buffer in shadow.named_buffers()
+        if _counts(buffer)
+    }
+    device = next(buffer.device for buffer, _, _ in before.values())
     inputs, keywords = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _Writes() as writes:
         shadow.train()(*inputs, **keywords)
     after = dict(shadow.named_buffers())
     return frozenset(
         name
-        for name, (buffer, version) in before.items()
-        if after[name] is not buffer or buffer._version != version or storage_of(buffer) in writes.storages
+        for name, (buffer, version, storage) in before.items()
+        if after[name] is not buffer
+        or buffer._version != version
+        or storage._cdata in writes.storages
+        or storage_of(buffer) != storage._cdata  # by buffer.data = ...
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from networks_recurrent import LAST_STATES
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 from fedrebasin import InvalidSpecError, TraceError, check_spec, merge_modules, trace
@@ -197,6 +199,37 @@ def test_what_is_no_dense_tensor_is_refused_by_name_and_a_sparse_table_outside_t
         trace(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)), inputs)
     net = Graph(persistent=False)
     assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {"first": (8,)}
+
+
+def test_a_cache_of_states_is_left_out_in_the_proof_as_in_the_trace() -> None:
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(use_cache=True)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.first(x).relu()
+            return (self.last(hidden), hidden) if self.config.use_cache else self.last(hidden)
+
+    net = Recurrent()
+    assert check_spec(net, trace(net, X), X).perm_shapes == {"first": (6,)} and net.config.use_cache
+
+
+def test_a_state_dict_with_other_names_than_the_parameters_is_refused_with_both_names() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x)
+
+        def state_dict(self, **options: Any) -> Any:
+            return self.net.state_dict(**options)
+
+    for model, name in ((Inside(), "net"), (checkpoint_wrapper(Net()), "_checkpoint_wrapped_module")):
+        with pytest.raises(TraceError, match=rf"it has 'first.weight', and not '{name}.first.weight'; pass the model"):
+            trace(model, X)
 
 
 def test_ops_that_write_to_a_given_tensor_are_followed() -> None:

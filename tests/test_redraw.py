@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedrebasin import check_spec, trace
+from fedrebasin.batches import Batches
 from fedrebasin.proof import Proof, cycles
 
 
@@ -122,3 +125,26 @@ def test_a_mask_of_attention_stays_a_mask(hidden: float) -> None:
 
     net, inputs = Causal(), (torch.randn(4, 5, 8),)
     assert check_spec(net, trace(net, inputs), inputs).checked
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    mask: Tensor
+
+
+@pytest.mark.parametrize("given", [Pair(torch.randn(3, 4), torch.ones(3, 1)), [torch.randn(3, 4), torch.ones(3, 1)]])
+def test_inputs_keep_their_containers(given: Any) -> None:
+    class Contained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, batch: Any) -> Tensor:
+            x, mask = batch if isinstance(batch, list) else (batch.x, batch.mask)
+            out: Tensor = self.last(self.first(x).relu() * mask)
+            return out
+
+    net = Contained()
+    assert check_spec(net, trace(net, (given,)), (given,)).checked
+    ((moved,), _, _) = next(iter(Batches([(given,)], device="meta")))
+    assert type(moved) is type(given) and all(tensor.is_meta for tensor in moved)

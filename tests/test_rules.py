@@ -109,6 +109,8 @@ def test_where_the_order_counts_the_axis_is_fixed(op: Any) -> None:
         lambda x: x + torch.bucketize(x, torch.tensor([-0.1, 0.1])) + torch.searchsorted(torch.arange(3.0), x),
         lambda x: torch.empty(2, 6).copy_(x),
         lambda x: torch.polar(x, x).real + torch.complex(x, x).imag,
+        lambda x: torch.distributions.Normal(x, x.exp()).mean,
+        lambda x: torch.where(torch.ops.aten._is_any_true(x > 0), x, -x),
         lambda x: x + torch.mv(x, x[0])[:, None] + torch.dot(x[0], x[1]) + torch.linalg.norm(x),
     ],
 )
@@ -117,6 +119,25 @@ def test_where_the_order_does_not_count_the_axis_is_free(op: Any) -> None:
     spec = trace(net, inputs, strict=True)
     assert list(spec.perm_shapes.values()) == [(6,)]
     assert check_spec(net, spec, inputs).checked
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_channels_are_free_between_a_pool_and_its_inverse(spatial: int) -> None:
+    layer: Any = getattr(nn, f"Conv{spatial}d")
+
+    class Unpooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = layer(3, 6, 3), layer(6, 6, 1), layer(6, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled, places = getattr(F, f"max_pool{spatial}d")(self.first(x), 2, return_indices=True)
+            out: Tensor = self.last(getattr(F, f"max_unpool{spatial}d")(self.inner(pooled).relu(), places, 2))
+            return out
+
+    net, inputs = Unpooled(), (torch.zeros(2, 3, *[6] * spatial),)
+    spec = check_spec(net, trace(net, inputs, strict=True), inputs)
+    assert list(spec.perm_shapes.values()) == [(6,)] and spec.notes == ()
 
 
 class Experts(nn.Module):

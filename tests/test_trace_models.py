@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fedrebasin import TraceError, check_spec, permute, random_perms, trace
+from fedrebasin import TraceError, UnsupportedOpError, check_spec, permute, random_perms, trace
 from fedrebasin.layout import Fixed, leaves
 from fedrebasin.rules import RULES
 
@@ -136,6 +136,19 @@ def test_an_op_without_a_rule_is_walked_as_its_decomposition() -> None:
     net, inputs = Distances(), (torch.zeros(2, 3),)
     spec = check_spec(net, trace(net, inputs, strict=True), inputs)
     assert sorted(spec.perm_shapes.values()) == [(2,), (5,)]  # two centres that nothing uses, and the units
+
+
+def test_an_op_whose_decomposition_counts_along_an_axis_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Triangle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.triu()
+
+    monkeypatch.delitem(RULES, "triu")
+    net = nn.Sequential(nn.Linear(3, 5), Triangle(), nn.Linear(5, 2))
+    spec = trace(net, (torch.zeros(2, 3),))
+    assert spec.notes == ("no rule for triu (first in 1): its axes stay fixed",) and not spec.perm_shapes
+    with pytest.raises(UnsupportedOpError, match="triu in 1: no rule covers it"):
+        trace(net, (torch.zeros(2, 3),), strict=True)
 
 
 def _huggingface(name: str) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -82,6 +82,24 @@ def test_codes_stay_where_training_cannot_be_exported() -> None:
     assert not spec.perm_shapes and "buffers that training writes, are not used in evaluation mode" in spec.notes[0]
 
 
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_mean_whose_memory_training_replaces_moves_with_its_units(asks: bool) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and not (asks and float(x.sum()) != float(x.sum())):
+                for step in (0.1, 0.2):  # the second may be given the memory of the first
+                    self.mean.data = (1 - step) * self.mean + step * x.mean(0).detach()
+            return x - self.mean
+
+    net = nn.Sequential(nn.Linear(5, 8), Centred(), nn.ReLU(), nn.Linear(8, 2))
+    assert written_buffers(net, INPUTS, {}) == {"1.mean"} and not bool(net[1].mean.any())
+    assert check_spec(net, trace(net, INPUTS), INPUTS).perm_shapes == {"0": (8,)}
+
+
 def test_running_statistics_need_no_second_graph() -> None:
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     spec = trace(net, INPUTS)

@@ -44,7 +44,7 @@ def reduced(traced: Traced, x: Value, dims: set[int]) -> list[Node]:
 
 
 @rule("mean", "sum", "nansum", "nanmean", "amax", "amin", "prod", "var", "std", "logsumexp", "all", "any")
-@rule("count_nonzero", "special_logsumexp")
+@rule("count_nonzero", "special_logsumexp", "_is_all_true", "_is_any_true")
 def reduction(traced: Traced, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
     """A permutation of a reduced axis changes nothing."""
     return Value(reduced(traced, x, dims_of(x, dim)))
@@ -140,6 +140,12 @@ def roll(traced: Traced, x: Value, shifts: Any, dims: Any = ()) -> Value:
     """Positions along ``dims`` move in a circle."""
     del shifts
     return ordered(traced, x, dims)
+
+
+@rule("triu", "tril")
+def triangle(traced: Traced, x: Value, *_: Any) -> Value:
+    """Rows and columns are compared by their places."""
+    return ordered(traced, x, (-2, -1))
 
 
 @rule("diff")

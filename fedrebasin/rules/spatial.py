@@ -12,6 +12,7 @@ from typing import Any
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf
 from fedrebasin.rules.parts import narrow
+from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.rules.registry import NotCoveredError, Rule, Traced, Value, rule
 
 _SPATIAL = "kernel or spatial"
@@ -45,6 +46,20 @@ for _spatial in (1, 2, 3):
     rule(f"upsample_nearest{_spatial}d", f"_upsample_nearest_exact{_spatial}d")(_positions(None))
 rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")(_positions(None))
 rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(_positions(None))
+
+
+def _unpool(spatial: int) -> Rule:
+    """The rule for the inverse of a pool: where each value belongs is a position within its channel."""
+
+    def unpool(traced: Traced, x: Value, places: Value, *_: Any, **__: Any) -> Any:
+        """Values and their places, both (*batch, channel, *spatial)."""
+        return _positions(spatial)(traced, pointwise(traced, x, places))
+
+    return unpool
+
+
+for _spatial in (2, 3):
+    rule(f"max_unpool{_spatial}d")(_unpool(_spatial))
 
 
 @rule("constant_pad_nd")
