@@ -11,6 +11,7 @@ from torch import nn
 from fedrebasin.errors import InvalidSpecError, RebasinError
 from fedrebasin.perms import Perms, identity_perms
 from fedrebasin.proof import Proof, cycles, trials
+from fedrebasin.redraw import redraw
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trace import trace
 
@@ -40,7 +41,8 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     Raises
     ------
     InvalidSpecError
-        If an output changes; the message names the permutation, the tensor and the op.
+        If an output changes; the message names the permutation, the tensor and the op. If none depends on any weight
+        that is permuted.
     SpecMismatchError
         If the spec is of another architecture.
 
@@ -64,6 +66,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
                 "of their size, so no spec can be proved; let evaluation mode draw no numbers and keep no state"
             )
         raise InvalidSpecError(_culprit(model, spec, example_inputs, proof, perms))
+    _check_seen(proof)
     return replace(spec, checked=True)
 
 
@@ -79,6 +82,17 @@ def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> Per
     for note in spec.notes:
         warnings.warn(f"model: {note}", stacklevel=3)
     return spec
+
+
+def _check_seen(proof: Proof) -> None:
+    """Refuse outputs that stay whatever the permuted weights are: they are equal for any spec."""
+    moved = {axis.name for axes in proof.spec.tied.values() for axis in axes}
+    drawn = redraw(proof.state, proof.spec.parameters, proof.generator)
+    if moved and not proof.change_to({**proof.state, **{name: drawn[name] for name in moved}}):
+        raise InvalidSpecError(
+            "example_inputs: expected outputs that depend on the weights that are permuted; got none that does, so "
+            "nothing is proved; give inputs that reach them (an empty batch or a mask of zeros hides them all)"
+        )
 
 
 def _culprit(model: nn.Module, spec: PermutationSpec, example_inputs: Any, proof: Proof, perms: Perms) -> str:

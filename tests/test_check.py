@@ -170,3 +170,21 @@ def test_two_permutations_of_few_units_that_belong_together_do_not_hide_each_oth
     with pytest.raises(InvalidSpecError, match="alone changes an output"):
         for seed in range(3):
             check_spec(net, replace(spec, axes=apart), inputs, seed=seed)
+
+
+def test_inputs_that_hide_all_that_is_permuted_prove_nothing() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            hidden: Tensor = self.two(self.one(x).relu() * mask.unsqueeze(1))
+            return hidden
+
+    net, shown, hidden = Masked(), torch.ones(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    spec = trace(net, (torch.zeros(2, 4), shown))
+    assert check_spec(net, spec, (torch.zeros(2, 4), shown)).checked
+    for inputs in ((torch.zeros(2, 4), hidden), (torch.zeros(0, 4), shown[:0])):
+        with pytest.raises(InvalidSpecError, match="depend on the weights that are permuted"):
+            check_spec(net, spec, inputs)
