@@ -45,7 +45,7 @@ class ReplyScreen:
     required_metrics : sequence of str
         Further metrics without which the inner strategy raises (QFedAvg's training loss).
     parameters : sequence of str
-        The tensors that are trained; running statistics are not held to the bound on size.
+        The tensors that are trained; running statistics are held to a bound of their own.
     reader : str
         The inner strategy's class, where it gets further records of the replies as well.
     """
