@@ -123,6 +123,8 @@ def merge_round_apart(
         strategy, "train_metrics_aggr_fn", aggregate_metricrecords
     )
     weighted_by_key = read_attribute(strategy, "weighted_by_key", "num-examples")
+    for reply in replies:
+        reply.metrics.setdefault(weighted_by_key, reply.examples)  # where all weigh the same
     metrics = combine([reply.message.content for reply in replies], weighted_by_key)
     return state_to_record(merged), metrics
 

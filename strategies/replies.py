@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
@@ -23,6 +23,7 @@ from fedrebasin.strategies.reply import Reply, in_order, keep_common_metrics
 from fedrebasin.strategies.wire import name_of_arrays
 from fedrebasin.strategies.workers import Workers
 
+_NO_METRICS = "rebasin-metrics"  # what the metrics of a reply without a MetricRecord are called
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
 
 
@@ -48,6 +49,8 @@ class ReplyScreen:
         The tensors that are trained; running statistics are held to a bound of their own.
     reader : str
         The inner strategy's class, where it gets further records of the replies as well.
+    equal : bool
+        The inner strategy names no ``weighted_by_key``: where no reply of a round has it, all weigh the same.
     """
 
     def __init__(
@@ -57,12 +60,15 @@ class ReplyScreen:
         required_metrics: Sequence[str],
         parameters: Sequence[str],
         reader: str = "",
+        *,
+        equal: bool = False,
     ) -> None:
         self.arrayrecord_key = arrayrecord_key
         self.weighted_by_key = weighted_by_key
         self.required_metrics = tuple(required_metrics)
         self.parameters = frozenset(parameters)
         self.reader = reader
+        self.equal = equal
         self._explained = self._told = False
 
     def screen(
@@ -104,6 +110,7 @@ class ReplyScreen:
                 )
         bad: dict[int, str] = {}
         found: list[tuple[int, Reply]] = []
+        key = None if self.equal and not any(map(self._is_weighted, messages)) else self.weighted_by_key
         seen: set[int] = set()
         for place, message in enumerate(messages):
             if message.has_error():
@@ -113,7 +120,7 @@ class ReplyScreen:
                 bad[place] = f"node {node} replied twice; its first reply is kept"
                 continue
             seen.add(node)
-            reply = self._parse(message, node)
+            reply = self._parse(message, node, key)
             if isinstance(reply, str):
                 bad[place] = f"node {node} sent {reply}"
             else:
@@ -139,7 +146,11 @@ class ReplyScreen:
         self._tell_what_stays(kept)
         return Screened(kept, failures, len(bad))
 
-    def _parse(self, message: Message, node: int) -> Reply | str:
+    def _is_weighted(self, message: Message) -> bool:
+        records = {} if message.has_error() or not message.has_content() else message.content.metric_records
+        return any(self.weighted_by_key in metrics for metrics in records.values())
+
+    def _parse(self, message: Message, node: int, key: str | None) -> Reply | str:
         """Find the ArrayRecord and the MetricRecord, and the weight; or say what is missing."""
         if not message.has_content():
             return "an empty reply"
@@ -148,13 +159,14 @@ class ReplyScreen:
         if name is None:
             return f"{len(arrays)} ArrayRecords and none called {self.arrayrecord_key!r}"
         records = message.content.metric_records
-        weighted = next((name for name, metrics in records.items() if self.weighted_by_key in metrics), None)
-        if weighted is None:
-            return f"no {self.weighted_by_key!r} in a MetricRecord"
-        metrics = records[weighted]
-        examples = metrics[self.weighted_by_key]
+        weighted = next((name for name, metrics in records.items() if key is None or key in metrics), None)
+        if weighted is None and key is not None:
+            return f"no {key!r} in a MetricRecord"
+        weighted = _NO_METRICS if weighted is None else weighted
+        metrics = records.get(weighted, MetricRecord())
+        examples = 1 if key is None else metrics[key]
         if isinstance(examples, bool | list) or not 0 < examples <= MOST_EXAMPLES:
-            return f"{self.weighted_by_key!r} = {examples}; a positive number is expected"
+            return f"{key!r} = {examples}; a positive number is expected"
         missing = [name for name in self.required_metrics if name not in metrics]
         if missing:
             return f"no metric {missing[0]!r}, which the inner strategy needs"
@@ -197,11 +209,13 @@ class ReplyScreen:
 
 def build_screen(strategy: Strategy, spec: PermutationSpec) -> ReplyScreen:
     """The screen for a strategy's keys and a spec's parameters."""
+    weighted_by_key = read_attribute(strategy, "weighted_by_key", None)
     train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
     return ReplyScreen(
         str(read_attribute(strategy, "arrayrecord_key", "arrays")),
-        str(read_attribute(strategy, "weighted_by_key", "num-examples")),
+        "num-examples" if weighted_by_key is None else str(weighted_by_key),
         [] if train_loss_key is None else [train_loss_key],
         spec.parameters,
         type(strategy).__name__ if reads_further_records(strategy) else "",
+        equal=weighted_by_key is None,
     )
