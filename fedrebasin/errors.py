@@ -27,6 +27,10 @@ class CalibrationError(RebasinError):
     """Calibration or evaluation data is missing, exhausted or of the wrong kind."""
 
 
+class NoSiteError(RebasinError):
+    """A network has no layer whose activations a correction of REPAIR's kind can set."""
+
+
 class UsageError(RebasinError):
     """A command or option that the user can mend; the command line prints it and exits with status 2."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedrebasin.batches import as_called
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
-from fedrebasin.errors import CalibrationError, RebasinError, SpecMismatchError
+from fedrebasin.errors import CalibrationError, NoSiteError, RebasinError, SpecMismatchError
 from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import match_many, weight_matching
 from fedrebasin.modules import deep_copy
@@ -134,7 +135,7 @@ def merge_modules(
     *,
     calibration: Iterable[Any] | None = None,
     coefficients: Sequence[float] | None = None,
-    correction: str | Sequence[str] | None = "repair",
+    correction: str | Sequence[str] | None = "default",
     select: str | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
@@ -153,7 +154,8 @@ def merge_modules(
         As for :func:`merge`.
     correction : str, optional
         What follows the average: a name in :data:`fedrebasin.corrections.methods.CORRECTIONS`, such as
-        ``"least-squares"``, or ``None``; several of them where ``select`` is given.
+        ``"least-squares"``, or ``None``; several of them where ``select`` is given. ``"default"`` is ``"repair"`` where
+        the network has a layer that it can correct, otherwise ``None``.
     select : {"calibration"}, optional
         Keep the best of: the average of the models as they are and of the aligned ones, each as it is and with each
         correction; and each model alone, where there is a loss. A quarter of ``calibration`` is kept apart for it, and
@@ -172,7 +174,7 @@ def merge_modules(
     Warns
     -----
     UserWarning
-        For what the trace leaves fixed although it need not (``spec.notes``).
+        For what the trace leaves fixed although it need not (``spec.notes``); where the default corrects nothing.
 
     Raises
     ------
@@ -186,7 +188,7 @@ def merge_modules(
     torch.Size([1, 2])
     """
     weights = check_coefficients(coefficients, len(modules))
-    corrections = names_of(correction, several=select is not None)
+    corrections = names_of("repair" if correction == "default" else correction, several=select is not None)
     if select not in (None, "calibration"):
         raise RebasinError(f"select: expected None or 'calibration'; got {select!r}")
     if select is not None and calibration is None:
@@ -213,7 +215,12 @@ def merge_modules(
         ).state
     elif corrections and (calibration is not None or not CORRECTIONS[corrections[0]].inputs):
         setting = CorrectionSetting(modules[0], calibration, weights, example_inputs, seed)
-        merged = correct(corrections[0], setting, merged, aligned)
+        try:
+            merged = correct(corrections[0], setting, merged, aligned)
+        except NoSiteError as error:
+            if correction != "default":
+                raise
+            warnings.warn(f"the merged model is not corrected: {error}", stacklevel=2)
     result = deep_copy(modules[0])
     result.load_state_dict(merged)
     return result.eval()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedrebasin.simulations.cli_options import command_line
+from fedrebasin.simulations.commands import MOST_SEED
 
 
 def inspect(
@@ -29,7 +30,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write a page with a picture of the tied layers.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "--json", help="Write the spec as JSON.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of inputs and of the proof's random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of inputs and of the proof's random weights.")] = 0,
     zoo: Annotated[bool, typer.Option("--zoo", help="Inspect torchvision's classifiers instead of one model.")] = False,
     only: Annotated[str, typer.Option(help="With --zoo: names of models with commas between.")] = "",
     output: Annotated[

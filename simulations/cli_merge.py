@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedrebasin.simulations.cli_options import command_line
+from fedrebasin.simulations.commands import MOST_SEED
 
 
 def merge(
@@ -54,7 +55,7 @@ def merge(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and report; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
 ) -> int:
     """Merge safetensors files of networks that were trained apart into one."""
     from fedrebasin.simulations.inspection_command import spinner

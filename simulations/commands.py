@@ -6,6 +6,9 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
+#: the largest seed: results hold it as every reader of JSON understands it, and torch takes what is drawn from it
+MOST_SEED = 2**53
+
 
 def running_command(program: str, places: Mapping[str, str], words: Sequence[str] | None = None) -> str:
     """The command line that is running, without the names of local files and folders.

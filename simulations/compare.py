@@ -16,6 +16,7 @@ from typing import Any
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.attendance import attendance, check_nodes
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.devices import usable_device
 from fedrebasin.simulations.events import Event
 from fedrebasin.simulations.handover import hand_over
 from fedrebasin.simulations.interrupts import Interrupted, signals_raise
@@ -27,7 +28,6 @@ from fedrebasin.simulations.settings import Settings, resolve, to_run_config
 from fedrebasin.simulations.silo import rows_of_nodes
 from fedrebasin.simulations.site import Site
 from fedrebasin.simulations.summary_page import write_page
-from fedrebasin.simulations.training import select_device
 
 APP = Path(__file__).resolve().parent / "app"
 MODULES = {
@@ -70,7 +70,7 @@ def compare(options: Options, *, on_event: Callable[[Event], None] = lambda even
     """
     started = time.time()
     check_extra()
-    device = str(select_device(options.settings.device))
+    device = str(usable_device(options.settings.device))
     settings = resolve(replace(options.settings, device=device))
     check_nodes(settings, options.nodes)
     output = free_folder(options.output, settings)

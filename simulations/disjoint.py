@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.devices import usable_device
 from fedrebasin.simulations.disjoint_bench import Bench, Effort
 from fedrebasin.simulations.disjoint_join import join_results
 from fedrebasin.simulations.disjoint_options import DisjointOptions, check_options, effort_of, end_configs
@@ -32,7 +33,7 @@ from fedrebasin.simulations.time_plan import (
     plan_once,
     work_after_training,
 )
-from fedrebasin.simulations.training import RECIPES, select_device
+from fedrebasin.simulations.training import RECIPES
 
 Progress = Callable[[str], None]
 
@@ -57,7 +58,7 @@ def reproduce_disjoint(options: DisjointOptions, progress: Progress = print) -> 
     """
     started = time.time()
     check_options(options)
-    device = select_device(options.device)
+    device = usable_device(options.device)
     data = load_named(options.dataset, options.path)
     if options.minutes is not None:
         _check_folder(options, data, device)

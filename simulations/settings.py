@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedrebasin.errors import UsageError
+from fedrebasin.simulations.commands import MOST_SEED
 from fedrebasin.simulations.competitors import COMMON_START, check_words, parse_strategies
 from fedrebasin.simulations.data import CATALOGUE
 from fedrebasin.simulations.models import DEFAULT_WIDTHS
@@ -84,8 +85,8 @@ def parse_seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--seeds: expected whole numbers with commas between, as in 0,1,2; got {text!r}") from None
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UsageError(f"--seeds: expected different numbers from 0 up; got {text!r}")
+    if min(seeds) < 0 or max(seeds) > MOST_SEED or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds: expected different numbers from 0 up to {MOST_SEED}; got {text!r}")
     return seeds
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.simulations.data import Dataset
+from fedrebasin.simulations.devices import usable_device
 from fedrebasin.simulations.disjoint import describe, make_folder
 from fedrebasin.simulations.disjoint_options import effort_of, end_configs
 from fedrebasin.simulations.ends import disjoint_halves, trained_end
@@ -23,7 +24,6 @@ from fedrebasin.simulations.results import load_experiment, provenance, save_res
 from fedrebasin.simulations.sweep_options import SweepOptions, check_sweep
 from fedrebasin.simulations.sweep_page import render
 from fedrebasin.simulations.sweep_point import measure_point
-from fedrebasin.simulations.training import select_device
 
 Progress = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def reproduce_sweep(options: SweepOptions, progress: Progress = print) -> Path:
     started = time.time()
     check_sweep(options)
     base = options.base
-    device = select_device(base.device)
+    device = usable_device(base.device)
     data = load_named(base.dataset, base.path)
     facts = {"experiment": "sweep", "over": options.over, "same-data": options.same_data}
     config = {key: one for key, one in _config(options, data, options.values[0], device).items() if key != options.over}

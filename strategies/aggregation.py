@@ -27,7 +27,8 @@ from fedrebasin.strategies.records import (
     tensor_view,
 )
 from fedrebasin.strategies.replaced import replace_array
-from fedrebasin.strategies.replies import Reply, Screened
+from fedrebasin.strategies.replies import Screened
+from fedrebasin.strategies.reply import Reply
 from fedrebasin.strategies.to_one import Perms
 
 State = dict[str, Tensor]
@@ -93,6 +94,8 @@ def aggregate(
     if ends is not None:
         log_received(screened)
         return merge_round_apart(strategy, screened.replies, ends, trained)
+    for reply in screened.replies:
+        reply.give_back()
     messages = [*(reply.message for reply in screened.replies), *screened.failures]
     return strategy.aggregate_train(server_round, messages)
 
@@ -120,6 +123,8 @@ def merge_round_apart(
         strategy, "train_metrics_aggr_fn", aggregate_metricrecords
     )
     weighted_by_key = read_attribute(strategy, "weighted_by_key", "num-examples")
+    for reply in replies:
+        reply.metrics.setdefault(weighted_by_key, reply.examples)  # where all weigh the same
     metrics = combine([reply.message.content for reply in replies], weighted_by_key)
     return state_to_record(merged), metrics
 

@@ -28,7 +28,7 @@ from fedrebasin import (
 from fedrebasin.matching.methods import JOINT_METHOD, JOINT_REFERENCES
 from fedrebasin.strategies.common_start import Nearness, measure_nearness
 from fedrebasin.strategies.matcher import Matcher
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.reply import Reply
 from fedrebasin.strategies.to_one import NO_WORKERS, Matched, Perms, State, find_certain, match_to_one
 from fedrebasin.strategies.trajectory import gain_of, same_order
 from fedrebasin.strategies.workers import Workers

@@ -22,7 +22,7 @@ from fedrebasin.perms import check_perms
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.records import array_to_tensor, record_to_state, state_to_record, tensor_to_array
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.reply import Reply
 from fedrebasin.strategies.trajectory import MOST, Trajectories, put_latest
 from fedrebasin.strategies.wire import decode
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from logging import WARNING
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
+from flwr.common.logger import log
 from torch import nn
 
 from fedrebasin.corrections.federated import FEDERATED, FederatedOptions
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
+from fedrebasin.errors import NoSiteError
 from fedrebasin.selection import names_of
 from fedrebasin.strategies.client_selection import ClientSelector
 from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
@@ -96,7 +99,8 @@ def build_finish(
     >>> build_finish("default", None, nn.Linear(2, 1), None, **nothing)
     Finish(correction=None, calibration=None, selector=None, queries=None)
     """
-    if correction == "default":
+    default = correction == "default"
+    if default:
         correction = default_correction(model, calibration, guarded=guarded)
     finish, asked, votes = Finish(correction, calibration), tuple[str, ...](), select == "clients"
     names: tuple[str | None, ...] = (finish.single,)
@@ -111,7 +115,24 @@ def build_finish(
         if selector is not None:
             finish, names = Finish(correction, selector.fit, selector), asked or (None,)
     for name in names:
-        check_calibration(name, model, finish.calibration, inputs=inputs, example_inputs=example_inputs, device=device)
+        try:
+            check_calibration(
+                *(name, model, finish.calibration), inputs=inputs, example_inputs=example_inputs, device=device
+            )
+        except NoSiteError as error:
+            if not default:
+                raise
+            log(WARNING, "rebasin: the model is not corrected: %s", error)
+            return build_finish(
+                *(None, select, model, calibration),
+                federated=federated,
+                loss=loss,
+                inputs=inputs,
+                example_inputs=example_inputs,
+                guarded=guarded,
+                seed=seed,
+                device=device,
+            )
     corrections = asked if votes else (finish.single,)
     finish = replace(finish, queries=build_queries(corrections, model, example_inputs, federated, device, votes=votes))
     if not votes or model is None or finish.queries is None:

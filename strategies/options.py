@@ -109,6 +109,18 @@ def read_attribute(strategy: Strategy | legacy.Strategy, name: str, default: Any
     return next((getattr(link, name) for link in chain(strategy) if hasattr(link, name)), default)
 
 
+def reads_further_records(strategy: Strategy) -> bool:
+    """Tell whether ``aggregate_train`` is a user's own: Flower's own refuses more than one record of a kind.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAdam
+    >>> reads_further_records(FedAdam())
+    False
+    """
+    return not type(strategy).aggregate_train.__module__.startswith("flwr.")
+
+
 def guarded_by(strategy: Strategy) -> str:
     """Name the wrapped differential privacy or selection strategy, or return ``""``.
 

@@ -59,7 +59,8 @@ class Rebasin(Rounds):
         All but ``"weight"`` merge nothing jointly: see ``alignment.py``.
     correction : str, sequence of str or None
         A name of ``CORRECTIONS``; all but ``"bias-normalisation"`` need ``calibration``. ``"default"`` is ``"repair"``
-        with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``.
+        with calibration data (``"reset-batchnorm"`` inside differential privacy and selection), otherwise ``None``;
+        ``None`` too where the model has no layer that repair can correct.
         A name of ``FEDERATED`` asks the clients, which register ``answer_queries``, about their own data instead.
         Several names with ``select``.
     federated : FederatedOptions, optional

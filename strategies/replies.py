@@ -11,39 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
 from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
-from fedrebasin.strategies.options import read_attribute
-from fedrebasin.strategies.records import RecordView, record_to_state, select_arrays
+from fedrebasin.strategies.options import read_attribute, reads_further_records
+from fedrebasin.strategies.records import select_arrays
+from fedrebasin.strategies.reply import Reply, in_order, keep_common_metrics
 from fedrebasin.strategies.wire import name_of_arrays
 from fedrebasin.strategies.workers import Workers
 
+_NO_METRICS = "rebasin-metrics"  # what the metrics of a reply without a MetricRecord are called
 MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
-
-
-@dataclass
-class Reply:
-    """One reply that takes part; its message holds one ArrayRecord, in the sent order, and one MetricRecord."""
-
-    message: Message
-    node: int
-    examples: float
-    arrays: ArrayRecord
-    metrics: MetricRecord
-    names: tuple[str, str]  # of these two records
-
-    def state(self) -> dict[str, Tensor]:
-        """Decode the arrays; each call makes new tensors, so that not all replies need be decoded at once."""
-        return record_to_state(self.arrays)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The same for reading: no tensor is copied."""
-        return RecordView(self.arrays)
 
 
 @dataclass(frozen=True)
@@ -65,17 +46,30 @@ class ReplyScreen:
     required_metrics : sequence of str
         Further metrics without which the inner strategy raises (QFedAvg's training loss).
     parameters : sequence of str
-        The tensors that are trained; running statistics are not held to the bound on size.
+        The tensors that are trained; running statistics are held to a bound of their own.
+    reader : str
+        The inner strategy's class, where it gets further records of the replies as well.
+    equal : bool
+        The inner strategy names no ``weighted_by_key``: where no reply of a round has it, all weigh the same.
     """
 
     def __init__(
-        self, arrayrecord_key: str, weighted_by_key: str, required_metrics: Sequence[str], parameters: Sequence[str]
+        self,
+        arrayrecord_key: str,
+        weighted_by_key: str,
+        required_metrics: Sequence[str],
+        parameters: Sequence[str],
+        reader: str = "",
+        *,
+        equal: bool = False,
     ) -> None:
         self.arrayrecord_key = arrayrecord_key
         self.weighted_by_key = weighted_by_key
         self.required_metrics = tuple(required_metrics)
         self.parameters = frozenset(parameters)
-        self._explained = False
+        self.reader = reader
+        self.equal = equal
+        self._explained = self._told = False
 
     def screen(
         self,
@@ -116,6 +110,7 @@ class ReplyScreen:
                 )
         bad: dict[int, str] = {}
         found: list[tuple[int, Reply]] = []
+        key = None if self.equal and not any(map(self._is_weighted, messages)) else self.weighted_by_key
         seen: set[int] = set()
         for place, message in enumerate(messages):
             if message.has_error():
@@ -125,7 +120,7 @@ class ReplyScreen:
                 bad[place] = f"node {node} replied twice; its first reply is kept"
                 continue
             seen.add(node)
-            reply = self._parse(message, node)
+            reply = self._parse(message, node, key)
             if isinstance(reply, str):
                 bad[place] = f"node {node} sent {reply}"
             else:
@@ -140,18 +135,22 @@ class ReplyScreen:
                 measured[place] = wrong
         for place, wrong in find_huge(measured, sent, self.parameters).items():
             bad[place] = f"node {dict(found)[place].node} sent {wrong}"
-        kept = _in_order([reply for place, reply in found if place not in bad])
+        kept = in_order([reply for place, reply in found if place not in bad])
         for place in sorted(bad):
             if bad[place]:
                 log(WARNING, "rebasin: %s; left out of round %d", bad[place], server_round)
-        self._keep_common_metrics(kept)
+        keep_common_metrics(kept)
         for reply in kept:
             reply.arrays = select_arrays(reply.arrays, list(sent))
-            reply.names = kept[0].names
-            _rewrite(reply)
+            reply.rewrite(kept[0].names, whole=bool(self.reader))
+        self._tell_what_stays(kept)
         return Screened(kept, failures, len(bad))
 
-    def _parse(self, message: Message, node: int) -> Reply | str:
+    def _is_weighted(self, message: Message) -> bool:
+        records = {} if message.has_error() or not message.has_content() else message.content.metric_records
+        return any(self.weighted_by_key in metrics for metrics in records.values())
+
+    def _parse(self, message: Message, node: int, key: str | None) -> Reply | str:
         """Find the ArrayRecord and the MetricRecord, and the weight; or say what is missing."""
         if not message.has_content():
             return "an empty reply"
@@ -160,13 +159,14 @@ class ReplyScreen:
         if name is None:
             return f"{len(arrays)} ArrayRecords and none called {self.arrayrecord_key!r}"
         records = message.content.metric_records
-        weighted = next((name for name, metrics in records.items() if self.weighted_by_key in metrics), None)
-        if weighted is None:
-            return f"no {self.weighted_by_key!r} in a MetricRecord"
-        metrics = records[weighted]
-        examples = metrics[self.weighted_by_key]
+        weighted = next((name for name, metrics in records.items() if key is None or key in metrics), None)
+        if weighted is None and key is not None:
+            return f"no {key!r} in a MetricRecord"
+        weighted = _NO_METRICS if weighted is None else weighted
+        metrics = records.get(weighted, MetricRecord())
+        examples = 1 if key is None else metrics[key]
         if isinstance(examples, bool | list) or not 0 < examples <= MOST_EXAMPLES:
-            return f"{self.weighted_by_key!r} = {examples}; a positive number is expected"
+            return f"{key!r} = {examples}; a positive number is expected"
         missing = [name for name in self.required_metrics if name not in metrics]
         if missing:
             return f"no metric {missing[0]!r}, which the inner strategy needs"
@@ -194,46 +194,28 @@ class ReplyScreen:
             log(WARNING, "rebasin: all %d replies are left out: %s", len(wrong), explanation)
         return right
 
-    def _keep_common_metrics(self, kept: list[Reply]) -> None:
-        """Reduce the metrics to those that all replies have, in one form: Flower raises where they differ."""
-        if not kept:
-            return
-        forms = [
-            {name: len(value) if isinstance(value, list) else None for name, value in reply.metrics.items()}
-            for reply in kept
-        ]
-        common = {name for name, form in forms[0].items() if all(other.get(name, -1) == form for other in forms)}
-        dropped = sorted({name for names in forms for name in names} - common)
-        if dropped:
-            log(WARNING, "rebasin: metrics that not all replies have are not aggregated: %s", ", ".join(dropped))
-        for reply in kept:
-            reply.metrics = MetricRecord({name: value for name, value in reply.metrics.items() if name in common})
+    def _tell_what_stays(self, kept: Sequence[Reply]) -> None:
+        """Log once which arrays the inner strategy reads in each node's own order of the units."""
+        names = {name for reply in kept for name, record in reply.further.items() if isinstance(record, ArrayRecord)}
+        if names and not self._told:
+            self._told = True
+            log(
+                WARNING,
+                "rebasin: %s gets %s as the nodes sent it: its units do not move with the weights; with beside=%r "
+                "Rebasin takes it out, permutes and averages it",
+                *(self.reader, ", ".join(map(repr, sorted(names))), tuple(sorted(names))),
+            )
 
 
 def build_screen(strategy: Strategy, spec: PermutationSpec) -> ReplyScreen:
     """The screen for a strategy's keys and a spec's parameters."""
+    weighted_by_key = read_attribute(strategy, "weighted_by_key", None)
     train_loss_key = read_attribute(strategy, "train_loss_key", None)  # QFedAvg raises without it
     return ReplyScreen(
         str(read_attribute(strategy, "arrayrecord_key", "arrays")),
-        str(read_attribute(strategy, "weighted_by_key", "num-examples")),
+        "num-examples" if weighted_by_key is None else str(weighted_by_key),
         [] if train_loss_key is None else [train_loss_key],
         spec.parameters,
+        type(strategy).__name__ if reads_further_records(strategy) else "",
+        equal=weighted_by_key is None,
     )
-
-
-def _in_order(replies: list[Reply]) -> list[Reply]:
-    """By partition, if all say theirs: node ids and arrival differ from run to run, and sums with their order."""
-    partitions = [reply.metrics.get("partition-id") for reply in replies]
-    numbers = [float(partition) for partition in partitions if isinstance(partition, int | float)]
-    if len(numbers) < len(replies):
-        return replies
-    return [replies[place] for place in sorted(range(len(replies)), key=numbers.__getitem__)]
-
-
-def _rewrite(reply: Reply) -> None:
-    """Leave one ArrayRecord and one MetricRecord: the inner strategies refuse more, and pair them by name."""
-    content = RecordDict({reply.names[0]: reply.arrays, reply.names[1]: reply.metrics})
-    for name, config in reply.message.content.config_records.items():
-        if name not in reply.names:  # another reply's name for its metrics: this one's would be gone
-            content[name] = config
-    reply.message.content = content

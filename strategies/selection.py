@@ -32,7 +32,7 @@ from fedrebasin.selection import Candidate, Selection, corrected, select_candida
 from fedrebasin.strategies.alignment import shares
 from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.records import cast_arrays, record_to_state, select_arrays, state_to_record
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.reply import Reply
 from fedrebasin.yardsticks import Loss
 
 State = dict[str, Tensor]

@@ -14,7 +14,7 @@ from fedrebasin.allocator import return_freed_memory, size_of
 from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.matching.methods import JOINT_METHOD
 from fedrebasin.strategies.matcher import Matcher
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.reply import Reply
 from fedrebasin.strategies.trajectory import Permuted, better_start
 from fedrebasin.strategies.workers import Workers
 

@@ -23,7 +23,7 @@ from fedrebasin.matching.result import inner_product
 from fedrebasin.perms import check_perms
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.records import record_to_state, state_to_record
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.reply import Reply
 
 Perms = dict[str, Tensor]
 State = Mapping[str, Tensor]

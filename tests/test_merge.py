@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import networks
 import pytest
 import torch
@@ -120,6 +122,27 @@ def test_merge_modules_repairs_where_there_is_calibration_data() -> None:
     torch.testing.assert_close(
         repaired[0](batches[0]).std(0).sum(), (stds[0].sum() + stds[1].sum()) / 2, rtol=1e-3, atol=0
     )
+
+
+def _without_bias() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16, bias=False), nn.RMSNorm(16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def _of_norm_and_direction() -> nn.Module:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 16))
+    return nn.Sequential(normed, nn.ReLU(), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("net", [_without_bias, _of_norm_and_direction])
+def test_what_repair_cannot_correct_is_merged_unless_repair_was_asked_for(net: Callable[[], nn.Module]) -> None:
+    nets, example, batches = [net(), net()], (torch.zeros(1, 4),), [torch.randn(200, 4)]
+    plain = merge_modules(nets, example, correction=None)
+    with pytest.warns(UserWarning, match="the merged model is not corrected: net: expected a BatchNorm"):
+        merged = merge_modules(nets, example, calibration=batches)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=0, atol=0)
+    with pytest.raises(RebasinError, match=r"found none. Give correction='least-squares' or 'regmean'"):
+        merge_modules(nets, example, calibration=batches, correction="repair")
 
 
 def test_merge_modules_warns_of_what_stays_fixed() -> None:

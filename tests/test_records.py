@@ -20,7 +20,7 @@ from fedrebasin.strategies.records import (
     state_to_record,
 )
 from fedrebasin.strategies.replaced import replace_array
-from fedrebasin.strategies.replies import Reply
+from fedrebasin.strategies.reply import Reply
 
 DTYPES = [
     torch.float16,

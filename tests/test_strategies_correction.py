@@ -10,10 +10,10 @@ from flower_messages import MemoryGrid, State, answer, play_round, small_net, tr
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedAvg, FedAvgM
 from test_strategies_exact import same_bytes, spec_of
-from torch import Tensor
+from torch import Tensor, nn
 from trained_replies import accuracy, data, fresh, train, trained
 
-from fedrebasin import merge, permute, random_perms, repair, reset_batchnorm, trace, weight_matching
+from fedrebasin import RebasinError, merge, permute, random_perms, repair, reset_batchnorm, trace, weight_matching
 from fedrebasin.strategies import FedRebasin, Rebasin
 from fedrebasin.strategies.records import record_to_state
 
@@ -107,6 +107,18 @@ def test_a_correction_that_fails_leaves_the_aggregate_and_the_run_goes_on(warnin
     assert arrays is not None
     assert plain is not None
     assert same_bytes(arrays, plain)
+
+
+@pytest.mark.parametrize("select", [None, "calibration"])
+def test_a_model_that_repair_cannot_correct_is_not_corrected_by_default(
+    select: str | None, warnings: list[str]
+) -> None:
+    net = nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3))
+    strategy = FedRebasin(model=net, example_inputs=INPUTS, calibration=batches(), select=select)
+    assert strategy.correction is None
+    assert [line[:54] for line in warnings] == ["rebasin: the model is not corrected: net: expected a B"]
+    with pytest.raises(RebasinError, match="found none"):
+        FedRebasin(model=net, example_inputs=INPUTS, calibration=batches(), correction="repair", select=select)
 
 
 def test_fedavgm_goes_on_from_the_corrected_model() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.moments import Moments, all_moments, output_moments, site_moments
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
-from fedrebasin.corrections.sites import Site, find_calls
+from fedrebasin.corrections.sites import Site, check_found, find_calls
 from fedrebasin.corrections.working import begin, extract, load, warn_of_few
 from fedrebasin.errors import RebasinError
 
@@ -61,10 +61,7 @@ def begin_at_sites(
     """Check what a caller gave and find the sites; ``model`` holds ``merged``."""
     model, batches, weights = begin(net, merged, ends, calibration, coefficients, device)
     work = Work(model, find_calls(model, batches), batches, weights)
-    if not work.sites:
-        raise RebasinError(
-            "net: expected a norm, or a hidden linear or convolution layer with a bias, to repair; found none"
-        )
+    check_found(work.sites)
     return work
 
 

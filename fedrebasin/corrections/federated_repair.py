@@ -13,7 +13,7 @@ from fedrebasin.corrections.first_uses import read_until
 from fedrebasin.corrections.moments import Moments, all_moments, output_moments, site_moments
 from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.queries import About, Answer, Case, Correction, Node, Query, check_tensors, rms_of
-from fedrebasin.corrections.sites import Site, find_sites
+from fedrebasin.corrections.sites import Site, check_found, find_sites
 from fedrebasin.corrections.working import extract, warn_of_few
 from fedrebasin.errors import RebasinError
 
@@ -74,10 +74,7 @@ def federated_repair(case: Case) -> Correction:
     """
     model = case.model()
     sites = find_sites(model, case.example())
-    if not sites:
-        raise RebasinError(
-            "net: expected a norm, or a hidden linear or convolution layer with a bias, to repair; found none"
-        )
+    check_found(sites)
     affine, uses = Affine(max_gain=case.options.max_gain), case.uses(model)
     device = next(iter(model.state_dict().values())).device  # not always that of ``case.merged``
     goals: dict[int, Measured] = {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.calls import CONVOLUTIONS, TRANSPOSED, key_of
 from fedrebasin.corrections.watch import Call, Watch, content_of, watch
+from fedrebasin.errors import NoSiteError
 
 LOGGER = logging.getLogger("fedrebasin")
 
@@ -76,6 +77,16 @@ def find_sites(model: nn.Module, batches: Batches) -> list[Site]:
     return [site for site in find_calls(model, batches) if site.corrected]
 
 
+def check_found(sites: list[Site]) -> None:
+    """Refuse a network without any site, and name what does without."""
+    if not sites:
+        raise NoSiteError(
+            "net: expected a BatchNorm, another norm with weight and bias, or a hidden linear or convolution layer "
+            "with a bias, used once, its tensors in the state dict as they are; found none. Give "
+            "correction='least-squares' or 'regmean', which need no bias, or None"
+        )
+
+
 def find_calls(model: nn.Module, batches: Batches) -> list[Site]:
     """Run one batch and list the calls in their order; the log names what cannot be corrected, with the reason.
 
@@ -115,7 +126,7 @@ def _refuse(call: Call, seen: Watch) -> str:
     given, weight, bias = call.given, call.given.get("weight"), call.given.get("bias")
     own = [x for x in (weight, bias, given.get("running_mean")) if isinstance(x, Tensor)]
     if any(id(tensor) not in seen.names for tensor in own):
-        return "its bias is no tensor of the state dict"
+        return "its weight or bias is no tensor of the state dict"
     if any(tensor.is_complex() for tensor in own):
         return "its numbers are complex"
     if call.func is F.batch_norm and weight is None:
