@@ -16,6 +16,8 @@ from fedrebasin import PermutationSpec
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
+from fedrebasin.strategies.metrics import screen_evaluation
+from fedrebasin.strategies.replies import ReplyScreen
 from fedrebasin.strategies.widths import Widths
 
 
@@ -37,6 +39,7 @@ class Around(Strategy):
     seed: int
     device: torch.device | None
     _beside: Beside
+    _screen: ReplyScreen
     _widths: Widths
     _timeout: float = TIMEOUT
 
@@ -93,5 +96,6 @@ class Around(Strategy):
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the inner strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
+        """Let the inner strategy aggregate the evaluation, without the replies that would end the run."""
+        kept = screen_evaluation(server_round, replies, self._screen.weighted_by_key)
+        return self.strategy.aggregate_evaluate(server_round, kept)

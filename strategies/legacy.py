@@ -6,6 +6,7 @@ gives them the names, so that the strategy of the message API (``rebasin.py``) d
 
 from __future__ import annotations
 
+from logging import WARNING
 from typing import Any, cast
 
 from flwr.app import ConfigRecord, Message
@@ -19,6 +20,7 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
+from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import (
@@ -36,6 +38,7 @@ from torch import nn
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import rebasin
 from fedrebasin.strategies.legacy_arrays import Failure, Letter, NamedStrategy, to_record
+from fedrebasin.strategies.metrics import wrong_count
 from fedrebasin.strategies.options import chain, read_attribute
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)
@@ -150,8 +153,15 @@ class Rebasin(LegacyStrategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Let the strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, results, failures)
+        """Let the strategy aggregate the evaluation, without results that have no weight."""
+        kept = []
+        for client, result in results:
+            if wrong := wrong_count("num_examples", result.num_examples):
+                where = f"client {client.cid} sent {wrong}"
+                log(WARNING, "rebasin: %s; left out of the evaluation of round %d", where, server_round)
+            else:
+                kept.append((client, result))
+        return self.strategy.aggregate_evaluate(server_round, kept, failures)
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Let the strategy evaluate the whole model."""

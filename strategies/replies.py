@@ -18,12 +18,11 @@ from torch import Tensor
 
 from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
+from fedrebasin.strategies.metrics import form_of, wrong_count
 from fedrebasin.strategies.options import read_attribute
 from fedrebasin.strategies.records import RecordView, record_to_state, select_arrays
 from fedrebasin.strategies.wire import name_of_arrays
 from fedrebasin.strategies.workers import Workers
-
-MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
 
 
 @dataclass
@@ -165,8 +164,9 @@ class ReplyScreen:
             return f"no {self.weighted_by_key!r} in a MetricRecord"
         metrics = records[weighted]
         examples = metrics[self.weighted_by_key]
-        if isinstance(examples, bool | list) or not 0 < examples <= MOST_EXAMPLES:
-            return f"{self.weighted_by_key!r} = {examples}; a positive number is expected"
+        wrong = wrong_count(self.weighted_by_key, examples)
+        if wrong or isinstance(examples, list):
+            return wrong
         missing = [name for name in self.required_metrics if name not in metrics]
         if missing:
             return f"no metric {missing[0]!r}, which the inner strategy needs"
@@ -198,10 +198,7 @@ class ReplyScreen:
         """Reduce the metrics to those that all replies have, in one form: Flower raises where they differ."""
         if not kept:
             return
-        forms = [
-            {name: len(value) if isinstance(value, list) else None for name, value in reply.metrics.items()}
-            for reply in kept
-        ]
+        forms = [form_of(reply.metrics) for reply in kept]
         common = {name for name, form in forms[0].items() if all(other.get(name, -1) == form for other in forms)}
         dropped = sorted({name for names in forms for name in names} - common)
         if dropped:

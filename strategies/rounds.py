@@ -26,7 +26,7 @@ from fedrebasin.strategies.messages import names_of_weights, node_of_message, re
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
-from fedrebasin.strategies.replies import ReplyScreen, Screened
+from fedrebasin.strategies.replies import Screened
 from fedrebasin.strategies.selection import Round, plain_replies
 from fedrebasin.strategies.workers import Workers
 
@@ -44,7 +44,6 @@ class Rounds(Around):
     guard: str
     _finish: Finish
     _matcher: Matcher
-    _screen: ReplyScreen
     _trunk: Trunk
     _workers: Workers
     _sent: ArrayRecord | None
