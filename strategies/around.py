@@ -38,6 +38,7 @@ class Around(Strategy):
     spec: PermutationSpec
     seed: int
     device: torch.device | None
+    _sent: ArrayRecord | None
     _beside: Beside
     _screen: ReplyScreen
     _widths: Widths
@@ -81,6 +82,7 @@ class Around(Strategy):
             If the folder cannot be written, or what lies in it cannot be read or is of another run.
         """
         self._timeout = timeout
+        self._sent = None  # the first round looks anew at which part of the model travels
         self._beside.forget()
         self._widths.forget()
         rest = (timeout, train_config, evaluate_config, evaluate_fn)

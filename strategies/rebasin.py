@@ -207,4 +207,5 @@ class Rebasin(Rounds):
         key = self._screen.weighted_by_key
         self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit, weighted_by_key=key)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
+        self._whole = self.spec, self._matcher
         self._sent, self._messages = None, []

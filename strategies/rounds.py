@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedrebasin import identity_perms
+from fedrebasin import PermutationSpec, identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
 from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, log_received, rewrite_replies
@@ -45,8 +45,8 @@ class Rounds(Around):
     _finish: Finish
     _matcher: Matcher
     _trunk: Trunk
+    _whole: tuple[PermutationSpec, Matcher]
     _workers: Workers
-    _sent: ArrayRecord | None
     _messages: list[Message]
 
     def configure_train(
@@ -63,7 +63,7 @@ class Rounds(Around):
         arrays = self._trunk.cut(arrays)
         if self._sent is None:
             check_not_wrapped_by_privacy()
-            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self._finish.runs_the_model, self.home)
+            self.spec, self._matcher = narrow(*self._whole, arrays, self._finish.runs_the_model, self.home)
         self._sent = arrays
         trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
