@@ -18,7 +18,6 @@ from flwr.common import (
     Parameters,
     Scalar,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
 from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
@@ -40,6 +39,7 @@ from fedrebasin.strategies import rebasin
 from fedrebasin.strategies.legacy_arrays import Failure, Letter, NamedStrategy, to_record
 from fedrebasin.strategies.metrics import wrong_count
 from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.pairs import from_pairs
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)
 _QUERIES = {"correction": "federated", "select": "clients"}  # what is in the values that ask the clients
@@ -120,8 +120,8 @@ class Rebasin(LegacyStrategy):
         for _, instructions in self._inner.instructions:
             part = instructions.parameters
             if id(part) not in whole:
-                values = dict(zip(self._inner.trained, parameters_to_ndarrays(part), strict=True))
-                whole[id(part)] = ndarrays_to_parameters([values.get(name, sent[name].numpy()) for name in names])
+                own = from_pairs(to_record(part, self._inner.trained), sent)
+                whole[id(part)] = ndarrays_to_parameters([own.get(name, sent[name]).numpy() for name in names])
         return [(client, FitIns(whole[id(one.parameters)], one.config)) for client, one in self._inner.instructions]
 
     def aggregate_fit(

@@ -24,6 +24,7 @@ from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
+from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import Screened
@@ -65,7 +66,7 @@ class Rounds(Around):
             check_not_wrapped_by_privacy()
             self.spec, self._matcher = narrow(*self._whole, arrays, self._finish.runs_the_model, self.home)
         self._sent = arrays
-        trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
+        trained = to_pairs(select_arrays(arrays, names_of_weights(self.spec, arrays)))
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._beside.attach(messages)
