@@ -18,6 +18,7 @@ from fedrebasin.allocator import return_freed_memory
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.alignment import shares
 from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.pairs import from_pairs, to_pairs
 from fedrebasin.strategies.records import (
     array_to_tensor,
     cast_arrays,
@@ -96,6 +97,7 @@ def aggregate(
         return merge_round_apart(strategy, screened.replies, ends, trained)
     for reply in screened.replies:
         reply.give_back()
+        to_pairs(reply.arrays)
     messages = [*(reply.message for reply in screened.replies), *screened.failures]
     return strategy.aggregate_train(server_round, messages)
 
@@ -132,7 +134,7 @@ def merge_round_apart(
 def complete_model(params: ArrayRecord, buffers: State, sent: ArrayRecord) -> ArrayRecord:
     """Put parameters and buffers together, in the order and with the dtypes of the model that was sent."""
     model = ArrayRecord()
-    cast = cast_arrays(params, sent)
+    cast = cast_arrays(from_pairs(params, sent), sent)
     for name, array in sent.items():
         if name in cast:
             model[name] = cast[name]
@@ -150,10 +152,11 @@ def adopt_model(strategy: Strategy, model: ArrayRecord, trained: Sequence[str], 
     for link in chain(strategy):
         current = getattr(link, "current_arrays", None)
         if isinstance(current, ArrayRecord):
-            link.current_arrays = select_arrays(model, list(current))
+            link.current_arrays = to_pairs(select_arrays(model, list(current)))
         if anew:
             for moments in ("m_t", "v_t"):
                 if hasattr(link, moments):
                     setattr(link, moments, None)
             if hasattr(link, "momentum_vector"):  # the older FedAvgM wants one after round 1
-                link.momentum_vector = [np.zeros(model[name].shape, model[name].dtype) for name in trained]
+                params = to_pairs(select_arrays(model, trained))
+                link.momentum_vector = [np.zeros(array.shape, array.dtype) for array in params.values()]

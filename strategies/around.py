@@ -16,6 +16,9 @@ from fedrebasin import PermutationSpec
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
+from fedrebasin.strategies.metrics import screen_evaluation
+from fedrebasin.strategies.options import is_own
+from fedrebasin.strategies.replies import ReplyScreen
 from fedrebasin.strategies.widths import Widths
 
 
@@ -36,7 +39,9 @@ class Around(Strategy):
     spec: PermutationSpec
     seed: int
     device: torch.device | None
+    _sent: ArrayRecord | None
     _beside: Beside
+    _screen: ReplyScreen
     _widths: Widths
     _timeout: float = TIMEOUT
 
@@ -78,6 +83,7 @@ class Around(Strategy):
             If the folder cannot be written, or what lies in it cannot be read or is of another run.
         """
         self._timeout = timeout
+        self._sent = None  # the first round looks anew at which part of the model travels
         self._beside.forget()
         self._widths.forget()
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
@@ -93,5 +99,7 @@ class Around(Strategy):
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the inner strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
+        """Let the inner strategy aggregate the evaluation, without the replies that would end the run."""
+        own = is_own(self.strategy, "aggregate_evaluate")
+        kept = screen_evaluation(server_round, replies, "" if own else self._screen.weighted_by_key)
+        return self.strategy.aggregate_evaluate(server_round, kept)

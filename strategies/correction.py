@@ -13,6 +13,7 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedrebasin import PermutationSpec
 from fedrebasin.batches import Batches
 from fedrebasin.corrections import methods
 from fedrebasin.corrections.federated import FEDERATED
@@ -36,6 +37,17 @@ def has_running_statistics(model: nn.Module | None) -> bool:
     """
     norms = [] if model is None else [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return any(norm.track_running_stats for norm in norms)
+
+
+def names_running_statistics(spec: PermutationSpec) -> bool:
+    """Tell whether a spec has running statistics of BatchNorm or InstanceNorm, by the names that torch gives them.
+
+    Examples
+    --------
+    >>> names_running_statistics(PermutationSpec({"1.running_mean": ()}, buffers=("1.running_mean",)))
+    True
+    """
+    return any(name.rpartition(".")[2] in ("running_mean", "running_var") for name in spec.buffers)
 
 
 def default_correction(model: nn.Module | None, calibration: Any, *, guarded: bool) -> str | None:

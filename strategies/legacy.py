@@ -6,6 +6,7 @@ gives them the names, so that the strategy of the message API (``rebasin.py``) d
 
 from __future__ import annotations
 
+from logging import WARNING
 from typing import Any, cast
 
 from flwr.app import ConfigRecord, Message
@@ -17,8 +18,8 @@ from flwr.common import (
     Parameters,
     Scalar,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
+from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import (
@@ -36,7 +37,9 @@ from torch import nn
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import rebasin
 from fedrebasin.strategies.legacy_arrays import Failure, Letter, NamedStrategy, to_record
+from fedrebasin.strategies.metrics import wrong_count
 from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.pairs import from_pairs
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)
 _QUERIES = {"correction": "federated", "select": "clients"}  # what is in the values that ask the clients
@@ -117,8 +120,8 @@ class Rebasin(LegacyStrategy):
         for _, instructions in self._inner.instructions:
             part = instructions.parameters
             if id(part) not in whole:
-                values = dict(zip(self._inner.trained, parameters_to_ndarrays(part), strict=True))
-                whole[id(part)] = ndarrays_to_parameters([values.get(name, sent[name].numpy()) for name in names])
+                own = from_pairs(to_record(part, self._inner.trained), sent)
+                whole[id(part)] = ndarrays_to_parameters([own.get(name, sent[name]).numpy() for name in names])
         return [(client, FitIns(whole[id(one.parameters)], one.config)) for client, one in self._inner.instructions]
 
     def aggregate_fit(
@@ -150,8 +153,15 @@ class Rebasin(LegacyStrategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Let the strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, results, failures)
+        """Let the strategy aggregate the evaluation, without results that have no weight."""
+        kept = []
+        for client, result in results:
+            if wrong := wrong_count("num_examples", result.num_examples):
+                where = f"client {client.cid} sent {wrong}"
+                log(WARNING, "rebasin: %s; left out of the evaluation of round %d", where, server_round)
+            else:
+                kept.append((client, result))
+        return self.strategy.aggregate_evaluate(server_round, kept, failures)
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Let the strategy evaluate the whole model."""

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.pairs import pairs_of
 
 Failure = tuple[ClientProxy, FitRes] | BaseException
 
@@ -135,10 +136,10 @@ class NamedStrategy(Strategy):
         for link in list(chain(self))[1:]:
             weights, initial = getattr(link, "current_weights", None), getattr(link, "initial_parameters", None)
             if weights is not None and len(weights) == len(self.names):
-                link.current_weights = [weights[place] for place in keep]
+                link.current_weights = [pairs_of(weights[place]) for place in keep]
             if initial is not None and len(initial.tensors) == len(self.names):
-                cut = [initial.tensors[place] for place in keep]
-                link.initial_parameters = Parameters(cut, initial.tensor_type)
+                values = parameters_to_ndarrays(initial)
+                link.initial_parameters = ndarrays_to_parameters([pairs_of(values[place]) for place in keep])
 
     def configure_evaluate(self, *_: Any) -> Iterable[Message]:
         """Never called."""

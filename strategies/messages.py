@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from flwr.app import ArrayRecord, Message
 
 from fedrebasin import PermutationSpec
+from fedrebasin.strategies.pairs import from_pairs
 
 
 def names_of_weights(spec: PermutationSpec, arrays: ArrayRecord) -> list[str]:
-    """What the inner strategy sees: the floating parameters, in the order of ``arrays``."""
+    """What the inner strategy sees: the floating and complex parameters, in the order of ``arrays``."""
     parameters = set(spec.parameters)
-    return [name for name, array in arrays.items() if name in parameters and array.dtype.startswith("float")]
+    return [
+        name for name, array in arrays.items() if name in parameters and array.dtype.startswith(("float", "complex"))
+    ]
 
 
 def restore_buffers(messages: Iterable[Message], key: str, trained: ArrayRecord, sent: ArrayRecord) -> None:
@@ -39,9 +42,9 @@ def restore_buffers(messages: Iterable[Message], key: str, trained: ArrayRecord,
         if all(record[name] is trained[name] for name in record if name in trained) and len(record) == len(trained):
             content[key] = sent
         elif record.keys() <= sent.keys():
-            full = ArrayRecord()
+            full, own = ArrayRecord(), from_pairs(record, sent)
             for name, array in sent.items():
-                full[name] = record.get(name, array)
+                full[name] = own.get(name, array)
             content[key] = full
 
 

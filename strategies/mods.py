@@ -43,8 +43,9 @@ def rebasin_mod(
 ) -> RebasinMod:
     """Make a mod that aligns what a client trained to the model that it received.
 
-    It gives what ``Rebasin(..., reference="global")`` gives on the server, bit for bit; the server runs any strategy
-    at its own cost, and under secure aggregation sees no model. It stands **last** in the list of mods, so that
+    It gives what ``Rebasin(..., reference="global")`` gives on the server, bit for bit; but that server remembers a
+    node that keeps an order of its own over the rounds, and may find a better one for it. Here the server runs any
+    strategy at its own cost, and under secure aggregation sees no model. The mod stands **last** in the list, so that
     clipping and noise see the aligned update. Flower's own privacy and secure aggregation mods behind it are seen
     and refused; others are not seen, and it is for you to put them before it.
 

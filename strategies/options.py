@@ -109,16 +109,16 @@ def read_attribute(strategy: Strategy | legacy.Strategy, name: str, default: Any
     return next((getattr(link, name) for link in chain(strategy) if hasattr(link, name)), default)
 
 
-def reads_further_records(strategy: Strategy) -> bool:
-    """Tell whether ``aggregate_train`` is a user's own: Flower's own refuses more than one record of a kind.
+def is_own(strategy: Strategy, method: str) -> bool:
+    """Tell whether a method is a user's own: Flower's own refuse replies with more than one record of a kind.
 
     Examples
     --------
     >>> from flwr.serverapp.strategy import FedAdam
-    >>> reads_further_records(FedAdam())
+    >>> is_own(FedAdam(), "aggregate_train")
     False
     """
-    return not type(strategy).aggregate_train.__module__.startswith("flwr.")
+    return not str(getattr(type(strategy), method).__module__).startswith("flwr.")
 
 
 def guarded_by(strategy: Strategy) -> str:

@@ -15,7 +15,7 @@ from fedrebasin import PermutationSpec
 from fedrebasin.corrections.federated import FederatedOptions
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.beside import Beside, check_beside
-from fedrebasin.strategies.correction import has_running_statistics
+from fedrebasin.strategies.correction import has_running_statistics, names_running_statistics
 from fedrebasin.strategies.finish import build_finish
 from fedrebasin.strategies.matcher import build_matcher, uses_loss
 from fedrebasin.strategies.network import Model, build_network, find_device
@@ -183,11 +183,13 @@ class Rebasin(Rounds):
             seed=seed,
             device=self.device,
         )
-        if self.guard and has_running_statistics(self.model) and self._finish.correction != "reset-batchnorm":
+        statistics = has_running_statistics(self.model) or names_running_statistics(self.spec)
+        if self.guard and statistics and self._finish.correction != "reset-batchnorm":
             log(
                 WARNING,
                 "rebasin: under %s no reply reaches running statistics: they stay those of the first model, and the "
-                "model may be useless in evaluation mode; give correction='reset-batchnorm' with calibration data",
+                "model may be useless in evaluation mode; correction='reset-batchnorm' with model= and calibration "
+                "data renews BatchNorm's",
                 self.guard,
             )
         self.strategy = strategy
@@ -208,4 +210,5 @@ class Rebasin(Rounds):
         key = self._screen.weighted_by_key
         self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit, weighted_by_key=key)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
+        self._whole = self.spec, self._matcher
         self._sent, self._messages = None, []

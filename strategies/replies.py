@@ -17,14 +17,14 @@ from flwr.serverapp.strategy import Strategy
 
 from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
-from fedrebasin.strategies.options import read_attribute, reads_further_records
+from fedrebasin.strategies.metrics import wrong_count
+from fedrebasin.strategies.options import is_own, read_attribute
 from fedrebasin.strategies.records import select_arrays
 from fedrebasin.strategies.reply import Reply, in_order, keep_common_metrics
 from fedrebasin.strategies.wire import name_of_arrays
 from fedrebasin.strategies.workers import Workers
 
 _NO_METRICS = "rebasin-metrics"  # what the metrics of a reply without a MetricRecord are called
-MOST_EXAMPLES = 2**53  # beyond it, sums of counts lose their meaning
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,9 @@ class ReplyScreen:
         weighted = _NO_METRICS if weighted is None else weighted
         metrics = records.get(weighted, MetricRecord())
         examples = 1 if key is None else metrics[key]
-        if isinstance(examples, bool | list) or not 0 < examples <= MOST_EXAMPLES:
-            return f"{key!r} = {examples}; a positive number is expected"
+        wrong = wrong_count(str(key), examples)
+        if wrong or isinstance(examples, list):
+            return wrong
         missing = [name for name in self.required_metrics if name not in metrics]
         if missing:
             return f"no metric {missing[0]!r}, which the inner strategy needs"
@@ -216,6 +217,6 @@ def build_screen(strategy: Strategy, spec: PermutationSpec) -> ReplyScreen:
         "num-examples" if weighted_by_key is None else str(weighted_by_key),
         [] if train_loss_key is None else [train_loss_key],
         spec.parameters,
-        type(strategy).__name__ if reads_further_records(strategy) else "",
+        type(strategy).__name__ if is_own(strategy, "aggregate_train") else "",
         equal=weighted_by_key is None,
     )

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.logger import log
 from torch import Tensor
 
+from fedrebasin.strategies.metrics import form_of
 from fedrebasin.strategies.records import RecordView, record_to_state
 
 
@@ -67,10 +68,7 @@ def keep_common_metrics(kept: Sequence[Reply]) -> None:
     """Reduce the metrics to those that all replies have, in one form: Flower raises where they differ."""
     if not kept:
         return
-    forms = [
-        {name: len(value) if isinstance(value, list) else None for name, value in reply.metrics.items()}
-        for reply in kept
-    ]
+    forms = [form_of(reply.metrics) for reply in kept]
     common = {name for name, form in forms[0].items() if all(other.get(name, -1) == form for other in forms)}
     dropped = sorted({name for names in forms for name in names} - common)
     if dropped:

@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedrebasin import identity_perms
+from fedrebasin import PermutationSpec, identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
 from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, log_received, rewrite_replies
@@ -24,10 +24,11 @@ from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
+from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
-from fedrebasin.strategies.replies import ReplyScreen, Screened
-from fedrebasin.strategies.selection import Round, plain_replies
+from fedrebasin.strategies.replies import Screened
+from fedrebasin.strategies.selection import Round, only_averages, plain_replies
 from fedrebasin.strategies.workers import Workers
 
 
@@ -44,10 +45,9 @@ class Rounds(Around):
     guard: str
     _finish: Finish
     _matcher: Matcher
-    _screen: ReplyScreen
     _trunk: Trunk
+    _whole: tuple[PermutationSpec, Matcher]
     _workers: Workers
-    _sent: ArrayRecord | None
     _messages: list[Message]
 
     def configure_train(
@@ -64,9 +64,9 @@ class Rounds(Around):
         arrays = self._trunk.cut(arrays)
         if self._sent is None:
             check_not_wrapped_by_privacy()
-            self.spec, self._matcher = narrow(self.spec, self._matcher, arrays, self._finish.runs_the_model, self.home)
+            self.spec, self._matcher = narrow(*self._whole, arrays, self._finish.runs_the_model, self.home)
         self._sent = arrays
-        trained = select_arrays(arrays, names_of_weights(self.spec, arrays))
+        trained = to_pairs(select_arrays(arrays, names_of_weights(self.spec, arrays)))
         messages = list(self.strategy.configure_train(server_round, trained, config, grid))
         restore_buffers(messages, self.arrayrecord_key, trained, arrays)
         self._beside.attach(messages)
@@ -109,7 +109,7 @@ class Rounds(Around):
         screened, alignment = _without_failed(screened, alignment)
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
-        outside = alignment.apart and alignment.moves
+        outside = alignment.apart and (alignment.moves or not only_averages(self.strategy))
         trained = names_of_weights(self.spec, sent)
         keep_ends = outside or self._finish.keeps_ends
         plain = []

@@ -10,7 +10,9 @@ from flower_messages import MemoryGrid, small_net, warnings
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from test_strategies_exact import spec_of
+from torch import nn
 
+from fedrebasin import check_spec, trace
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import JOINT_REFERENCES
 from fedrebasin.strategies import FedRebasin, Rebasin
@@ -87,6 +89,17 @@ def test_running_statistics_that_nothing_renews_are_warned_of(warnings: list[str
     assert not any("running statistics" in line for line in warnings)
     Rebasin(flower.Krum(), model=small_net(), example_inputs=INPUTS)
     assert "under Krum no reply reaches running statistics" in warnings[-1]
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_running_statistics_of_a_spec_alone_and_of_instancenorm_are_warned_of(
+    tracked: bool, warnings: list[str]
+) -> None:
+    norm = nn.InstanceNorm1d(6, track_running_stats=tracked)
+    net, inputs = nn.Sequential(nn.Conv1d(2, 6, 3), norm, nn.ReLU(), nn.Conv1d(6, 3, 3)), (torch.randn(4, 2, 9),)
+    Rebasin(flower.Krum(), model=net, example_inputs=inputs)
+    Rebasin(flower.Krum(), spec=check_spec(net, trace(net, inputs), inputs))
+    assert sum("no reply reaches running statistics" in line for line in warnings) == 2 * tracked
 
 
 @pytest.mark.parametrize(

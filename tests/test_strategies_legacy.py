@@ -232,3 +232,14 @@ def test_failures_that_are_not_accepted_leave_the_model(seed: int) -> None:
     results = [(client, client.fit(ins, None, None)) for client, ins in sent]
     assert strategy.aggregate_fit(1, results, [RuntimeError("lost")])[0] is None
     assert strategy.aggregate_fit(1, results, [])[0] is not None
+
+
+@pytest.mark.parametrize("counts", [[0, 10], [0, 0], [-10, 10]])
+def test_an_evaluation_on_no_examples_is_left_out_with_one_line(counts: list[int], warnings: list[str]) -> None:  # noqa: F811
+    strategy = LegacyRebasin(legacy.FedAvg(), model=small_net, example_inputs=INPUTS)
+    results = [(Client(str(place), dict, count), EvaluateRes(OK, 2.0, count, {})) for place, count in enumerate(counts)]
+    loss, _ = strategy.aggregate_evaluate(2, results, [])  # type: ignore[arg-type]
+    assert loss == (2.0 if 10 in counts else None)
+    expected = f"client 0 sent 'num_examples' = {counts[0]}; a positive number is expected; left out of the evaluation"
+    assert expected in warnings[0]
+    assert len(warnings) == sum(count <= 0 for count in counts)

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from flower_messages import MemoryGrid, State, configure, play_round, trained_copy, warnings
-from flwr.app import ConfigRecord
+from flower_messages import MemoryGrid, State, answer, configure, play_round, trained_copy, warnings
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import FedAdam, FedAvg
 from test_strategies_exact import same_bytes
 from torch import Tensor, nn
@@ -164,3 +164,17 @@ def test_a_tensor_that_the_model_lacks_is_not_a_part_of_it() -> None:
     ):
         with pytest.raises(SpecMismatchError, match="initial_arrays"):
             FedRebasin(spec=spec()).configure_train(1, state_to_record(state), ConfigRecord(), grid)
+
+
+def test_every_run_of_one_strategy_finds_anew_which_part_travels() -> None:
+    def node(message: Message) -> Message:
+        sent = record_to_state(message.content.array_records["arrays"])
+        return answer(message, permute(spec().only(sent), random_perms(spec().only(sent), 1), sent))
+
+    grid, head, whole = MemoryGrid({1: node, 2: node}), part_of("frozen trunk"), net().state_dict()
+    strategy = Rebasin(FedAvg(fraction_evaluate=0.0), spec=spec(), reference="global")
+    for state in (head, whole, head):
+        result = strategy.start(grid, state_to_record(state), num_rounds=1)
+        assert strategy.spec.perm_shapes == spec().only(state).perm_shapes
+        found = record_to_state(result.arrays)
+        assert all(torch.equal(found[name], state[name]) for name in state)

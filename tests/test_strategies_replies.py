@@ -218,7 +218,7 @@ def test_a_mask_that_comes_back_as_it_was_sent_may_be_infinite(
             self.register_buffer("mask", torch.full((3, 3), hidden).triu(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (self.last(self.first(x).relu()).unsqueeze(-1) + self.mask).softmax(-1)
+            return (self.last(self.first(x).relu()).unsqueeze(1) + self.mask).softmax(-1)
 
     sent = Masked().state_dict()
     batches = [torch.randn(100, 5) for _ in range(4)]
