@@ -1,9 +1,9 @@
 """Which permutation each reply of a round gets, by the policy on the reference.
 
 A round is *apart* if most examples are behind replies that are not near the model that was sent
-(``common_start.py``), unless they share one order in which most units have the place that they have in the sent model.
-Replies that are aligned to each other have lost the sent model's order; unless the round is apart, and starts the
-server's optimizer anew, the merged model is brought back into that order, so that optimizer moments keep their meaning.
+(``common_start.py``). Replies that are aligned to each other have lost the sent model's order; unless the round is
+apart, and starts the server's optimizer anew, the merged model is brought back into that order, so that optimizer
+moments keep their meaning.
 """
 
 from __future__ import annotations
@@ -161,9 +161,6 @@ def _find(
         perms, gain = list(many.perms), many.objective - many.objective_before
     if not apart:
         perms = _back_to_sent(spec, sent, replies, perms, seed=seed, device=device)
-    elif _moved_fraction(perms) == 0:
-        # a narrow network has few relabellings: an order that is mostly the sent model's is evidence of its own
-        apart = _moved_fraction(_back_to_sent(spec, sent, replies, perms, seed=seed, device=device)) > 0.5
     towards = "the largest" if largest else f"each other ({method})"
     return Alignment(perms, apart, gain, _moved_fraction(perms), f"{towards}; {how}", failed=failed)
 

@@ -28,7 +28,7 @@ from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import Screened
-from fedrebasin.strategies.selection import Round, only_averages, plain_replies
+from fedrebasin.strategies.selection import Round, plain_replies
 from fedrebasin.strategies.workers import Workers
 
 
@@ -109,7 +109,7 @@ class Rounds(Around):
         screened, alignment = _without_failed(screened, alignment)
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
-        outside = alignment.apart and (alignment.moves or not only_averages(self.strategy))
+        outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
         keep_ends = outside or self._finish.keeps_ends
         plain = []
