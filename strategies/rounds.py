@@ -28,7 +28,7 @@ from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
 from fedrebasin.strategies.replies import Screened
-from fedrebasin.strategies.selection import Round, plain_replies
+from fedrebasin.strategies.selection import Round, only_averages, plain_replies
 from fedrebasin.strategies.workers import Workers
 
 
@@ -110,6 +110,13 @@ class Rounds(Around):
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
+        if alignment.apart and not outside and not only_averages(self.strategy):
+            log(
+                WARNING,
+                "rebasin: no reply of round %d is near the model that was sent, and all have one order: %s steps from "
+                "that model; if the clients begin from one of their own, give it as initial_arrays",
+                *(server_round, type(self.strategy).__name__),
+            )
         trained = names_of_weights(self.spec, sent)
         keep_ends = outside or self._finish.keeps_ends
         plain = []

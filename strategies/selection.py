@@ -165,12 +165,21 @@ def build_selector(
     return Selector(model, tuple(corrections), fit, held_out, loss, example_inputs, seed, device)
 
 
+def only_averages(strategy: Strategy) -> bool:
+    """Tell whether a strategy is known to do no more than average the replies.
+
+    >>> only_averages(FedAvg())
+    True
+    """
+    return type(strategy) in (FedAvg, FedProx)
+
+
 def plain_replies(replies: Sequence[Reply], strategy: Strategy, *, moves: bool, outside: bool) -> list[ArrayRecord]:
     """The replies' arrays before they are permuted, no array copied, where their average is a candidate of its own.
 
     It is none where nothing moves, or where the inner strategy does more than average: its step would be left out.
     """
-    if not moves or not (outside or type(strategy) in (FedAvg, FedProx)):
+    if not moves or not (outside or only_averages(strategy)):
         return []
     return [select_arrays(reply.arrays, list(reply.arrays)) for reply in replies]
 

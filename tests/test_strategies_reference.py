@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from flower_messages import State, play_round, trained_copy
+from flower_messages import State, play_round, trained_copy, warnings
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, QFedAvg, Strategy
 from test_strategies_exact import same_bytes
@@ -17,6 +17,8 @@ from fedrebasin import PermutationSpec, match_many, merge, permute, random_perms
 from fedrebasin.matching.methods import JOINT_REFERENCES
 from fedrebasin.strategies import Rebasin
 from fedrebasin.strategies.records import record_to_state, state_to_record
+
+__all__ = ["warnings"]
 
 
 def round_of(kind: str, inner: Strategy, **options: str) -> tuple[Rebasin, ArrayRecord, dict[str, float]]:
@@ -185,8 +187,8 @@ def test_a_lone_reply_that_was_trained_apart_becomes_the_model() -> None:
     assert same_bytes(arrays, state_to_record(reply))
 
 
-def test_replies_that_share_a_start_of_their_own_are_not_moved() -> None:
-    """A common pre-trained model that the server does not have: do no harm."""
+def test_replies_that_share_a_start_of_their_own_are_not_moved(warnings: list[str]) -> None:
+    """A common pre-trained model that the server does not have: do no harm, and say what FedAdam starts from."""
     states = [trained_copy(trained("apart")[0], seed, noise=0.01) for seed in range(3)]
     sent = fresh().state_dict()
     arrays, metrics = play_round(strategy_around(FedAdam(eta=0.01)), sent, states)
@@ -197,3 +199,5 @@ def test_replies_that_share_a_start_of_their_own_are_not_moved() -> None:
     assert metrics["rebasin-moved-fraction"] == 0
     state = record_to_state(expected)
     assert all(torch.equal(tensor, state[name].float()) for name, tensor in record_to_state(arrays).items())
+    [line] = warnings
+    assert "FedAdam steps from that model" in line and "give it as initial_arrays" in line
