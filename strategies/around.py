@@ -13,9 +13,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedrebasin import PermutationSpec
+from fedrebasin.strategies.account import Account
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
+from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.widths import Widths
 
 
@@ -37,6 +39,7 @@ class Around(Strategy):
     seed: int
     device: torch.device | None
     _beside: Beside
+    _finish: Finish
     _widths: Widths
     _timeout: float = TIMEOUT
 
@@ -80,6 +83,8 @@ class Around(Strategy):
         self._timeout = timeout
         self._beside.forget()
         self._widths.forget()
+        if self._finish.queries is not None:
+            self._finish.queries.account = Account(self.checkpoint_dir)
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         if self.checkpoint_dir is None:
             return super().start(grid, initial_arrays, num_rounds, *rest)

@@ -20,7 +20,6 @@ from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_m
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
-from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
@@ -42,7 +41,6 @@ class Rounds(Around):
     home: str
     arrayrecord_key: str
     guard: str
-    _finish: Finish
     _matcher: Matcher
     _screen: ReplyScreen
     _trunk: Trunk
