@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -27,6 +27,7 @@ from fedrebasin.errors import UsageError
 Arrays = dict[str, np.ndarray]
 Facts = Any  # what JSON holds
 _PLAIN = (bool, int, float, str, type(None))
+_RECORDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord, "records": RecordDict}
 _BITS = {name: getattr(np.random, name) for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")}
 
 
@@ -36,8 +37,8 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     Raises
     ------
     TypeError
-        If it is neither a number, text, None, array, ArrayRecord, NumPy generator, object with ``state_dict`` and
-        ``load_state_dict``, nor a list, tuple or dict of such.
+        If it is neither a number, text, None, array, record of Flower's, NumPy generator, object with ``state_dict``
+        and ``load_state_dict``, nor a list, tuple or dict of such.
 
     Examples
     --------
@@ -54,6 +55,9 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
         return {"array": name}
     if isinstance(value, ArrayRecord):
         return {"record": {key: encode(item.numpy(), f"{name}/{key}", arrays) for key, item in value.items()}}
+    for kind, record in _RECORDS.items():
+        if isinstance(value, record):
+            return {kind: encode(dict(value), name, arrays)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: encode(item, f"{name}/{key}", arrays) for key, item in value.items()}}
     if isinstance(value, Mapping) and all(isinstance(key, _PLAIN) for key in value):
@@ -84,6 +88,8 @@ def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
         return arrays[inner]
     if kind == "record":
         return ArrayRecord({key: Array(decode(item, arrays)) for key, item in inner.items()})
+    if kind in _RECORDS:
+        return _RECORDS[kind](decode(inner, arrays))
     if kind == "dict":
         return {key: decode(item, arrays) for key, item in inner.items()}
     if kind == "pairs":

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flower_messages import warnings
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from fedrebasin.strategies.state import decode, encode, remember, restore_strategies, strategy_state
@@ -57,6 +58,14 @@ def test_state_that_is_changed_in_place_or_set_first_in_a_round_comes_back(warni
     assert other.losses == [0.5] and other.rounds == 1
     assert other.generator.random(3).tolist() == one.generator.random(3).tolist()
     assert warnings == []
+
+
+def test_records_of_flowers_come_back_as_what_they_were() -> None:
+    one, arrays = Own(), ArrayRecord({"w": Array(np.ones(2))})
+    one.last = RecordDict({"a": arrays, "m": MetricRecord({"x": 1.0, "y": [2, 3]}), "c": ConfigRecord({"t": "z"})})  # type: ignore[attr-defined]
+    found = resumed(one, remember([one]), set()).last  # type: ignore[attr-defined]
+    assert type(found) is RecordDict and dict(found) == dict(one.last)  # type: ignore[attr-defined]
+    assert [type(record) for record in found.values()] == [ArrayRecord, MetricRecord, ConfigRecord]
 
 
 @pytest.mark.parametrize("name", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
