@@ -1,9 +1,10 @@
 """What strategies and random generators remember between rounds, as flat arrays and JSON, and back.
 
 Of each strategy in the chain (``Rebasin``'s inner one, the one that it wraps, ...) are kept: the attributes that hold
-arrays or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and the numbers
-and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not change,
-so that a resumed run takes them from the user's code. What may have changed and cannot be kept is named in the log.
+arrays, tensors or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and
+the numbers and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not
+change, so that a resumed run takes them from the user's code. What may have changed and cannot be kept is named in the
+log.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedrebasin.errors import UsageError
+from fedrebasin.strategies.network import find_device
 
 Arrays = dict[str, np.ndarray]
 Facts = Any  # what JSON holds
@@ -37,8 +39,8 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     Raises
     ------
     TypeError
-        If it is neither a number, text, None, array, record of Flower's, NumPy generator, object with ``state_dict``
-        and ``load_state_dict``, nor a list, tuple or dict of such.
+        If it is neither a number, text, None, array, tensor, record of Flower's, NumPy generator, object with
+        ``state_dict`` and ``load_state_dict``, nor a list, tuple or dict of such.
 
     Examples
     --------
@@ -53,6 +55,8 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         arrays[name] = np.asarray(value)
         return {"array": name}
+    if isinstance(value, Tensor):
+        return {"tensor": [encode(_values(value), name, arrays), str(value.device)]}
     if isinstance(value, ArrayRecord):
         return {"record": {key: encode(item.numpy(), f"{name}/{key}", arrays) for key, item in value.items()}}
     for kind, record in _RECORDS.items():
@@ -73,6 +77,13 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     raise TypeError(f"{type(value).__name__} is no number, text, array or collection of them")
 
 
+def _values(tensor: Tensor) -> np.ndarray:
+    try:
+        return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"NumPy has no {tensor.layout} tensors of {tensor.dtype} on {tensor.device}") from error
+
+
 def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
     """Undo :func:`encode`; an object with a state comes back as the state.
 
@@ -86,6 +97,9 @@ def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
         return inner
     if kind == "array":
         return arrays[inner]
+    if kind == "tensor":
+        values, device = inner
+        return torch.from_numpy(np.array(decode(values, arrays))).to(find_device(device))
     if kind == "record":
         return ArrayRecord({key: Array(decode(item, arrays)) for key, item in inner.items()})
     if kind in _RECORDS:
@@ -171,10 +185,23 @@ def restore_strategies(links: Sequence[Strategy], facts: Facts, arrays: Mapping[
             elif "state" in item:
                 present.load_state_dict(value)
             elif isinstance(present, dict) and isinstance(value, dict):  # it may be a Counter
+                value = _renewed(present, value)
                 present.clear()
                 present.update(value)
             elif not callable(present) and not key.startswith("__"):  # it may be first set in a round
-                setattr(link, key, value)
+                setattr(link, key, _renewed(present, value))
+
+
+def _renewed(present: Any, value: Any) -> Any:
+    """The value; a tensor that takes gradients is written into the one that is there, which an optimizer may hold."""
+    if isinstance(present, dict) and isinstance(value, dict):
+        return {key: _renewed(present.get(key), item) for key, item in value.items()}
+    if isinstance(present, list | tuple) and isinstance(value, list | tuple) and len(present) == len(value):
+        return type(value)(_renewed(old, new) for old, new in zip(present, value, strict=True))
+    if isinstance(present, Tensor) and isinstance(value, Tensor) and present.requires_grad:
+        with torch.no_grad():
+            return present.copy_(value.reshape_as(present))
+    return value
 
 
 def random_state(arrays: Arrays) -> Facts:
