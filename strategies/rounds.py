@@ -16,7 +16,14 @@ from torch import nn
 from fedrebasin import identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
-from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, log_received, rewrite_replies
+from fedrebasin.strategies.aggregation import (
+    adopt_model,
+    aggregate,
+    complete_model,
+    fault_of,
+    log_received,
+    rewrite_replies,
+)
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
@@ -24,7 +31,7 @@ from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
 from fedrebasin.strategies.part import Trunk, narrow
-from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
+from fedrebasin.strategies.records import RecordView, select_arrays
 from fedrebasin.strategies.replies import ReplyScreen, Screened
 from fedrebasin.strategies.selection import Round, plain_replies
 from fedrebasin.strategies.workers import Workers
@@ -122,8 +129,9 @@ class Rounds(Around):
             return None, metrics
         buffers = {} if self.guard else average_states(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        if not is_finite(model, sent):
-            log(WARNING, "rebasin: the aggregate of round %d holds a NaN or an infinity; the model stays", server_round)
+        wrong = fault_of(model, sent)
+        if wrong:
+            log(WARNING, "rebasin: the aggregate of round %d %s; the model stays", server_round, wrong)
             return None, metrics
         setting = None
         if self.model is not None:

@@ -23,7 +23,6 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedrebasin.errors import UsageError
 from fedrebasin.strategies.network import find_device
 
 Arrays = dict[str, np.ndarray]
@@ -157,51 +156,6 @@ def _may_change(value: object) -> bool:
     """Whether a value can be other than it was though it is the same object: what is compared by value cannot."""
     fixed = isroutine(value) or isinstance(value, type | partial)
     return not fixed and (isinstance(value, Tensor) or type(value).__hash__ in (None, object.__hash__))
-
-
-def restore_strategies(links: Sequence[Strategy], facts: Facts, arrays: Mapping[str, np.ndarray]) -> None:
-    """Give each link the attributes that were kept.
-
-    Raises
-    ------
-    UsageError
-        If the checkpoint was made by other strategies.
-    """
-    kept, here = [state["class"] for state in facts], [type(link).__name__ for link in links]
-    if kept != here:
-        raise UsageError(
-            f"checkpoint_dir: the run there used {' around '.join(kept)}, this one {' around '.join(here)}; take the "
-            "same strategy, or another folder"
-        )
-    for link, state in zip(links, facts, strict=True):
-        for key, item in state["state"].items():
-            value = decode(item, arrays)
-            present: Any = getattr(link, key, None)
-            if "state" in item and present is None:
-                log(
-                    *(WARNING, "rebasin: %s.%s is not there to take up its state; make it where the strategy is made"),
-                    *(type(link).__name__, key),
-                )
-            elif "state" in item:
-                present.load_state_dict(value)
-            elif isinstance(present, dict) and isinstance(value, dict):  # it may be a Counter
-                value = _renewed(present, value)
-                present.clear()
-                present.update(value)
-            elif not callable(present) and not key.startswith("__"):  # it may be first set in a round
-                setattr(link, key, _renewed(present, value))
-
-
-def _renewed(present: Any, value: Any) -> Any:
-    """The value; a tensor that takes gradients is written into the one that is there, which an optimizer may hold."""
-    if isinstance(present, dict) and isinstance(value, dict):
-        return {key: _renewed(present.get(key), item) for key, item in value.items()}
-    if isinstance(present, list | tuple) and isinstance(value, list | tuple) and len(present) == len(value):
-        return type(value)(_renewed(old, new) for old, new in zip(present, value, strict=True))
-    if isinstance(present, Tensor) and isinstance(value, Tensor) and present.requires_grad:
-        with torch.no_grad():
-            return present.copy_(value.reshape_as(present))
-    return value
 
 
 def random_state(arrays: Arrays) -> Facts:

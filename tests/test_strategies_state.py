@@ -15,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 from torch import nn
 
-from fedrebasin.strategies.state import decode, encode, remember, restore_strategies, strategy_state
+from fedrebasin.strategies.restored import restore_strategies
+from fedrebasin.strategies.state import decode, encode, remember, strategy_state
 
 __all__ = ["warnings"]
 
