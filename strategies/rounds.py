@@ -16,6 +16,7 @@ from torch import nn
 from fedrebasin import identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
+from fedrebasin.strategies.accounted import is_accounted, take_equal
 from fedrebasin.strategies.aggregation import (
     adopt_model,
     aggregate,
@@ -102,8 +103,14 @@ class Rounds(Around):
         self._trunk.strip(replies, self.arrayrecord_key)
         self._widths.take(replies, self.arrayrecord_key, sent, nodes)
         screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
+        accounted = is_accounted(self.strategy)
+        if accounted:
+            screened = take_equal(screened, server_round)
         if not screened.replies:
-            log_received(screened)
+            if accounted:  # the accountant forgets the release that this round was to be
+                aggregate(self.strategy, server_round, screened, None, [])
+            else:
+                log_received(screened)
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
         state, reference = RecordView(sent), "global" if self.guard else self.reference
