@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from fedrebasin.batches import batches_of
@@ -19,15 +18,15 @@ from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, corre
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import CalibrationError, RebasinError, first_line
 from fedrebasin.finite import first_not_finite
-from fedrebasin.yardsticks import ByAgreement, ByLoss, Loss
+from fedrebasin.yardsticks import ByAgreement, ByLoss, Loss, is_better, mean_over_batches
 
 LOGGER = logging.getLogger("fedrebasin")
 State = Mapping[str, Tensor]
 Asked = str | Sequence[str] | None
 #: A state dict, or a function that makes it when its turn has come.
 Candidate = State | Callable[[], State]
-#: With this confidence a model alone must be better than the best merge.
-CONFIDENCE = 0.975
+#: Squared differences of what float32 rounds: a later candidate must be better by more.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def select_candidate(
     for name, candidate in (alone or {}).items() if yardstick.kind == "loss" else ():
         others.enter(name, candidate)
     winner = merges
-    if others.state and (not merges.state or _better(others.values, merges.values, yardstick.sizes)):
+    if others.state and (not merges.state or is_better(others.values, merges.values, yardstick.sizes)):
         winner = others
     if not winner.state:
         names = ", ".join(candidates)
@@ -192,12 +191,12 @@ class _Contest:
             LOGGER.warning("candidate %s could not be made (%s)", name, first_line(error))
             return
         values = self.yardstick(self.model)
-        figure = _mean(values, self.yardstick.sizes)
+        figure = mean_over_batches(values, self.yardstick.sizes)
         if not math.isfinite(figure) or first_not_finite(state, self._constants) is not None:
             LOGGER.warning("candidate %s holds a NaN or an infinity, or its outputs do", name)
             return
         self.figures[name] = figure
-        if not self.state or figure < self.figures[self.name]:
+        if not self.state or figure < self.figures[self.name] - _ROUNDING:
             self.name, self.state, self.values = name, state, values
 
 
@@ -220,29 +219,6 @@ def _yardstick(
             "held_out: without targets and loss=, candidates are measured by agreement with the ensemble; give ends="
         )
     return ByAgreement(model, batches, ends, check_coefficients(coefficients, len(ends)))
-
-
-def _mean(values: Tensor, sizes: Sequence[int]) -> float:
-    weights = torch.tensor(sizes, dtype=torch.float64)
-    return float((values * weights).sum() / weights.sum())
-
-
-def _better(values: Tensor, others: Tensor, sizes: Sequence[int]) -> bool:
-    """Whether ``values`` are lower than ``others`` beyond chance, batch by batch.
-
-    >>> _better(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.1, 3.9]), [1, 1, 1])
-    True
-    >>> _better(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 2.1, 2.9]), [1, 1, 1])
-    False
-    """
-    count = len(sizes)
-    if count < 2:
-        return False
-    gains, weights = (others - values).double(), torch.tensor(sizes, dtype=torch.float64)
-    weights = weights / weights.sum()
-    mean = float((weights * gains).sum())
-    error = math.sqrt(count / (count - 1) * float((weights * (gains - mean)).square().sum()))
-    return mean > float(stats.t.ppf(CONFIDENCE, count - 1)) * error
 
 
 def _where(candidates: Mapping[str, Candidate], ends: Sequence[State]) -> torch.device:

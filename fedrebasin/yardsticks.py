@@ -5,10 +5,12 @@ Letters: ``c_k`` coefficients, ``z_k`` the ends' outputs, ``p`` the measured net
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from fedrebasin.batches import Batches, count_examples, tensors
@@ -17,6 +19,8 @@ from fedrebasin.errors import CalibrationError
 
 State = Mapping[str, Tensor]
 Loss = Callable[[Any, Any], Tensor]
+#: With this confidence a model alone must be better than the best merge.
+CONFIDENCE = 0.975
 
 
 class ByLoss:
@@ -97,3 +101,31 @@ def _logits(output: Tensor) -> Tensor:
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
             return output.clamp_min(1e-12).log()
     return output
+
+
+def mean_over_batches(values: Tensor, sizes: Sequence[int]) -> float:
+    """The mean over examples of what was measured batch by batch.
+
+    >>> mean_over_batches(torch.tensor([1.0, 4.0]), [2, 1])
+    2.0
+    """
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    return float((values * weights).sum() / weights.sum())
+
+
+def is_better(values: Tensor, others: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether ``values`` are lower than ``others`` beyond chance, batch by batch.
+
+    >>> is_better(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.1, 3.9]), [1, 1, 1])
+    True
+    >>> is_better(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 2.1, 2.9]), [1, 1, 1])
+    False
+    """
+    count = len(sizes)
+    if count < 2:
+        return False
+    gains, weights = (others - values).double(), torch.tensor(sizes, dtype=torch.float64)
+    weights = weights / weights.sum()
+    mean = float((weights * gains).sum())
+    error = math.sqrt(count / (count - 1) * float((weights * (gains - mean)).square().sum()))
+    return mean > float(stats.t.ppf(CONFIDENCE, count - 1)) * error

@@ -22,6 +22,7 @@ from fedrebasin.strategies.pairs import from_pairs, to_pairs
 from fedrebasin.strategies.records import (
     array_to_tensor,
     cast_arrays,
+    is_finite,
     select_arrays,
     state_to_record,
     tensor_to_array,
@@ -141,6 +142,22 @@ def complete_model(params: ArrayRecord, buffers: State, sent: ArrayRecord) -> Ar
         else:
             model[name] = tensor_to_array(buffers[name]) if name in buffers else array
     return model
+
+
+def fault_of(model: ArrayRecord, sent: ArrayRecord) -> str:
+    """What is wrong with a round's model, or ``""``.
+
+    Examples
+    --------
+    >>> from flwr.app import Array
+    >>> sent = ArrayRecord({"a": Array(np.ones(2))})
+    >>> fault_of(ArrayRecord({"a": Array(np.ones((1, 2)))}), sent), fault_of(sent, sent)
+    ("has 'a' as (1, 2), not (2,)", '')
+    """
+    for name, array in sent.items():
+        if tuple(model[name].shape) != tuple(array.shape):
+            return f"has {name!r} as {tuple(model[name].shape)}, not {tuple(array.shape)}"
+    return "" if is_finite(model, sent) else "holds a NaN or an infinity"
 
 
 def adopt_model(strategy: Strategy, model: ArrayRecord, trained: Sequence[str], *, anew: bool) -> None:

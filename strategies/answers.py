@@ -18,12 +18,10 @@ from fedrebasin.corrections.votes import KIND as LOSSES
 from fedrebasin.errors import RebasinError, UsageError, first_line
 from fedrebasin.modules import deep_copy
 from fedrebasin.strategies.network import Model, find_device
-from fedrebasin.strategies.queries import read_query, write_answer, write_refusal
+from fedrebasin.strategies.queries import SPENT, read_query, write_answer, write_refusal
 from fedrebasin.yardsticks import Loss
 
 Handler = Callable[[Message, Context], Message]
-#: where a client keeps how many noised vectors it has given away
-_STATE = "rebasin-privacy"
 
 
 def answer_queries(
@@ -51,8 +49,9 @@ def answer_queries(
     per channel (repair), or Gram matrices of layers' inputs and their products with pre-activations (the other two),
     which say much about few examples. With ``privacy`` all of them are clipped and noised here, before they leave, and
     a query that would take the epsilon of the run over its budget is refused; what is spent is kept in
-    ``context.state``. Under a strategy that wraps differential privacy, whose unit is a whole client, the server does
-    not ask at all. For ``select="clients"`` a loss for each candidate goes back, from ``held_out``.
+    ``context.state``, and a run that is resumed (``checkpoint_dir``) counts on. Under a strategy that wraps
+    differential privacy, whose unit is a whole client, the server does not ask at all. For ``select="clients"`` a loss
+    for each candidate goes back, from ``held_out``.
 
     Parameters
     ----------
@@ -112,7 +111,7 @@ def answer_queries(
             net: object = deep_copy(model) if isinstance(model, nn.Module) else model()
             if not isinstance(net, nn.Module):
                 raise UsageError(f"model: expected a function that makes an nn.Module; it made a {type(net).__name__}")
-            spent = None if privacy is None else spend(privacy, asked.kind, asked.about, context)
+            spent = None if privacy is None else spend(privacy, asked.kind, asked.about, context, asked.spent)
             source = held_out if asked.kind == LOSSES and held_out is not None else batches
             node = Node(net, asked.merged, asked.end, source(message, context), where, privacy, loss)
             found = {name: tensor.cpu() for name, tensor in answer(asked.kind, asked.about, node).items()}
@@ -124,8 +123,10 @@ def answer_queries(
     return handle
 
 
-def spend(privacy: Privacy, kind: str, about: About, context: Context) -> ConfigRecord:
+def spend(privacy: Privacy, kind: str, about: About, context: Context, already: int = 0) -> ConfigRecord:
     """Count the releases of one answer in the context's state, before anything is measured.
+
+    ``already``: the most that one client was asked for in the runs before, of which this state may know nothing.
 
     Raises
     ------
@@ -141,13 +142,13 @@ def spend(privacy: Privacy, kind: str, about: About, context: Context) -> Config
     (3, 0.62)
     """
     records = context.state.config_records
-    before = int(str(records[_STATE]["releases"])) if _STATE in records else 0
-    releases = before + count_releases(kind, about)
+    own = int(str(records[SPENT]["releases"])) if SPENT in records else 0
+    releases = max(own, already) + count_releases(kind, about)
     epsilon = privacy.epsilon(releases)
     if epsilon > privacy.budget:
         raise RebasinError(
             f"privacy: {releases} releases would be epsilon = {epsilon:.3g} at delta = {privacy.delta:g}, over the "
             f"budget of {privacy.budget:g}"
         )
-    context.state[_STATE] = ConfigRecord({"releases": releases})
+    context.state[SPENT] = ConfigRecord({"releases": releases})
     return ConfigRecord({"releases": releases, "epsilon": epsilon, "delta": privacy.delta})

@@ -13,9 +13,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedrebasin import PermutationSpec
+from fedrebasin.strategies.account import Account
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
+from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.metrics import screen_evaluation
 from fedrebasin.strategies.options import is_own
 from fedrebasin.strategies.replies import ReplyScreen
@@ -41,6 +43,7 @@ class Around(Strategy):
     device: torch.device | None
     _sent: ArrayRecord | None
     _beside: Beside
+    _finish: Finish
     _screen: ReplyScreen
     _widths: Widths
     _timeout: float = TIMEOUT
@@ -86,6 +89,8 @@ class Around(Strategy):
         self._sent = None  # the first round looks anew at which part of the model travels
         self._beside.forget()
         self._widths.forget()
+        if self._finish.queries is not None:
+            self._finish.queries.account = Account(self.checkpoint_dir)
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         if self.checkpoint_dir is None:
             return super().start(grid, initial_arrays, num_rounds, *rest)

@@ -153,9 +153,10 @@ class Beside:
 
     def load_state_dict(self, state: dict[str, dict[str, ArrayRecord]]) -> None:
         """Take up what :meth:`state_dict` gave; a node that has another id by now starts anew."""
-        self.averages = state["averages"]
+        averages, perms = (RecordDict(dict(state[kind])) for kind in ("averages", "perms"))  # refuses what is no record
+        self.averages = dict(averages.array_records)
         self._own = dict(self.averages)
-        self._perms = {int(node): record for node, record in state["perms"].items()}
+        self._perms = {int(node): record for node, record in perms.array_records.items()}
         self.trajectories.load_state_dict(state.get("trajectories", {}))  # older checkpoints have none
 
     def attach(self, messages: Sequence[Message]) -> None:

@@ -18,13 +18,14 @@ from fedrebasin.strategies.arrays import missing_and_extra
 from fedrebasin.strategies.beside import Beside
 from fedrebasin.strategies.checkpoint import Checkpoint, load_checkpoint, prepare_folder, save_checkpoint
 from fedrebasin.strategies.options import chain
+from fedrebasin.strategies.records import is_finite
+from fedrebasin.strategies.restored import check_moments, restore_strategies
 from fedrebasin.strategies.state import (
     decode,
     encode,
     random_state,
     remember,
     restore_random,
-    restore_strategies,
     strategy_state,
 )
 from fedrebasin.strategies.widths import Widths
@@ -155,6 +156,11 @@ class Checkpointed(Strategy):
                 f"checkpoint_dir: the model in {str(self.folder)!r} is not that of initial_arrays: it has {wrong}; "
                 "give a folder of its own to each model"
             )
+        if not is_finite(found.model, initial):
+            raise UsageError(
+                f"checkpoint_dir: the model of round {found.round} in {str(self.folder)!r} holds a NaN or an infinity; "
+                "remove that folder to go on from the round before"
+            )
 
     def _save(self, number: int, model: ArrayRecord) -> None:
         arrays: dict[str, np.ndarray] = {}
@@ -176,6 +182,7 @@ class Checkpointed(Strategy):
         """Take up state, metrics and random numbers."""
         try:
             restore_strategies(self._links, found.facts["strategies"], found.arrays)
+            check_moments(self._links, found.model)
             for name, one in self.kept.items():
                 one.load_state_dict(decode(found.facts[name], found.arrays))
             for name in _HISTORIES:

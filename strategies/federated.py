@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from logging import INFO, WARNING
 from typing import Any, TypeVar
 
@@ -12,11 +13,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions
+from fedrebasin.corrections.federated import FEDERATED, Case, FederatedOptions, count_releases
 from fedrebasin.corrections.queries import Query, drive, find_huge
 from fedrebasin.corrections.votes import Votes, vote
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.finite import first_not_finite
+from fedrebasin.strategies.account import Account
 from fedrebasin.strategies.messages import node_of_message
 from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, epsilon_of, read_answer, write_query
 from fedrebasin.strategies.records import state_to_record
@@ -36,6 +38,8 @@ class Queries:
 
     Attributes
     ----------
+    account : Account
+        What nodes may have given away; a run gets its own.
     metrics : dict
         Of the round: ``rebasin-query-rounds``, ``rebasin-query-bytes`` (arrays as serialised, both ways, to and
         from all nodes), ``rebasin-query-left-out`` (nodes); if all nodes add noise, ``rebasin-query-epsilon``: the
@@ -49,6 +53,7 @@ class Queries:
         options: FederatedOptions,
         device: torch.device | None,
     ) -> None:
+        self.account = Account()
         self.metrics: dict[str, int | float] = {}
         self._net, self._example, self._options, self._device = net, example_inputs, options, device
         self._configs: dict[int, dict[str, ConfigRecord]] = {}
@@ -142,8 +147,10 @@ class Queries:
         merged, group, messages = state_to_record(query.merged), str(self._server_round), []
         for place, node in present.items():
             end = state_to_record({name: ends[place][name] for name in query.end_names})
-            content = write_query(query, merged, end, self._configs.get(node, {}))
+            content = write_query(query, merged, end, self._configs.get(node, {}), self.account.before)
             messages.append(Message(content, dst_node_id=node, message_type=MESSAGE_TYPE, group_id=group))
+        with suppress(RebasinError):  # of answers without noise there is no account
+            self.account.add(present.values(), count_releases(query.kind, query.about))
         self._sent += sum(bytes_of(message) for message in messages)
         self.metrics["rebasin-query-rounds"] += 1
         replies = list(self._grid.send_and_receive(messages, timeout=self._timeout))

@@ -2,7 +2,8 @@
 
 A query's content: the ConfigRecord ``query`` (``kind`` and its settings), the ArrayRecords ``merged`` and ``end`` (what
 the node needs of both models; left out where that is nothing), and the ConfigRecords of the training message that the
-node got in this round, under their own names, so that a node finds its data as in training. A reply's: the ArrayRecord
+node got in this round, under their own names, so that a node finds its data as in training. In a resumed run also the
+ConfigRecord ``rebasin-privacy``: the ``releases`` that a node may have made before. A reply's: the ArrayRecord
 ``sums``, with the ConfigRecord ``privacy`` where they are noised; or the ConfigRecord ``refusal`` with its ``reason``.
 """
 
@@ -21,6 +22,8 @@ from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_
 ACTION = "rebasin"
 MESSAGE_TYPE = f"query.{ACTION}"
 _QUERY, _MERGED, _END, _SUMS, _REFUSAL, _PRIVACY = "query", "merged", "end", "sums", "refusal", "privacy"
+#: the ConfigRecord, of a query and of a client's state, with the number of noised vectors that were given away
+SPENT = "rebasin-privacy"
 
 
 class Asked(NamedTuple):
@@ -30,9 +33,12 @@ class Asked(NamedTuple):
     about: About
     merged: State
     end: State
+    spent: int = 0
 
 
-def write_query(query: Query, merged: ArrayRecord, end: ArrayRecord, configs: Mapping[str, ConfigRecord]) -> RecordDict:
+def write_query(
+    query: Query, merged: ArrayRecord, end: ArrayRecord, configs: Mapping[str, ConfigRecord], spent: int = 0
+) -> RecordDict:
     """The content of one node's message.
 
     Parameters
@@ -42,11 +48,15 @@ def write_query(query: Query, merged: ArrayRecord, end: ArrayRecord, configs: Ma
         ``query.merged``, which all nodes share, and the node's own aligned model as far as it is needed.
     configs : mapping of str to ConfigRecord
         Those of the node's training message.
+    spent : int
+        How many noised vectors the node may have given away in runs before this one.
     """
     content = RecordDict({_QUERY: ConfigRecord({"kind": query.kind, **query.about})})
     for name, record in ((_MERGED, merged), (_END, end)):
         if record:
             content[name] = record
+    if spent:
+        content[SPENT] = ConfigRecord({"releases": spent})
     for name, config in configs.items():
         if name not in content:
             content[name] = config
@@ -67,7 +77,9 @@ def read_query(message: Message) -> Asked:
     about = dict(records[_QUERY])
     arrays = message.content.array_records
     merged, end = (record_to_state(arrays[name]) if name in arrays else {} for name in (_MERGED, _END))
-    return Asked(str(about.pop("kind", "")), about, merged, end)  # type: ignore[arg-type]
+    spent = records[SPENT].get("releases") if SPENT in records else 0
+    kind, spent = str(about.pop("kind", "")), spent if isinstance(spent, int) else 0
+    return Asked(kind, about, merged, end, spent)  # type: ignore[arg-type]
 
 
 def write_answer(answer: Answer, privacy: ConfigRecord | None = None) -> RecordDict:

@@ -16,17 +16,24 @@ from torch import nn
 from fedrebasin import PermutationSpec, identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
-from fedrebasin.strategies.aggregation import adopt_model, aggregate, complete_model, log_received, rewrite_replies
+from fedrebasin.strategies.accounted import is_accounted, take_equal
+from fedrebasin.strategies.aggregation import (
+    adopt_model,
+    aggregate,
+    complete_model,
+    fault_of,
+    log_received,
+    rewrite_replies,
+)
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
-from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.options import check_not_wrapped_by_privacy
 from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
-from fedrebasin.strategies.records import RecordView, is_finite, select_arrays
+from fedrebasin.strategies.records import RecordView, select_arrays
 from fedrebasin.strategies.replies import Screened
 from fedrebasin.strategies.selection import Round, only_averages, plain_replies
 from fedrebasin.strategies.workers import Workers
@@ -43,7 +50,6 @@ class Rounds(Around):
     home: str
     arrayrecord_key: str
     guard: str
-    _finish: Finish
     _matcher: Matcher
     _trunk: Trunk
     _whole: tuple[PermutationSpec, Matcher]
@@ -97,8 +103,14 @@ class Rounds(Around):
         self._trunk.strip(replies, self.arrayrecord_key)
         self._widths.take(replies, self.arrayrecord_key, sent, nodes)
         screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
+        accounted = is_accounted(self.strategy)
+        if accounted:
+            screened = take_equal(screened, server_round)
         if not screened.replies:
-            log_received(screened)
+            if accounted:  # the accountant forgets the release that this round was to be
+                aggregate(self.strategy, server_round, screened, None, [])
+            else:
+                log_received(screened)
             log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
             return None, None
         state, reference = RecordView(sent), "global" if self.guard else self.reference
@@ -131,8 +143,9 @@ class Rounds(Around):
             return None, metrics
         buffers = {} if self.guard else average_states(aligned.buffers, coefficients)
         model = complete_model(arrays, buffers, sent)
-        if not is_finite(model, sent):
-            log(WARNING, "rebasin: the aggregate of round %d holds a NaN or an infinity; the model stays", server_round)
+        wrong = fault_of(model, sent)
+        if wrong:
+            log(WARNING, "rebasin: the aggregate of round %d %s; the model stays", server_round, wrong)
             return None, metrics
         setting = None
         if self.model is not None:

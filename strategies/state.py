@@ -1,9 +1,10 @@
 """What strategies and random generators remember between rounds, as flat arrays and JSON, and back.
 
 Of each strategy in the chain (``Rebasin``'s inner one, the one that it wraps, ...) are kept: the attributes that hold
-arrays or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and the numbers
-and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not change,
-so that a resumed run takes them from the user's code. What may have changed and cannot be kept is named in the log.
+arrays, tensors or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and
+the numbers and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not
+change, so that a resumed run takes them from the user's code. What may have changed and cannot be kept is named in the
+log.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedrebasin.errors import UsageError
+from fedrebasin.strategies.network import find_device
 
 Arrays = dict[str, np.ndarray]
 Facts = Any  # what JSON holds
 _PLAIN = (bool, int, float, str, type(None))
+_RECORDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord, "records": RecordDict}
 _BITS = {name: getattr(np.random, name) for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")}
 
 
@@ -36,8 +38,8 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     Raises
     ------
     TypeError
-        If it is neither a number, text, None, array, ArrayRecord, NumPy generator, object with ``state_dict`` and
-        ``load_state_dict``, nor a list, tuple or dict of such.
+        If it is neither a number, text, None, array, tensor, record of Flower's, NumPy generator, object with
+        ``state_dict`` and ``load_state_dict``, nor a list, tuple or dict of such.
 
     Examples
     --------
@@ -52,8 +54,13 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         arrays[name] = np.asarray(value)
         return {"array": name}
+    if isinstance(value, Tensor):
+        return {"tensor": [encode(_values(value), name, arrays), str(value.device)]}
     if isinstance(value, ArrayRecord):
         return {"record": {key: encode(item.numpy(), f"{name}/{key}", arrays) for key, item in value.items()}}
+    for kind, record in _RECORDS.items():
+        if isinstance(value, record):
+            return {kind: encode(dict(value), name, arrays)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: encode(item, f"{name}/{key}", arrays) for key, item in value.items()}}
     if isinstance(value, Mapping) and all(isinstance(key, _PLAIN) for key in value):
@@ -69,6 +76,13 @@ def encode(value: object, name: str, arrays: Arrays) -> Facts:
     raise TypeError(f"{type(value).__name__} is no number, text, array or collection of them")
 
 
+def _values(tensor: Tensor) -> np.ndarray:
+    try:
+        return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"NumPy has no {tensor.layout} tensors of {tensor.dtype} on {tensor.device}") from error
+
+
 def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
     """Undo :func:`encode`; an object with a state comes back as the state.
 
@@ -82,8 +96,13 @@ def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
         return inner
     if kind == "array":
         return arrays[inner]
+    if kind == "tensor":
+        values, device = inner
+        return torch.from_numpy(np.array(decode(values, arrays))).to(find_device(device))
     if kind == "record":
         return ArrayRecord({key: Array(decode(item, arrays)) for key, item in inner.items()})
+    if kind in _RECORDS:
+        return _RECORDS[kind](decode(inner, arrays))
     if kind == "dict":
         return {key: decode(item, arrays) for key, item in inner.items()}
     if kind == "pairs":
@@ -137,38 +156,6 @@ def _may_change(value: object) -> bool:
     """Whether a value can be other than it was though it is the same object: what is compared by value cannot."""
     fixed = isroutine(value) or isinstance(value, type | partial)
     return not fixed and (isinstance(value, Tensor) or type(value).__hash__ in (None, object.__hash__))
-
-
-def restore_strategies(links: Sequence[Strategy], facts: Facts, arrays: Mapping[str, np.ndarray]) -> None:
-    """Give each link the attributes that were kept.
-
-    Raises
-    ------
-    UsageError
-        If the checkpoint was made by other strategies.
-    """
-    kept, here = [state["class"] for state in facts], [type(link).__name__ for link in links]
-    if kept != here:
-        raise UsageError(
-            f"checkpoint_dir: the run there used {' around '.join(kept)}, this one {' around '.join(here)}; take the "
-            "same strategy, or another folder"
-        )
-    for link, state in zip(links, facts, strict=True):
-        for key, item in state["state"].items():
-            value = decode(item, arrays)
-            present: Any = getattr(link, key, None)
-            if "state" in item and present is None:
-                log(
-                    *(WARNING, "rebasin: %s.%s is not there to take up its state; make it where the strategy is made"),
-                    *(type(link).__name__, key),
-                )
-            elif "state" in item:
-                present.load_state_dict(value)
-            elif isinstance(present, dict) and isinstance(value, dict):  # it may be a Counter
-                present.clear()
-                present.update(value)
-            elif not callable(present) and not key.startswith("__"):  # it may be first set in a round
-                setattr(link, key, value)
 
 
 def random_state(arrays: Arrays) -> Facts:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fedrebasin import Matching, PermutationSpec, moved_fraction, weight_matching
@@ -63,7 +63,7 @@ class Trajectories:
 
     def load_state_dict(self, state: Mapping[str, ArrayRecord]) -> None:
         """Take up what :meth:`state_dict` gave."""
-        self._perms = dict(state)
+        self._perms = dict(RecordDict(dict(state)).array_records)  # refuses what is no record
 
     def last(self, spec: PermutationSpec, replies: Sequence[Reply]) -> list[Perms | None]:
         """For each reply the permutations of its node's last one; None where it did not move or is not known."""

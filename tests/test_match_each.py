@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import networks
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrebasin import PermutationSpec, RebasinError, match_each, permute, random_perms, trace, weight_matching
 from fedrebasin.matching import each
-from fedrebasin.matching.certificate import IdentityCertificate
+from fedrebasin.matching.certificate import IdentityCertificate, margins_of
+from fedrebasin.matching.numbers import PIECE
 from fedrebasin.matching.plan import plan_of
 
 State = dict[str, Tensor]
@@ -106,6 +110,29 @@ def test_a_margin_over_some_columns_is_at_most_the_margin_over_all() -> None:
     certificate = IdentityCertificate(spec, reference)
     for block in certificate.changes([reference]):
         assert bool((certificate._margin(block, True) <= certificate._margin(block, False)).all())
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor has that is made on the way."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.entries = max(self.entries, made.numel())
+        return made
+
+
+def test_margins_are_a_fourth_of_the_least_squared_distance_and_made_in_pieces() -> None:
+    x = torch.randn(1100, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = x @ x.T
+    assert gram.numel() > PIECE
+    with Largest() as largest:
+        margins = margins_of(gram)
+    assert largest.entries <= PIECE
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square().fill_diagonal_(torch.inf)
+    torch.testing.assert_close(margins, distances.amin(1) / 4, rtol=0, atol=1e-5 * float(gram.diagonal().max()))
+    assert bool((margins <= distances.amin(1) / 4).all())
 
 
 def test_changes_are_the_squared_distances_of_units() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedrebasin.corrections.federated import Case, Node, answer, correct_federated
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.privacy import ClippedMoments, Privacy
-from fedrebasin.errors import RebasinError
+from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies import FedRebasin
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
@@ -125,6 +126,28 @@ def test_what_is_spent_adds_up_over_rounds_in_the_clients_state() -> None:
     result = strategy.start(Spy(clients(privacy, privacy)), state_to_record(SENT), num_rounds=2)
     stated = [result.train_metrics_clientapp[number]["rebasin-query-epsilon"] for number in (1, 2)]
     assert stated == [privacy.epsilon(4), privacy.epsilon(8)]
+
+
+@pytest.mark.parametrize(("lost", "spent"), [((), 4), ((1, 2), 3)])
+def test_a_resumed_run_counts_on_even_what_was_lost_on_the_way(
+    lost: tuple[int, ...], spent: int, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"correction": "federated-repair", "reference": "global", "fraction_evaluate": 0.0}
+    privacy = Privacy(clip=30.0, noise=50.0)
+    for rounds, lose in ((1, lost), (2, ())):
+        strategy = FedRebasin(**GIVEN, **options, checkpoint_dir=tmp_path)
+        result = strategy.start(Spy(clients(privacy, privacy), lose), state_to_record(SENT), num_rounds=rounds)
+    assert result.train_metrics_clientapp[2]["rebasin-query-epsilon"] == privacy.epsilon(spent + 4)
+    tight = Privacy(clip=30.0, noise=50.0, budget=privacy.epsilon(spent + 4))
+    result = strategy.start(Spy(clients(tight, tight)), state_to_record(SENT), num_rounds=3)
+    assert result.train_metrics_clientapp[3]["rebasin-query-left-out"] == 2
+
+
+def test_a_count_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "releases.json").write_text('{"releases": "many"}')
+    strategy = FedRebasin(**GIVEN, correction="federated-repair", checkpoint_dir=tmp_path)
+    with pytest.raises(UsageError, match=r"releases.json', which counts .* cannot be read .* give another folder"):
+        strategy.start(Spy(clients(LOOSE)), state_to_record(SENT), num_rounds=1)
 
 
 def test_moments_that_depend_on_the_others_of_a_batch_are_refused() -> None:

@@ -31,7 +31,7 @@ def test_under_privacy_and_selection_unaccounted_queries_are_refused(correction:
 
 def test_a_network_without_anything_to_correct_is_refused_at_construction() -> None:
     linear = nn.Linear(5, 3).double()
-    with pytest.raises(RebasinError, match="net: expected a norm, or a hidden linear or convolution layer with a bias"):
+    with pytest.raises(RebasinError, match="net: expected a BatchNorm, another norm with weight and bias, or a hidden"):
         FedRebasin(model=linear, example_inputs=INPUTS, correction="federated-repair")
     with pytest.raises(RebasinError, match="label_prior: expected a network whose last linear layer gives the logits"):
         FedRebasin(

@@ -16,7 +16,7 @@ from checkpoint_run import ROUNDS, run, to_bytes
 from flower_messages import warnings  # noqa: F401
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.state import decode, encode
@@ -95,7 +95,17 @@ def test_a_hostile_or_broken_file_is_refused_and_nothing_in_it_runs(
     odd = json.loads(facts)
     generator = {"bit_generator": {"value": "PCG64"}, "state": {"dict": {"state": {"value": -1}, "inc": {"value": 1}}}}
     odd["strategies"][0]["state"] = {"m_t": {"generator": {"dict": generator}}}
+    text, known = json.loads(facts), json.loads(facts)
+    text["strategies"][0]["state"] = {"min_train_nodes": {"value": "many"}}
+    known["beside"]["dict"]["trajectories"] = {"dict": {"partition 1": {"value": 3}}}
+    moments, model = load_file(newest / "state.safetensors"), load_file(newest / "model.safetensors")
+    moments["strategy/0/m_t/0.bias"] = moments["strategy/0/m_t/0.bias"][None]
+    model["0.bias"][0] = np.nan
     broken: list[tuple[str, bytes]] = [
+        ("state.safetensors", save(moments)),
+        ("model.safetensors", save(model)),
+        ("round.json", json.dumps(text).encode()),
+        ("round.json", json.dumps(known).encode()),
         ("state.safetensors", pickle.dumps(Bomb())),
         ("model.safetensors", pickle.dumps(Bomb())),
         ("state.safetensors", state[: len(state) // 2]),

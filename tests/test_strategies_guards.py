@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flower_messages import MemoryGrid, small_net, warnings
+from flower_messages import MemoryGrid, State, play_round, small_net, trained_copy, warnings
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from test_strategies_exact import spec_of
@@ -26,6 +27,27 @@ BATCHES = [torch.randn(200, 5)]
 
 def dp(inner: Strategy) -> Strategy:
     return flower.DifferentialPrivacyServerSideFixedClipping(inner, 0.1, 1.0, 2)
+
+
+class Count:
+    """The least that Flower's wrapper asks of an accountant."""
+
+    def __init__(self, sampling_method: Any) -> None:
+        self.config = SimpleNamespace(sampling_method=sampling_method, population_size=10, max_epsilon=None)
+        self.num_releases = 0
+
+    def compose(self, event: object) -> None:
+        self.num_releases += 1
+
+    def get_privacy_spent(self) -> Any:
+        return SimpleNamespace(epsilon=1.0, delta=0.1, num_releases=self.num_releases)
+
+
+def accounted() -> tuple[Rebasin, Count]:
+    accounting = pytest.importorskip("flwr.supercore.privacy_accounting")
+    count = Count(accounting.SamplingMethod.NO_AMPLIFICATION)
+    inner = flower.DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.1, 1.0, 2, accountant=count)  # type: ignore[arg-type]
+    return Rebasin(inner, spec=spec_of()), count
 
 
 def dp_clients(inner: Strategy) -> Strategy:
@@ -80,6 +102,27 @@ def test_a_start_of_its_own_is_warned_of(warnings: list[str]) -> None:
     assert not warnings
     Rebasin(Saving(), model=small_net(), example_inputs=INPUTS)
     assert "Saving.start is not called" in warnings[-1]
+
+
+def test_under_an_accountant_an_unequal_number_of_examples_costs_the_round_and_not_the_run(warnings: list[str]) -> None:
+    strategy, count = accounted()
+    sent: State = small_net().state_dict()
+    trained = trained_copy(sent, 1)
+    assert play_round(strategy, sent, [trained, trained], [1.0, 2.0]) == (None, None)  # it releases whole rounds alone
+    assert any(
+        "node 2 sent 2 examples, most nodes 1, and the privacy accountant takes equal" in line for line in warnings
+    )
+    arrays, _ = play_round(strategy, sent, [trained, trained], [1.0, 1.0])
+    assert arrays is not None and count.num_releases == 1
+
+
+def test_under_an_accountant_a_round_without_replies_is_ended_too() -> None:
+    strategy, count = accounted()
+    sent: State = small_net().state_dict()
+    trained = trained_copy(sent, 1)
+    broken = {name: tensor * torch.nan if tensor.is_floating_point() else tensor for name, tensor in sent.items()}
+    assert play_round(strategy, sent, [broken, broken], [1.0, 1.0]) == (None, None)
+    assert play_round(strategy, sent, [trained, trained], [1.0, 1.0])[0] is not None and count.num_releases == 1
 
 
 def test_running_statistics_that_nothing_renews_are_warned_of(warnings: list[str]) -> None:

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from flower_messages import warnings
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
+from torch import nn
 
-from fedrebasin.strategies.state import decode, encode, remember, restore_strategies, strategy_state
+from fedrebasin.strategies.restored import restore_strategies
+from fedrebasin.strategies.state import decode, encode, remember, strategy_state
 
 __all__ = ["warnings"]
 
@@ -40,10 +43,10 @@ class Own(FedAvg):
         self.rounds = getattr(self, "rounds", 0) + 1
 
 
-def resumed(one: Own, before: list[dict[str, Any]], told: set[tuple[int, str]]) -> Own:
+def resumed(one: Own, before: list[dict[str, Any]], told: set[tuple[int, str]], other: Own | None = None) -> Own:
     arrays: dict[str, np.ndarray] = {}
     facts = strategy_state([one], before, arrays, told)
-    other = Own()
+    other = other or Own()
     restore_strategies([other], json.loads(json.dumps(facts)), arrays)
     return other
 
@@ -59,6 +62,44 @@ def test_state_that_is_changed_in_place_or_set_first_in_a_round_comes_back(warni
     assert warnings == []
 
 
+def test_records_of_flowers_come_back_as_what_they_were() -> None:
+    one, arrays = Own(), ArrayRecord({"w": Array(np.ones(2))})
+    one.last = RecordDict({"a": arrays, "m": MetricRecord({"x": 1.0, "y": [2, 3]}), "c": ConfigRecord({"t": "z"})})  # type: ignore[attr-defined]
+    found = resumed(one, remember([one]), set()).last  # type: ignore[attr-defined]
+    assert type(found) is RecordDict and dict(found) == dict(one.last)  # type: ignore[attr-defined]
+    assert [type(record) for record in found.values()] == [ArrayRecord, MetricRecord, ConfigRecord]
+
+
+class Torch(Own):
+    """With a server optimizer of torch's, an average of weights, and a tensor that may go anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.tensor(2.0))]
+        self.optimizer = torch.optim.Adam(self.params)
+        self.average = {"w": torch.zeros(2, 3)}
+
+    def work(self) -> None:
+        for param in self.params:
+            param.grad = param.detach() ** 2
+        self.optimizer.step()
+        self.average["w"] = 0.9 * self.average["w"] + self.params[0].detach()
+        self.phase = torch.tensor([1 + 2j]).conj()
+
+
+def test_tensors_come_back_where_an_optimizer_holds_them() -> None:
+    one = Torch()
+    before = remember([one])
+    one.work()
+    other = resumed(one, before, set(), Torch())
+    assert isinstance(other, Torch)
+    assert other.phase.tolist() == [1 - 2j] and isinstance(other.params[0], nn.Parameter)
+    for each in (one, other):
+        each.work()
+    for found, expected in ((other.params, one.params), (other.average.values(), one.average.values())):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
 def test_generators_go_on_where_they_were(name: str) -> None:
     arrays: dict[str, np.ndarray] = {}
@@ -70,7 +111,16 @@ def test_generators_go_on_where_they_were(name: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [Sampler(), {(1, 2): 3}, {1, 2}, torch.ones(2), torch.Generator(), np.array(["a"]), [object()]],
+    [
+        Sampler(),
+        {(1, 2): 3},
+        {1, 2},
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.ones(2, device="meta"),
+        torch.Generator(),
+        np.array(["a"]),
+        [object()],
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_may_change_and_cannot_be_kept_is_named_once(value: Any, warnings: list[str]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedrebasin.matching.numbers import as_real
 from fedrebasin.matching.plan import Block, Term, plan_of
+from fedrebasin.matching.products import cut
 from fedrebasin.spec import PermutationSpec
 
 #: Squared distances come from a product, with this much rounding for each of the two squared norms (float32).
@@ -34,10 +35,13 @@ _PIECE = 2**18
 def margins_of(gram: Tensor) -> Tensor:
     """A fourth of each unit's squared distance to the nearest other, less rounding, from the products of all units."""
     norms = gram.diagonal()
-    sums = norms.unsqueeze(0) + norms.unsqueeze(1)
-    distances = sums - 2 * gram - _ROUNDING * sums
-    distances.fill_diagonal_(float("inf"))
-    return distances.amin(1) / 4
+    nearest = []
+    for piece in cut(len(gram), len(gram)):  # four matrices of their size are made on the way
+        sums = norms.unsqueeze(0) + norms[piece].unsqueeze(1)
+        distances = sums - 2 * gram[piece] - _ROUNDING * sums
+        distances.diagonal(piece.start).fill_(float("inf"))
+        nearest.append(distances.amin(1) / 4)
+    return torch.cat(nearest)
 
 
 class IdentityCertificate:
@@ -113,8 +117,9 @@ class IdentityCertificate:
         if some:
             terms, columns = [self._telling(terms)], _FEW
         rows = [term.rows(self._wide(self._reference[term.name]))[:, :columns] for term in terms]
-        gram = sum(one @ one.T for one in rows)
-        assert isinstance(gram, Tensor)
+        gram = rows[0] @ rows[0].T
+        for one in rows[1:]:
+            gram += one @ one.T
         return margins_of(gram)
 
     def _bound(self, block: Block) -> Tensor:
