@@ -11,6 +11,7 @@ from torch import nn
 from fedrebasin.errors import InvalidSpecError, RebasinError
 from fedrebasin.perms import Perms, identity_perms
 from fedrebasin.proof import Proof, cycles, trials
+from fedrebasin.resizable import seen_unread
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trace import trace
 
@@ -35,7 +36,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     Returns
     -------
     PermutationSpec
-        The spec, with the mark of the passed check.
+        The spec, with the mark of the passed check and with what it has found for ``whole``.
 
     Raises
     ------
@@ -64,7 +65,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
                 "of their size, so no spec can be proved; let evaluation mode draw no numbers and keep no state"
             )
         raise InvalidSpecError(_culprit(model, spec, example_inputs, proof, perms))
-    return replace(spec, checked=True)
+    return replace(spec, checked=True, whole=seen_unread(proof))
 
 
 def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> PermutationSpec:
