@@ -164,6 +164,12 @@ NO_CHAINS = {
     "no layer before it": shaped(b=(3,), w=(3, 2)),
     "got 'b' of 5, a layer of 4 units before it": shaped(w=(4, 2), b=(5,)),
     "got 'conv10' before 'conv2'": shaped(conv1=(4, 4), conv10=(4, 4), conv2=(4, 4)),
+    "no recurrent layer, which is no chain; got 'rnn.weight_hh_l0'": {
+        "rnn.weight_hh_l0": np.zeros((6, 6)),
+        "fc.weight": np.zeros((2, 6)),
+    },
+    "got 'weight_ih'": nn.RNNCell(4, 6).state_dict(),
+    "got 'weight_ih_l0'": nn.GRU(4, 6, bidirectional=True).state_dict(),
     "up to five axes": shaped(w=(1, 1, 1, 1, 1, 1)),
 }
 
