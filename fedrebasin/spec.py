@@ -112,6 +112,9 @@ class PermutationSpec:
                     f"{label}: the spec has a tensor {name!r} that the state dict lacks (it has {len(state)} tensors, "
                     f"e.g. {next(iter(state), None)!r}); use the spec of this architecture"
                 )
+            if not isinstance(state[name], Tensor):
+                kind = type(state[name]).__name__
+                raise SpecMismatchError(f"{label}: expected {name!r} as a tensor; got {kind}; use torch.as_tensor")
             if tuple(state[name].shape) != shape:
                 raise SpecMismatchError(
                     f"{label}: expected {name!r} as {shape}; got {tuple(state[name].shape)}; "

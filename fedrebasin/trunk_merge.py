@@ -159,6 +159,8 @@ def merge_trunk_modules(
     >>> [merged(torch.zeros(1, 4)).shape[1] for merged in merge_trunk_modules(nets, (torch.randn(2, 4),), until="0")]
     [2, 5]
     """
+    if not modules:
+        raise RebasinError("modules: expected one or more; got none")
     specs = []
     for module in modules:  # a comprehension is a frame of its own, at which the warnings would point
         specs.append(proved_trace(module, example_inputs, seed=seed))

@@ -108,3 +108,5 @@ def test_a_correction_that_looks_at_outputs_or_lacks_data_is_refused() -> None:
     specs = [trace(net, (DATA[:3],)) for net in nets]
     with pytest.raises(RebasinError, match="with net and calibration; got 'repair' without them"):
         merge_trunks(specs, states, until="second", correction="repair")
+    with pytest.raises(RebasinError, match="modules: expected one or more; got none"):
+        merge_trunk_modules([], (DATA[:3],), until="second")
