@@ -28,13 +28,14 @@ _OWN_WIDTH = "own width"
 class Widths:
     """The node models' specs, and what each narrower node trained last, for the latest ``MOST`` nodes.
 
-    A node's width is told by the shapes of its reply. So in its first round it gets the wide model, which it cannot
-    load: it starts from its own initialisation. From then on it gets the global model in its own width: all of its
-    units take part, by the transport plan between them and those of its last reply. Until some node has trained the
-    wide model, the units that the narrower ones lack are random, and take part only where that is nearer to the
-    last reply. A narrower reply goes up by assignment, each unit to one of the wide network's; entries that it
-    lacks are those of the round's reference, which so says alone what they are: the reply of the model's own width
-    with most examples, or else the model that was sent.
+    A node's width is told by the shapes of its reply, and a node by its id, since it has to be known before it
+    replies: with a new id it begins anew. So in its first round it gets the wide model, which it cannot load: it
+    starts from its own initialisation. From then on it gets the global model in its own width: all of its units
+    take part, by the transport plan between them and those of its last reply. Until some node has trained the wide
+    model, the units that the narrower ones lack are random, and take part only where that is nearer to the last
+    reply. A narrower reply goes up by assignment, each unit to one of the wide network's; entries that it lacks are
+    those of the round's reference, which so says alone what they are: the reply of the model's own width with most
+    examples, or else the model that was sent.
 
     Parameters
     ----------
