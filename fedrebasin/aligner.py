@@ -186,7 +186,7 @@ def _matched(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, t
         raise CalibrationError(f"activations: expected the same layers twice; got {list(first)} and {list(second)}")
     found = {}
     for name, tensor in _tensors(first).items():
-        other = torch.as_tensor(second[name])
+        other = _tensor(second[name])
         if tensor.shape != other.shape or tensor.ndim < 2:
             raise CalibrationError(
                 f"activations: expected {name!r} twice as (examples, units, ...); got {tuple(tensor.shape)} and "
@@ -202,7 +202,14 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(array).detach() for name, array in arrays.items()}
+    return {name: _tensor(array) for name, array in arrays.items()}
+
+
+def _tensor(array: Any) -> Tensor:
+    """Of an array that torch would not take as it is (read-only, reversed, of the other byte order), a copy."""
+    if isinstance(array, np.ndarray):
+        array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    return torch.as_tensor(array).detach()
 
 
 def _like(arrays: Arrays, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from fedrebasin.layout import Fixed, Free, Layout, Product
 from fedrebasin.spec import PermutationSpec
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+#: As torch names the tensors of recurrent layers, whose states feed themselves.
+_RECURRENT = re.compile(r"(weight|bias)_(ih|hh)(_l\d+)?(_reverse)?")
 _REMEDY = "give a spec of fedrebasin.trace(model, inputs), which covers any network"
 
 
@@ -37,7 +39,7 @@ def chain_spec(weights: Mapping[str, Any]) -> PermutationSpec:
     Raises
     ------
     SpecMismatchError
-        If the shapes are not those of a chain.
+        If the shapes are not those of a chain, or the names are those of a recurrent layer.
 
     Examples
     --------
@@ -47,6 +49,11 @@ def chain_spec(weights: Mapping[str, Any]) -> PermutationSpec:
     >>> spec.perm_shapes, spec.axes["fc.weight"][1]
     ({'conv': (4,)}, Product(factors=(Free(perm='conv', size=4, over=''), Fixed(size=9, reason='flattened', name=''))))
     """
+    recurrent = next((name for name in weights if _RECURRENT.fullmatch(name.rpartition(".")[2])), None)
+    if recurrent is not None:
+        raise SpecMismatchError(
+            f"weights: expected no recurrent layer, which is no chain; got {recurrent!r}; {_REMEDY}"
+        )
     _check_numbers(list(weights))
     shapes = {name: tuple(int(size) for size in weights[name].shape) for name in _in_order(weights)}
     last = next((name for name in reversed(shapes) if len(shapes[name]) > 1), None)

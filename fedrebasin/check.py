@@ -12,6 +12,7 @@ from fedrebasin.errors import InvalidSpecError, RebasinError
 from fedrebasin.perms import Perms, identity_perms
 from fedrebasin.proof import Proof, cycles, trials
 from fedrebasin.redraw import redraw
+from fedrebasin.resizable import seen_unread
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trace import trace
 
@@ -36,7 +37,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     Returns
     -------
     PermutationSpec
-        The spec, with the mark of the passed check.
+        The spec, with the mark of the passed check and with what it has found for ``whole``.
 
     Raises
     ------
@@ -67,7 +68,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
             )
         raise InvalidSpecError(_culprit(model, spec, example_inputs, proof, perms))
     _check_seen(proof)
-    return replace(spec, checked=True)
+    return replace(spec, checked=True, whole=seen_unread(proof))
 
 
 def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> PermutationSpec:

@@ -165,6 +165,22 @@ def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str,
             return found.flatten()
 
 
+def axis_mask(layout: Layout, present: Mapping[str, Tensor]) -> Tensor:
+    """Which units along an axis are there, if of each permutation only those units are."""
+    match layout:
+        case Free(perm=perm) if perm in present:
+            return present[perm]
+        case Sum(parts=parts):
+            return torch.cat([axis_mask(part, present) for part in parts])
+        case Product(factors=factors):
+            mask = torch.ones(1, dtype=torch.bool)
+            for factor in factors:
+                mask = (mask.unsqueeze(1) & axis_mask(factor, present)).flatten()
+            return mask
+        case _:
+            return torch.ones(layout.size, dtype=torch.bool)
+
+
 def unknown_outers(layout: Layout, at: Mapping[str, int], *, sought: str = "") -> Iterator[str]:
     """Leaves on other axes on whose index the order depends, where only indices ``at`` are known; outer ones first.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,12 +57,19 @@ def from_json(data: Any) -> Layout:
     raise RebasinError(f"spec: expected a layout with perm, fixed, sum, product or each; got {str(data)[:80]}")
 
 
+def digest(axes: Mapping[str, tuple[Layout, ...]], buffers: tuple[str, ...]) -> str:
+    """By which a hand edit of a spec's axes is seen."""
+    listed = {name: [to_json(layout) for layout in layouts] for name, layouts in axes.items()}
+    return hashlib.sha256(json.dumps([listed, list(buffers)], sort_keys=True).encode()).hexdigest()
+
+
 #: The type of a spec's field, and of what is in it.
 _FIELDS: dict[str, tuple[type, type]] = {
     "axes": (dict, list),
     "buffers": (list, str),
     "uses": (dict, str),
     "notes": (list, str),
+    "whole": (list, str),
     "inputs": (int, int),
 }
 

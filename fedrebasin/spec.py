@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from fedrebasin.copies import note_on, tie_copies
 from fedrebasin.errors import RebasinError, SpecMismatchError
 from fedrebasin.layout import Fixed, Free, Layout
 from fedrebasin.layout_edit import fix_leaf, map_leaves, rename_leaf
-from fedrebasin.layout_text import check_fields, from_json, to_json
+from fedrebasin.layout_text import check_fields, digest, from_json, to_json
 from fedrebasin.prefixes import common_prefix, wrappers_of
 from fedrebasin.spec_text import as_text
 from fedrebasin.ties import Axis, all_leaves, check_axes, log10_order, perm_shapes, tied_axes
@@ -40,6 +39,8 @@ class PermutationSpec:
         What was left fixed for want of a rule, each once.
     checked : bool
         True if :func:`fedrebasin.check_spec` has passed on these axes.
+    whole : tuple of str
+        Permutations whose number of units cannot change: the check saw one change an output though nobody reads it.
     inputs : int
         How many positional inputs the traced model takes.
     training : bool
@@ -59,6 +60,7 @@ class PermutationSpec:
     uses: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     checked: bool = False
+    whole: tuple[str, ...] = ()
     inputs: int = 1
     training: bool = False
 
@@ -110,6 +112,9 @@ class PermutationSpec:
                     f"{label}: the spec has a tensor {name!r} that the state dict lacks (it has {len(state)} tensors, "
                     f"e.g. {next(iter(state), None)!r}); use the spec of this architecture"
                 )
+            if not isinstance(state[name], Tensor):
+                kind = type(state[name]).__name__
+                raise SpecMismatchError(f"{label}: expected {name!r} as a tensor; got {kind}; use torch.as_tensor")
             if tuple(state[name].shape) != shape:
                 raise SpecMismatchError(
                     f"{label}: expected {name!r} as {shape}; got {tuple(state[name].shape)}; "
@@ -140,7 +145,8 @@ class PermutationSpec:
         after = [names.get(perm, perm) for perm in self.perm_shapes]
         if len(set(after)) != len(after):
             raise RebasinError(f"names: expected a name of its own for each permutation; got {sorted(names.values())}")
-        return self._map(lambda end: rename_leaf(end, names))
+        whole = tuple(names.get(perm, perm) for perm in self.whole)
+        return replace(self._map(lambda end: rename_leaf(end, names)), whole=whole)
 
     def tie(self, copies: Mapping[str, str]) -> PermutationSpec:
         """This spec with copies of some modules that move with their originals: momentum encoders, teachers.
@@ -211,10 +217,11 @@ class PermutationSpec:
         """The spec as plain JSON types."""
         return {
             "format": _FORMAT,
-            "checked": self._digest() if self.checked else None,
+            "checked": digest(self.axes, self.buffers) if self.checked else None,
             "inputs": self.inputs,
             "training": self.training,
             "notes": list(self.notes),
+            "whole": list(self.whole),
             "buffers": list(self.buffers),
             "uses": self.uses,
             "axes": {name: [to_json(layout) for layout in layouts] for name, layouts in self.axes.items()},
@@ -231,16 +238,12 @@ class PermutationSpec:
             buffers=tuple(data.get("buffers", ())),
             uses=dict(data.get("uses", {})),
             notes=tuple(data.get("notes", ())),
+            whole=tuple(data.get("whole", ())),
             inputs=data.get("inputs", 1),
             training=bool(data.get("training", False)),
         )
         check_axes(spec.axes)
-        return replace(spec, checked=data.get("checked") == spec._digest())
-
-    def _digest(self) -> str:
-        axes = {name: [to_json(layout) for layout in layouts] for name, layouts in self.axes.items()}
-        text = json.dumps([axes, list(self.buffers)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return replace(spec, checked=data.get("checked") == digest(spec.axes, spec.buffers))
 
     def __str__(self) -> str:
         return as_text(self.axes, notes=self.notes, checked=self.checked)

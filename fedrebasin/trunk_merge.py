@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,16 @@ from fedrebasin.batches import AsCalled
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections import methods
+from fedrebasin.corrections.layers import Layer, find_steps
+from fedrebasin.corrections.working import batches_for, working_copy
 from fedrebasin.errors import RebasinError
 from fedrebasin.merge import merge
 from fedrebasin.modules import deep_copy
 from fedrebasin.permute import like_state, permute
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trunk import match_trunks, trunk_tensors
+
+LOGGER = logging.getLogger("fedrebasin")
 
 State = Mapping[str, Tensor]
 #: Those that go from layer to layer: what they do to the trunk depends on its own activations alone.
@@ -44,7 +49,8 @@ def merge_trunks(
     specs, models, until, coefficients, method, seed, device
         As for :func:`match_trunks`.
     correction : {"", "repair", "reset-batchnorm", "rescale", "reshift", "closed-form", "least-squares", "regmean"}
-        Corrects the shared trunk, by the activations of all aligned trunks; the heads stay as they are.
+        Corrects the shared trunk, by the activations of all aligned trunks; the heads stay as they are. A layer whose
+        BatchNorm belongs to the heads is not solved (the log names it); let ``until`` be the BatchNorm.
     net : nn.Module, optional
         Of the first model's architecture, for the correction; its own weights are not used.
     calibration : iterable of batches, optional
@@ -87,11 +93,32 @@ def merge_trunks(
         inputs = AsCalled(calibration, specs[0].inputs)
         setting = methods.CorrectionSetting(net, inputs, weights, device=device)
         corrected = methods.correct(correction, setting, {**aligned[0], **shared}, ends)
-        shared = {name: corrected[name] for name in names}
+        stays = _across_the_cut(net, setting.batches, corrected, names, until, device)
+        shared = {name: shared[name] if name in stays else corrected[name] for name in names}
     return [
         like_state(model, {**state, **{name: tensor.to(state[name]).clone() for name, tensor in shared.items()}})
         for model, state in zip(models, aligned, strict=True)
     ]
+
+
+def _across_the_cut(
+    net: nn.Module,
+    batches: Iterable[Any],
+    state: State,
+    names: Sequence[str],
+    until: str,
+    device: torch.device | str | None,
+) -> set[str]:
+    """Tensors of layers whose BatchNorm is the heads': a solution of both at once is none of the layer alone."""
+    args, kwargs, _ = next(iter(batches_for(net, state, batches, device)))
+    steps, _ = find_steps(working_copy(net, state, device), args, kwargs)
+    stays = set[str]()
+    for step in steps:
+        norm = [] if step.norm is None else [key for key in state if key.startswith(f"{step.norm}.")]
+        if isinstance(step, Layer) and step.weight in names and not set(norm) <= set(names):
+            LOGGER.info("merge_trunks: %r stays averaged: its BatchNorm lies beyond %r", step.weight, until)
+            stays.update([step.weight, step.bias or step.weight, *norm])
+    return stays
 
 
 def merge_trunk_modules(
@@ -132,6 +159,8 @@ def merge_trunk_modules(
     >>> [merged(torch.zeros(1, 4)).shape[1] for merged in merge_trunk_modules(nets, (torch.randn(2, 4),), until="0")]
     [2, 5]
     """
+    if not modules:
+        raise RebasinError("modules: expected one or more; got none")
     specs = []
     for module in modules:  # a comprehension is a frame of its own, at which the warnings would point
         specs.append(proved_trace(module, example_inputs, seed=seed))

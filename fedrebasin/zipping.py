@@ -15,10 +15,10 @@ from fedrebasin.layout import Free, leaves
 from fedrebasin.matching.numbers import refuse_complex
 from fedrebasin.matching.similarity import measure_similarity
 from fedrebasin.permute import like_state
+from fedrebasin.resizable import check_can_resize, read_axis
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trunk import check_trunks
-from fedrebasin.widths.maps import map_axis, read_axis
-from fedrebasin.widths.resized import check_can_resize
+from fedrebasin.widths.maps import map_axis
 
 State = Mapping[str, Tensor]
 Maps = dict[str, Tensor]
@@ -44,7 +44,7 @@ def zip_trunks(
     Parameters
     ----------
     specs : sequence of two PermutationSpec
-        Each of a whole network; the heads may differ.
+        Each of a whole network, checked; the heads may differ.
     net : nn.Module
         Of the first model's architecture; its own weights are not used.
     models : sequence of two dicts of str to Tensor
@@ -94,9 +94,13 @@ def zip_trunks(
         refuse_complex(spec.parameters, model, f"models[{place}]", "where units are zipped", "use merge_trunks")
     names = check_trunks(specs, models, until)
     common = common_perms(specs[0], specs[1], names)
-    trunk = specs[0].fix(*(perm for perm in specs[0].perm_shapes if perm not in common), reason="not free in both")
-    trunk = trunk.only(names, fix=False)
+    trunks = [
+        spec.fix(*(perm for perm in spec.perm_shapes if perm not in free), reason="not free in both")
+        for spec, free in zip(specs, (set(common), set(common.values())), strict=True)
+    ]
+    trunk, other_trunk = (one.only(names, fix=False) for one in trunks)
     check_can_resize(trunk)
+    check_can_resize(other_trunk)
     guest = {name: models[1][name].to(tensor) if name in names else tensor for name, tensor in models[0].items()}
     batches = list(calibration)
     blocks = [

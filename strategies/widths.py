@@ -21,17 +21,21 @@ from fedrebasin.strategies.wire import find_arrays, name_of_arrays
 from fedrebasin.widths.merge import counts_of
 
 State = dict[str, Tensor]
+#: In a checkpoint, beside the nodes' ids: replies of the model's own width have come.
+_OWN_WIDTH = "own width"
 
 
 class Widths:
     """The node models' specs, and what each narrower node trained last, for the latest ``MOST`` nodes.
 
-    A node's width is told by the shapes of its reply. So in its first round it gets the wide model, which it cannot
-    load: it starts from its own initialisation. From then on it gets the global model in its own width: all of its
-    units take part, by the transport plan between them and those of its last reply. Its reply goes up by assignment,
-    each unit to one of the wide network's; entries that it lacks are those of the round's reference,
-    which so says alone what they are: the reply of the model's own width with most examples, or else the model that
-    was sent.
+    A node's width is told by the shapes of its reply, and a node by its id, since it has to be known before it
+    replies: with a new id it begins anew. So in its first round it gets the wide model, which it cannot load: it
+    starts from its own initialisation. From then on it gets the global model in its own width: all of its units
+    take part, by the transport plan between them and those of its last reply. Until some node has trained the wide
+    model, the units that the narrower ones lack are random, and take part only where that is nearer to the last
+    reply. A narrower reply goes up by assignment, each unit to one of the wide network's; entries that it lacks are
+    those of the round's reference, which so says alone what they are: the reply of the model's own width with most
+    examples, or else the model that was sent.
 
     Parameters
     ----------
@@ -64,6 +68,7 @@ class Widths:
         self.weighted_by_key = weighted_by_key
         self.specs: list[PermutationSpec] = []
         self._last: dict[int, tuple[PermutationSpec, State]] = {}
+        self._trained = False
         if not node_models:
             return
         option = next((name for name, value in unfit.items() if value), None)
@@ -79,13 +84,16 @@ class Widths:
     def forget(self) -> None:
         """Begin a new run, whose nodes may be others."""
         self._last.clear()
+        self._trained = False
 
     def state_dict(self) -> dict[str, ArrayRecord]:
         """For a checkpoint: what each narrower node trained last."""
-        return {str(node): state_to_record(state) for node, (_, state) in self._last.items()}
+        kept = {str(node): state_to_record(state) for node, (_, state) in self._last.items()}
+        return {**kept, _OWN_WIDTH: ArrayRecord()} if self._trained else kept
 
     def load_state_dict(self, state: Mapping[str, ArrayRecord]) -> None:
         """Take up what :meth:`state_dict` gave; what is of no node model's width any more is dropped."""
+        self._trained = _OWN_WIDTH in state
         for node, record in state.items():
             spec = self._spec_of(_shapes(record))
             if spec is not None:
@@ -114,6 +122,7 @@ class Widths:
             if spec is None:
                 if shapes == self.spec.shapes:  # it trains the wide network now
                     self._last.pop(node, None)
+                    self._trained = True
                 continue
             if reference is None:
                 reference = self._reference(replies, key, sent)
@@ -131,11 +140,17 @@ class Widths:
             put_latest(self._last, node, (spec, state), MOST)
 
     def _narrowed(self, spec: PermutationSpec, model: State, last: State) -> State:
+        matchings = [] if self._trained else [match_widths(self.spec, spec, model, last)]
         try:
-            matching = match_widths(self.spec, spec, model, last, unmatched="transport")
+            matchings.append(match_widths(self.spec, spec, model, last, unmatched="transport"))
         except RebasinError:  # widths without a common multiple, or an op that nobody knows
-            matching = match_widths(self.spec, spec, model, last)
-        return resize(matching.inverse(), model)
+            matchings = matchings or [match_widths(self.spec, spec, model, last)]
+        found = [resize(matching.inverse(), model) for matching in matchings]
+
+        def distance(one: State) -> float:
+            return sum(float((one[name] - last[name]).double().square().sum()) for name in spec.parameters)
+
+        return min(found, key=distance)
 
     def _spec_of(self, shapes: dict[str, tuple[int, ...]]) -> PermutationSpec | None:
         return next((spec for spec in self.specs if spec.shapes == shapes != self.spec.shapes), None)

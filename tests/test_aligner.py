@@ -152,6 +152,27 @@ def test_activations_are_matched_as_dicts_and_from_functions() -> None:
     assert torch.equal(half["0.weight"], state["0.weight"]) and not torch.equal(half["2.weight"], state["2.weight"])
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "how", [lambda x: x.astype(">f8"), lambda x: np.flip(np.flip(x).copy()), read_only], ids=["big", "reversed", "read"]
+)
+def test_arrays_that_torch_would_not_take_are_matched_and_permuted(how: Callable[[np.ndarray], np.ndarray]) -> None:
+    rng, order = np.random.default_rng(0), np.array([3, 1, 0, 2])
+    one = {"w1": rng.normal(size=(4, 3)), "b1": rng.normal(size=4), "w2": rng.normal(size=(2, 4))}
+    other = {"w1": one["w1"][order], "b1": one["b1"][order], "w2": one["w2"][:, order]}
+    aligner, odd = PermutationAligner(), {name: how(array) for name, array in other.items()}
+    perms = aligner.weight_match(one, odd)
+    for name, array in aligner.apply_permutations(odd, perms).items():
+        np.testing.assert_array_equal(array, one[name])
+    assert aligner.activation_match({"w1": one["w1"].T}, {"w1": how(other["w1"].T)})["w1"].tolist() == [2, 1, 3, 0]
+
+
 def shaped(**shapes: tuple[int, ...]) -> dict[str, Any]:
     return {name: np.zeros(shape) for name, shape in shapes.items()}
 
@@ -164,6 +185,12 @@ NO_CHAINS = {
     "no layer before it": shaped(b=(3,), w=(3, 2)),
     "got 'b' of 5, a layer of 4 units before it": shaped(w=(4, 2), b=(5,)),
     "got 'conv10' before 'conv2'": shaped(conv1=(4, 4), conv10=(4, 4), conv2=(4, 4)),
+    "no recurrent layer, which is no chain; got 'rnn.weight_hh_l0'": {
+        "rnn.weight_hh_l0": np.zeros((6, 6)),
+        "fc.weight": np.zeros((2, 6)),
+    },
+    "got 'weight_ih'": nn.RNNCell(4, 6).state_dict(),
+    "got 'weight_ih_l0'": nn.GRU(4, 6, bidirectional=True).state_dict(),
     "up to five axes": shaped(w=(1, 1, 1, 1, 1, 1)),
 }
 

@@ -74,6 +74,14 @@ def test_a_step_is_the_best_of_all_permutations_of_one_layer_of_one_model() -> N
         assert before + gain == pytest.approx(best, rel=1e-9)
 
 
+def test_the_objective_is_right_where_one_models_tensor_is_far_larger() -> None:
+    spec, models = tiny()
+    models[2]["2.weight"] = models[2]["2.weight"] * 1e18
+    coefficients = [0.4, 0.3, 0.2, 0.1]
+    slow = slow_objective(spec, models, [identity_perms(spec)] * 4, coefficients)
+    assert ManyProblem(spec, models, coefficients).objective() == pytest.approx(slow, rel=1e-9)
+
+
 def test_merge_many_ends_where_no_step_gains() -> None:
     spec, models = tiny(6)
     found = match_many(spec, models, coefficients=[0.4, 0.3, 0.2, 0.1])

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedrebasin import PermutationSpec, RebasinError, SpecMismatchError, check_spec, permute, random_perms, trace
+from fedrebasin import (
+    PermutationSpec,
+    RebasinError,
+    SpecMismatchError,
+    check_spec,
+    permute,
+    random_perms,
+    trace,
+    weight_matching,
+)
 from fedrebasin.layout import Each, Fixed, Free, Product, has_leaf, units
 from fedrebasin.layout_text import describe, from_json, to_json
 from fedrebasin.permute import source
@@ -108,6 +117,13 @@ def test_a_wrappers_prefix_is_named(prefix: str) -> None:
         SpecMismatchError, match=rf"model: the names' prefix '{prefix}' \(.*; take the state dict of the"
     ):
         spec.check_state({f"{prefix}{name}": tensor for name, tensor in nn.Linear(3, 2).state_dict().items()})
+
+
+def test_arrays_in_place_of_tensors_are_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    with pytest.raises(SpecMismatchError, match=r"expected '0.weight' as a tensor; got ndarray; use torch.as_tensor"):
+        weight_matching(trace(net, (torch.zeros(2, 4),)), net.state_dict(), arrays)
 
 
 def test_every_kind_of_layout_survives_json(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flower_messages import MemoryGrid, answer, configure, play_round, trained_copy, warnings
 from flwr.app import Array, Message, MetricRecord, RecordDict
-from widths_cases import X, mlp, output, planted, widened
+from widths_cases import X, mlp, output, planted, spec_of, widened
 
 from fedrebasin import RebasinError, permute, random_perms
 from fedrebasin.errors import UsageError
@@ -48,6 +48,30 @@ def test_a_narrow_node_gets_the_function_of_a_network_with_doubled_units_back() 
     back = {name: tensor.double() for name, tensor in record_to_state(message.content.array_records["arrays"]).items()}
     x = torch.randn(20, 5, dtype=torch.float64)
     torch.testing.assert_close(output(back, x), output(narrow, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_narrow_nodes_alone_get_their_function_back_until_a_node_has_trained_the_wide_model(resumed: bool) -> None:
+    narrow, spec = mlp(3, 4, seed=1).state_dict(), spec_of(mlp(3, 4))
+    wide, x = mlp(6, 8).state_dict(), torch.randn(20, 5)
+
+    def back(states: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """What the last node gets after a round in which the nodes answer so."""
+        strategy, other = (FedRebasin(model=mlp(6, 8), node_models=[mlp(3, 4)], example_inputs=X) for _ in range(2))
+        arrays, _ = play_round(strategy, wide, states)
+        assert arrays is not None
+        if resumed:
+            other._widths.load_state_dict(strategy._widths.state_dict())
+        strategy = other if resumed else strategy
+        message = configure(strategy, record_to_state(arrays), len(states), 2)[-1]
+        got = {key: value.double() for key, value in record_to_state(message.content.array_records["arrays"]).items()}
+        return output(got, x.double()).float()
+
+    copies = [permute(spec, random_perms(spec, seed), narrow) for seed in range(2)]
+    expected = mlp(3, 4)
+    expected.load_state_dict(narrow)
+    torch.testing.assert_close(back(copies), expected(x))
+    assert (back([wide, *copies]) - expected(x)).norm() > 0.01 * expected(x).norm()  # all units take part
 
 
 def test_a_narrow_reply_with_a_nan_is_left_out_and_the_round_goes_on(warnings: list[str]) -> None:

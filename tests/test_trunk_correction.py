@@ -86,6 +86,21 @@ def test_copies_of_one_trunk_keep_their_functions_and_modules_take_a_correction_
         torch.testing.assert_close(net(DATA), goal, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("correction", TRUNK_CORRECTIONS)
+def test_one_trunk_that_ends_before_its_batch_norm_keeps_both_functions(
+    correction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nets, states = two()
+    body = {name: tensor for name, tensor in states[0].items() if not name.startswith("head")}
+    nets[1].load_state_dict({**states[1], **body})
+    expected = [net(DATA) for net in nets]
+    with caplog.at_level("INFO", "fedrebasin"):
+        found = merge_trunk_modules(nets, (DATA[:3],), until="first", correction=correction, calibration=[DATA])
+    for net, goal in zip(found, expected, strict=True):
+        torch.testing.assert_close(net(DATA), goal)
+    assert "merge_trunks: 'first.weight' stays averaged: its BatchNorm lies beyond 'first'" in caplog.text
+
+
 def test_a_correction_that_looks_at_outputs_or_lacks_data_is_refused() -> None:
     nets, states = two()
     with pytest.raises(RebasinError, match=r"correction: expected one of repair, .* got 'distill'$"):
@@ -93,3 +108,5 @@ def test_a_correction_that_looks_at_outputs_or_lacks_data_is_refused() -> None:
     specs = [trace(net, (DATA[:3],)) for net in nets]
     with pytest.raises(RebasinError, match="with net and calibration; got 'repair' without them"):
         merge_trunks(specs, states, until="second", correction="repair")
+    with pytest.raises(RebasinError, match="modules: expected one or more; got none"):
+        merge_trunk_modules([], (DATA[:3],), until="second")

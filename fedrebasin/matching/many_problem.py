@@ -92,15 +92,16 @@ class ManyProblem:
         }
 
     def objective(self) -> float:
-        """``(|sum_p c_p M_p|^2 - sum_p c_p^2 |M_p|^2) / 2``, exact in float64."""
+        """``sum_q <c_q P_q M_q, sum_{p<q} c_p P_p M_p>``, in float64: no square of one model is in it to be undone."""
         parts = []
         for name in self.plan.names:
-            currents = [c * pair.current(name).double() for c, pair in zip(self.coefficients, self.pairs, strict=True)]
-            total = torch.zeros_like(currents[0])
-            for current in currents:
-                total += current
-            parts += [float(total.square().sum()), *(-float(current.square().sum()) for current in currents)]
-        return math.fsum(parts) / 2
+            before: Tensor | None = None
+            for c, pair in zip(self.coefficients, self.pairs, strict=True):
+                current = c * pair.current(name).double()
+                if before is not None:
+                    parts.append(float((before * current).sum()))
+                before = current if before is None else before.add_(current)
+        return math.fsum(parts)
 
     def improve(self, place: int, block: Block) -> float:
         """Move the units of one block of one model to where they gain most; returns the gain, 0 if nothing moved."""

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import RebasinError
+from fedrebasin.layout import axis_mask
 from fedrebasin.permute import like_state
+from fedrebasin.resizable import check_can_resize, read_axis
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.widths.maps import WidthMatching, axis_mask, read_axis, resize
-from fedrebasin.widths.resized import Resized, check_can_resize, with_units
+from fedrebasin.widths.maps import WidthMatching, resize
+from fedrebasin.widths.resized import Resized, with_units
 from fedrebasin.widths.some import match_some
 
 
@@ -38,7 +40,7 @@ def matched_averaging(
     Parameters
     ----------
     specs : sequence of PermutationSpec
-        One for each model; the widths may differ.
+        One for each model; the widths may differ. Checked: only then a softmax or a mean over units is seen.
     models : sequence of dict of str to Tensor
         State dicts; none is changed.
     coefficients : sequence of float, optional

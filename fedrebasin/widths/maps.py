@@ -16,17 +16,12 @@ from torch import Tensor
 
 from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import SpecMismatchError
-from fedrebasin.layout import Each, Free, Layout, Product, Sum, leaves
+from fedrebasin.layout import Each, Free, Layout, Product, Sum, axis_mask, leaves
 from fedrebasin.permute import like_state
+from fedrebasin.resizable import read_axis
 from fedrebasin.spec import PermutationSpec
 
 Maps = Mapping[str, Tensor]
-#: ops whose weight is read along this axis; of every other op a tensor with one axis is written
-_READS = {
-    "linear": 1,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), 1),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), 0),
-}
 
 
 @dataclass(frozen=True)
@@ -139,16 +134,6 @@ def common_units(first: PermutationSpec, second: PermutationSpec) -> dict[str, s
     return common
 
 
-def read_axis(spec: PermutationSpec, name: str) -> int | None:
-    """The axis along which a tensor is read; None where it has none, or nobody knows: ask :func:`is_known`."""
-    return _READS.get(spec.uses.get(name, "").partition(" ")[0]) if len(spec.axes[name]) > 1 else None
-
-
-def is_known(spec: PermutationSpec, name: str) -> bool:
-    """Whether it is known along which axes a tensor is written and read."""
-    return len(spec.axes[name]) <= 1 or read_axis(spec, name) is not None
-
-
 def map_axis(tensor: Tensor, dim: int, one: Layout, other: Layout, maps: Maps) -> Tensor:
     """Bring one axis from the layout ``other`` to ``one``, by a matrix for each permutation of ``one``."""
     match one, other:
@@ -176,22 +161,6 @@ def map_axis(tensor: Tensor, dim: int, one: Layout, other: Layout, maps: Maps) -
 def unflatten(tensor: Tensor, dim: int, sizes: list[int]) -> Tensor:
     """One axis as several, the outermost first."""
     return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
-
-
-def axis_mask(layout: Layout, present: Mapping[str, Tensor]) -> Tensor:
-    """Which units along an axis are there, if of each permutation only those units are."""
-    match layout:
-        case Free(perm=perm) if perm in present:
-            return present[perm]
-        case Sum(parts=parts):
-            return torch.cat([axis_mask(part, present) for part in parts])
-        case Product(factors=factors):
-            mask = torch.ones(1, dtype=torch.bool)
-            for factor in factors:
-                mask = (mask.unsqueeze(1) & axis_mask(factor, present)).flatten()
-            return mask
-        case _:
-            return torch.ones(layout.size, dtype=torch.bool)
 
 
 def _fits(one: Layout, other: Layout, common: Mapping[str, str]) -> bool:

@@ -10,9 +10,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedrebasin.errors import RebasinError
+from fedrebasin.resizable import is_known
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.widths.fold import fold
-from fedrebasin.widths.maps import WidthMatching, is_known
+from fedrebasin.widths.maps import WidthMatching
 from fedrebasin.widths.problem import WidthProblem
 
 UNMATCHED = ("pad", "fold", "transport")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.errors import RebasinError
+from fedrebasin.layout import axis_mask
 from fedrebasin.permute import like_state
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.widths.maps import WidthMatching, axis_mask, resize
+from fedrebasin.widths.maps import WidthMatching, resize
 from fedrebasin.widths.matching import match_widths
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from fedrebasin.errors import SpecMismatchError
 from fedrebasin.layout import Free, Layout, Product, Sum, has_leaf, leaves
 from fedrebasin.matching.numbers import refuse_complex
+from fedrebasin.resizable import read_axis
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.widths.maps import Maps, common_units, layouts_of, map_axis, read_axis, unflatten
+from fedrebasin.widths.maps import Maps, common_units, layouts_of, map_axis, unflatten
 
 
 class WidthProblem:

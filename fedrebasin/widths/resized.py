@@ -1,4 +1,4 @@
-"""A network whose width was changed, and which networks' widths can be."""
+"""A network whose width was changed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedrebasin.errors import RebasinError
 from fedrebasin.layout import Fixed, Free
 from fedrebasin.layout_edit import map_leaves
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.widths.maps import WidthMatching, is_known
-
-#: Layers that look at all units at once: their output changes with every unit that is added, a dead one too.
-_WHOLE = ("layer_norm", "group_norm", "rms_norm")
+from fedrebasin.widths.maps import WidthMatching
 
 
 @dataclass(frozen=True)
@@ -41,27 +37,6 @@ class Resized:
     def units(self) -> dict[str, int]:
         """For every permutation, how many units the network has."""
         return {perm: shape[0] for perm, shape in self.spec.perm_shapes.items()}
-
-
-def check_can_resize(spec: PermutationSpec) -> None:
-    """Raise :class:`RebasinError` where units cannot be added or merged without a change of function."""
-    if spec.over:
-        raise RebasinError(
-            f"specs: expected no units inside heads or groups, whose number cannot change; got "
-            f"{next(iter(spec.over))!r}; keep the widths, with match_many or merge_widths"
-        )
-    for name in dict.fromkeys(axis.name for axes in spec.tied.values() for axis in axes):
-        use = spec.uses.get(name, "no op")
-        if use.startswith(_WHOLE):
-            raise RebasinError(
-                f"specs: {name!r} is used by {use}, which looks at all units at once, so that their number cannot "
-                "change; keep the widths, with match_many"
-            )
-        if name in spec.parameters and not is_known(spec, name):
-            raise RebasinError(
-                f"specs: expected ops whose weights are known to be read along one axis; {name!r} is used by {use}; "
-                "keep the widths, with match_many or merge_widths"
-            )
 
 
 def with_units(spec: PermutationSpec, sizes: Mapping[str, int]) -> PermutationSpec:

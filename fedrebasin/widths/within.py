@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import RebasinError
+from fedrebasin.resizable import check_can_resize
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.widths.maps import WidthMatching, resize
 from fedrebasin.widths.problem import WidthProblem
-from fedrebasin.widths.resized import Resized, check_can_resize, with_units
+from fedrebasin.widths.resized import Resized, with_units
 
 
 def merge_units(
@@ -33,6 +34,7 @@ def merge_units(
     Parameters
     ----------
     spec : PermutationSpec
+        Checked: only then a softmax or a mean over units is seen.
     model : dict of str to Tensor
         A state dict of the spec; it is not changed.
     units : int or dict of str to int
