@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf
 from fedrebasin.axes.families import settle_op
+from fedrebasin.axes.reach import Read
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
@@ -36,6 +37,8 @@ class Walk:
         The op and module that use each of them first.
     fixed_ops : dict of str to str
         Ops that no rule covers, and the module where each occurs first.
+    reads : list of Read
+        The axes that go in and out of every op that uses all of its tensors.
     """
 
     def __init__(self, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
@@ -46,6 +49,7 @@ class Walk:
         self.first: dict[object, Value] = {}
         self.uses: dict[str, str] = {}
         self.fixed_ops: dict[str, str] = {}
+        self.reads: list[Read] = []
 
     def program(self, program: ExportedProgram) -> None:
         """Walk the graph of an exported model and fix its inputs and outputs."""
@@ -113,7 +117,7 @@ class Walk:
             ) from error
         if not shapes:  # a number, or an assertion
             return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
-        self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
+        self.traced.output_shapes, self.traced.masks, self.traced.in_part = shapes, _masks(node), False
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         known = len(self.traced.tensors)
         try:
@@ -133,9 +137,10 @@ class Walk:
             if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
                 return self._without_rule(node, values, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
-        settle_op(
-            [*(value.axes for value in values_in((args, kwargs))), *self.traced.tensors[known:]], self.traced.unlike
-        )
+        given = [value.axes for value in values_in((args, kwargs))]
+        if not self.traced.in_part:
+            self.reads.append((given, [value.axes for value in values_in(result)]))
+        settle_op([*given, *self.traced.tensors[known:]], self.traced.unlike)
         self.traced.unlike.clear()
         if isinstance(result, Value) and result.uniform and _may_be_written(node):
             result.uniform = False

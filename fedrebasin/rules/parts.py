@@ -12,7 +12,7 @@ from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
 def narrow(traced: Traced, value: Value, dim: int, start: int, length: int) -> Value:
     """The ``length`` indices from ``start`` along ``dim``."""
-    del traced
+    traced.in_part = True
     axis = value.axes[dim].root
     if length == axis.size:
         return Value(list(value.axes))
