@@ -70,7 +70,6 @@ def test_what_the_inputs_do_not_reach_is_fixed_and_noted_and_other_inputs_keep_t
     spec = check_spec(net, trace(net, inputs, strict=True), inputs)
     assert list(spec.perm_shapes.values()) == shapes
     assert len(spec.notes) == 1 and "the example inputs reach only a part of" in spec.notes[0]
-    assert "not reached by the example inputs" in str(spec)
     moved = permute(spec, random_perms(spec, 1), net.state_dict())
     for given in (inputs, more):
         torch.testing.assert_close(functional_call(net, moved, given), net(*given))

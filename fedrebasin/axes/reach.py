@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
-from fedrebasin.axes.node import Node, fix, leaves
+from fedrebasin.axes.families import all_below
+from fedrebasin.axes.node import Kind, Node, fix, leaves
+from fedrebasin.axes.unify import collapse
 
 #: The axes of each argument of an op, and those of each result.
 Read = tuple[list[list[Node]], list[list[Node]]]
 
+_WHY = "not reached by the example inputs"
+
 
 def fix_unread(tensors: Mapping[str, Sequence[Node]], reads: Iterable[Read]) -> list[str]:
-    """Fix what the example inputs do not reach; the names of the tensors that it is in."""
+    """Fix what the example inputs do not reach; the names of the tensors that it is in.
+
+    Where it is only at some indices of an outer axis (some layers of many), it is tied to the others.
+    """
     rest = _unread(tensors.values(), reads)
     names = [name for name, axes in tensors.items() if any(end in rest for axis in axes for end in leaves(axis))]
-    for end in rest:
-        fix(end, "not reached by the example inputs")
+    nodes = all_below(axis for axes in tensors.values() for axis in axes) if rest else set()
+    for node in [node for node in nodes if node.kind is Kind.FAMILY and not rest.isdisjoint(leaves(node))]:
+        ends = list(leaves(node))
+        if node.root.kind is Kind.FAMILY and not collapse(node):
+            for end in ends:
+                fix(end, _WHY)
+    for end in _unread(tensors.values(), reads):
+        fix(end, _WHY)
     return names
 
 
