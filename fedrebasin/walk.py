@@ -21,6 +21,7 @@ from fedrebasin.errors import TraceError, UnsupportedOpError
 from fedrebasin.memory import identity
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
+from fedrebasin.uniform import may_be_written, stays_uniform
 
 #: Ops that run a graph of their own in another mode.
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
@@ -142,8 +143,9 @@ class Walk:
             self.reads.append((given, [value.axes for value in values_in(result)]))
         settle_op([*given, *self.traced.tensors[known:]], self.traced.unlike)
         self.traced.unlike.clear()
-        if isinstance(result, Value) and result.uniform and _may_be_written(node):
-            result.uniform = False
+        stays = stays_uniform(node, rule, values)
+        for value in values_in(result):
+            value.uniform = (value.uniform or stays) and not may_be_written(node)
         return result
 
     def _without_rule(
@@ -235,12 +237,3 @@ def _outs(node: torch.fx.Node) -> list[str]:
     """The keywords whose tensors the op only writes its results to."""
     schema = getattr(node.target, "_schema", None)
     return [argument.name for argument in schema.arguments if argument.is_out] if schema else []
-
-
-def _may_be_written(node: torch.fx.Node) -> bool:
-    """Whether some use of the node's tensor writes into it or keeps a view of it."""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None or any(argument.alias_info is not None for argument in schema.arguments):
-            return True
-    return False
