@@ -19,6 +19,7 @@ from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
 from fedrebasin.axes.node import ITSELF, OVER_TWICE, TWICE
+from fedrebasin.axes.reach import fix_unread
 from fedrebasin.copies import note_on
 from fedrebasin.export import Exported, alone, export_model
 from fedrebasin.layout import Fixed, Layout, leaves
@@ -103,6 +104,9 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
         elif identity(state[name]) not in used:
             walk.traced.fix(value, f"not used in evaluation mode{exported.failure and '; training mode fails'}")
     settle(walk.traced.tensors)
+    parts = fix_unread({name: value.axes for name, value in walk.parameters.items()}, walk.reads)
+    if parts:
+        settle(walk.traced.tensors)
     found = {
         name: walk.parameters[name].axes
         if name in walk.parameters
@@ -133,6 +137,12 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
             f"forward uses {exported.unused[0]!r}{more} neither in evaluation nor in training mode: they stay fixed, "
             "and what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, "
             "too, in a module with the same state dict, or fix what they read by spec.fix"
+        )
+    if parts:
+        more = " and others" if len(parts) > 1 else ""
+        notes.append(
+            f"the example inputs reach only a part of {parts[0]!r}{more}: the rest stays fixed; inputs that reach all "
+            "of it (the longest, the most steps) show what may be permuted there"
         )
     if mixed:
         notes.append(

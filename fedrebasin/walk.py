@@ -14,12 +14,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf, leaves
 from fedrebasin.axes.families import settle_op
+from fedrebasin.axes.reach import Read
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import TraceError, UnsupportedOpError
 from fedrebasin.memory import identity
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
+from fedrebasin.uniform import may_be_written, stays_uniform
 
 #: Ops that run a graph of their own in another mode.
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
@@ -39,6 +41,8 @@ class Walk:
         The op and module that use each of them first.
     fixed_ops : dict of str to str
         Ops that no rule covers, and the module where each occurs first.
+    reads : list of Read
+        The axes that go in and out of every op that uses all of its tensors.
     """
 
     def __init__(self, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
@@ -49,6 +53,7 @@ class Walk:
         self.first: dict[object, Value] = {}
         self.uses: dict[str, str] = {}
         self.fixed_ops: dict[str, str] = {}
+        self.reads: list[Read] = []
 
     def program(self, program: ExportedProgram) -> None:
         """Walk the graph of an exported model and fix its inputs and outputs."""
@@ -116,7 +121,7 @@ class Walk:
             ) from error
         if not shapes:  # a number, or an assertion
             return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
-        self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
+        self.traced.output_shapes, self.traced.masks, self.traced.in_part = shapes, _masks(node), False
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         known = len(self.traced.tensors)
         try:
@@ -136,12 +141,14 @@ class Walk:
             if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
                 return self._without_rule(node, values, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
-        settle_op(
-            [*(value.axes for value in values_in((args, kwargs))), *self.traced.tensors[known:]], self.traced.unlike
-        )
+        given = [value.axes for value in values_in((args, kwargs))]
+        if not self.traced.in_part:
+            self.reads.append((given, [value.axes for value in values_in(result)]))
+        settle_op([*given, *self.traced.tensors[known:]], self.traced.unlike)
         self.traced.unlike.clear()
-        if isinstance(result, Value) and result.uniform and _may_be_written(node):
-            result.uniform = False
+        stays = stays_uniform(node, rule, values)
+        for value in values_in(result):
+            value.uniform = (value.uniform or stays) and not may_be_written(node)
         return result
 
     def _without_rule(
@@ -237,12 +244,3 @@ def _outs(node: torch.fx.Node) -> list[str]:
     """The keywords whose tensors the op only writes its results to."""
     schema = getattr(node.target, "_schema", None)
     return [argument.name for argument in schema.arguments if argument.is_out] if schema else []
-
-
-def _may_be_written(node: torch.fx.Node) -> bool:
-    """Whether some use of the node's tensor writes into it or keeps a view of it."""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is None or any(argument.alias_info is not None for argument in schema.arguments):
-            return True
-    return False

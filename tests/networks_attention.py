@@ -107,6 +107,26 @@ class Rotary(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
+class Alibi(nn.Module):
+    """Heads whose distances weigh differently, multiplied as a batch of batch x heads, as in BLOOM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(E, E, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, steps, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, steps, H, D).transpose(1, 2).reshape(batch * H, steps, D)
+            for layer in (self.q, self.k, self.v)
+        )
+        places = torch.arange(steps).to(x)
+        far = (places - places[:, None]).abs() * torch.linspace(0.2, 0.7, H).to(x)[:, None, None]
+        mixed = torch.bmm(torch.baddbmm(-far.repeat(batch, 1, 1), q, k.mT).softmax(-1), v)
+        result: Tensor = self.out(mixed.view(batch, H, steps, D).transpose(1, 2).reshape(batch, steps, E))
+        return result
+
+
 class Letters(nn.Module):
     """Attention with einsum and parameters (heads, size, features)."""
 
@@ -206,6 +226,7 @@ ATTENTION: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], list[tuple[i
     "rotary-halves": lambda: (Block(Rotary("halves")), STEPS, [(E,), (2,), (2, 3), (2, D)]),
     "rotary-pairs": lambda: (Block(Rotary("pairs")), STEPS, [(E,), (2,), (2, 3), (2, D)]),
     "rotary-complex": lambda: (Block(Rotary("complex")), STEPS, [(E,), (2,), (2, 3), (2, D)]),
+    "alibi": lambda: (Block(Alibi()), STEPS, [(E,), *[(D,)] * (2 * H)]),
     "letters": lambda: (Block(Letters()), STEPS, FULL),
     "stacked": lambda: (Block(Stacked()), STEPS, [(E,), (E,), (E,)]),
     "windows-shifted": lambda: (Block(Shifted()), STEPS, FULL),

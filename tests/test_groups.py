@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedrebasin import check_spec, identity_perms, permute, trace
+from fedrebasin import check_spec, identity_perms, permute, random_perms, trace, weight_matching
 from fedrebasin.axes import concat, leaf, product, unify
 from fedrebasin.axes.families import settle_op
 
@@ -30,6 +30,33 @@ class Flat(nn.Module):
         for part in self.weights.split(72):
             x = torch.relu(x @ part[:64].view(8, 8).T + part[64:])
         found: Tensor = self.last(x)
+        return found
+
+
+class Stacked(nn.Module):
+    """Square layers whose weights, biases and gains are stacked, each kind in one parameter."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.Parameter(torch.randn(depth, 8, 8)), nn.Parameter(torch.randn(depth, 8))
+        self.gains, self.last = nn.Parameter(torch.randn(depth, 8)), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.tanh(x @ weight + bias) * self.gains[index]
+        found: Tensor = self.last(x)
+        return found
+
+
+class Gated(nn.Module):
+    """Hidden rows of which one is read beside all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.second(self.first(x)) + self.second.weight @ self.second.weight[3])
         return found
 
 
@@ -72,6 +99,22 @@ def test_every_layer_of_a_flat_parameter_has_an_order_of_its_own_however_many_th
     net, inputs = Flat(16), (torch.zeros(2, 8),)
     spec = check_spec(net, trace(net, inputs), inputs)
     assert list(spec.perm_shapes.values()) == [(8,)] * 16 and spec.notes == ()
+
+
+def test_layers_that_are_stacked_in_one_parameter_have_orders_of_their_own() -> None:
+    net, inputs = Stacked(3), (torch.zeros(2, 8),)
+    spec = check_spec(net, trace(net, inputs), inputs)
+    assert list(spec.perm_shapes.values()) == [(8,)] * 3 and spec.notes == ()
+    assert "parts of one unit each: weights:0, biases:0, gains:0" in str(spec)
+    state = net.state_dict()
+    moved = permute(spec, random_perms(spec, 1), state)
+    back = permute(spec, weight_matching(spec, state, moved).perms, moved)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_one_row_of_a_weight_that_is_read_whole_as_well_has_the_order_of_all() -> None:
+    net, inputs = Gated(), (torch.zeros(2, 8),)
+    assert sorted(check_spec(net, trace(net, inputs), inputs).perm_shapes.values()) == [(3,), (6,)]
 
 
 def test_every_layer_of_shuffled_groups_adds_the_same_freedom() -> None:

@@ -94,6 +94,53 @@ def test_a_zero_state_that_two_layers_share_ties_nothing() -> None:
     assert len(trace(Shared(), (torch.zeros(2, 3),)).perm_shapes) == 2
 
 
+class _Cells(nn.Module):
+    """Two recurrent layers that begin with the same state."""
+
+    def __init__(self, state: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.GRUCell(3, 4), nn.GRUCell(4, 4), nn.Linear(4, 2)
+        self.state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.state(x)
+        one = self.one(x, one)
+        found: Tensor = self.last(self.two(one, two))
+        return found
+
+
+def _twice(state: Tensor) -> tuple[Tensor, Tensor]:
+    return state, state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda x: _twice(torch.zeros(2, 4).to(x.device)),
+        lambda x: _twice(torch.zeros(2, 4).type_as(x).clone()),
+        lambda x: _twice(torch.zeros(4).unsqueeze(0).expand(2, -1)),
+        lambda x: _twice(torch.zeros(1, 4).repeat(len(x), 1)),
+        lambda x: _twice(torch.zeros(4, 1, 2)[:, 0].t().contiguous()),
+        lambda x: _twice(torch.autograd.Variable(torch.zeros(8)).view(2, 4)),
+        lambda x: list(torch.zeros(2, len(x), 4)),
+        lambda x: torch.zeros(2, 8).chunk(2, 1),
+    ],
+)
+def test_a_zero_state_ties_nothing_however_it_is_shaped(state: Callable[[Tensor], Any]) -> None:
+    net, inputs = _Cells(state), (torch.zeros(2, 3),)
+    assert list(check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes.values()) == [(4,), (4,)]
+
+
+def test_a_state_that_is_written_by_way_of_a_view_ties_what_uses_it() -> None:
+    def state(x: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(1, 2, 4)
+        zeros[0].unsqueeze(0).add_(torch.arange(4.0))
+        return _twice(zeros.squeeze(0))
+
+    net, inputs = _Cells(state), (torch.zeros(2, 3),)
+    assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {}
+
+
 def test_tied_weights_share_their_perms() -> None:
     net, inputs = networks.NETWORKS["two-inputs"]()
     spec = trace(net, inputs)

@@ -191,13 +191,13 @@ def _walk(node: Node, context: Context, seen: set[tuple[Node, Context]]) -> Iter
 
 def _fix_repeated_factors(axes: Iterable[Node]) -> None:
     """Fix what is in more than one factor of an axis: a permutation would act twice, an outer index is two indices."""
-    nodes = _all_below(axes)
+    nodes = all_below(axes)
     repeated: set[Node] = set()
     for node in nodes:
         if node.kind is Kind.PRODUCT:
             seen: set[Node] = set()
             for factor in node.children:
-                inside = _all_below([factor])
+                inside = all_below([factor])
                 repeated |= seen & inside
                 seen |= inside
     for node in nodes:
@@ -207,7 +207,7 @@ def _fix_repeated_factors(axes: Iterable[Node]) -> None:
             fix(node, OVER_TWICE)
 
 
-def _all_below(axes: Iterable[Node]) -> set[Node]:
+def all_below(axes: Iterable[Node]) -> set[Node]:
     """The axes and all that is below them."""
     found: set[Node] = set()
     waiting = [axis.root for axis in axes]

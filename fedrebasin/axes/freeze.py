@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 
-from fedrebasin.axes.node import Kind, Node, at_index, concat, family, flatten, is_fixed, leaves, product
+from fedrebasin.axes.node import Kind, Node, at_index, concat, family, flatten, is_fixed, leaves, product, reason_of
 from fedrebasin.layout import Each, Fixed, Free, Layout, Product, Sum
 
 #: A free leaf, a fixed outer axis, or a family with one permutation for each index of a free outer axis.
@@ -96,7 +96,7 @@ def _freeze(node: Node, names: dict[Key, str]) -> Layout:
     outer = node in names
     if is_fixed(node) and (outer or not any(below in names for below in _fixed_below(node))):
         reasons = dict.fromkeys(end.reason for end in leaves(node) if end.reason)
-        return Fixed(node.size, "; ".join(reasons) or "size 1", names.get(node, ""))
+        return Fixed(node.size, "; ".join(reasons) or reason_of(node), names.get(node, ""))
     if node.kind is Kind.SUM:
         return Sum(tuple(_freeze(child, names) for child in flatten(node, Kind.SUM)))
     if node.kind is Kind.PRODUCT:

@@ -165,7 +165,8 @@ def is_fixed(node: Node) -> bool:
 
 def reason_of(node: Node) -> str:
     """Why a fixed axis is fixed; one unit needs no other reason."""
-    return next((end.reason for end in leaves(node) if end.reason), "size 1")
+    alone = "size 1" if node.size == 1 else "parts of one unit each"
+    return next((end.reason for end in leaves(node) if end.reason), alone)
 
 
 def fix(node: Node, reason: str) -> None:

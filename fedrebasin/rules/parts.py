@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf, narrowed
-from fedrebasin.axes.node import Kind, flatten, key_of
+from fedrebasin.axes.node import Kind, flatten, key_of, mentions
 from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
 
 def narrow(traced: Traced, value: Value, dim: int, start: int, length: int) -> Value:
     """The ``length`` indices from ``start`` along ``dim``."""
-    del traced
+    traced.in_part = True
     axis = value.axes[dim].root
     if length == axis.size:
         return Value(list(value.axes))
@@ -36,8 +36,21 @@ def narrow(traced: Traced, value: Value, dim: int, start: int, length: int) -> V
 def select(traced: Traced, value: Value, dim: int, index: int) -> Value:
     """One index along ``dim``, whose axis is dropped."""
     dim %= len(value.axes)
+    layers = value.axes[dim].root
+    for axis in value.axes if layers.free_leaf else ():
+        if axis.root is not layers and _only_beside(traced, axis.root, layers):
+            axes.depend(axis, [layers])
     kept = narrow(traced, value, dim, index % value.axes[dim].size, 1)
     return Value([axis for other, axis in enumerate(kept.axes) if other != dim])
+
+
+def _only_beside(traced: Traced, axis: Node, outer: Node) -> bool:
+    """Whether each tensor so far that has ``axis`` has ``outer``, too: layers in one parameter, each with its order."""
+    return all(
+        any(mentions(other, outer) for other in tensor)
+        for tensor in traced.tensors
+        if any(mentions(other, axis) for other in tensor)
+    )
 
 
 def stack(traced: Traced, values: Sequence[Value], dim: int = 0) -> Value:

@@ -40,12 +40,13 @@ class Value:
 @dataclass
 class Traced:
     """What the rules share: tied axes, seen tensors, running statistics; of the op at hand the shapes that it returns,
-    and which entries of a list of indices are masks of booleans."""
+    which entries of a list of indices are masks of booleans, and whether it leaves units out."""
 
     tensors: list[list[Node]] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     masks: set[int] = field(default_factory=set)
+    in_part: bool = False
     unlike: list[tuple[Node, Node]] = field(default_factory=list)
 
     def tie(self, *nodes: Node) -> Node:

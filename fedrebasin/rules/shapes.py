@@ -7,6 +7,8 @@ from typing import Any
 
 from fedrebasin import axes
 from fedrebasin.axes import Node, leaf
+from fedrebasin.axes.families import all_below
+from fedrebasin.axes.node import Kind, flatten
 from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
 
 
@@ -44,14 +46,16 @@ def regroup(traced: Traced, x: Value, *_: Any, **__: Any) -> Value:
             else:
                 sizes.append(targets.pop(0))
                 want *= sizes[-1]
-        found += _resplit(joined, sizes)
+        found += _resplit(joined, sizes, x.axes)
     return Value([leaf(1) if size == 1 else found.pop(0) for size in shape])
 
 
-def _resplit(joined: list[Node], sizes: list[int]) -> list[Node]:
+def _resplit(joined: list[Node], sizes: list[int], everything: list[Node]) -> list[Node]:
     if all(map(axes.is_fixed, joined)):
-        reason = axes.reason_of(axes.product(joined))
-        return [leaf(size, reason) for size in sizes]
+        whole = axes.product(joined)
+        outer = {node.over.root for node in all_below(everything) if node.over is not None}
+        kept = axes.split(whole, sizes) if not outer.isdisjoint(flatten(whole, Kind.PRODUCT)) else None
+        return kept or [leaf(size, axes.reason_of(whole)) for size in sizes]
     for dim in range(1, len(joined)):  # an inner factor may depend on the outer ones until some tensor shows otherwise
         axes.depend(joined[dim], [outer for outer in joined[:dim] if not axes.is_fixed(outer)])
     parts = axes.split(axes.product(joined), sizes)
