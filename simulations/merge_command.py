@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedrebasin.allocator import keep_nothing_freed
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.connectivity import loss_along_path, loss_barrier
-from fedrebasin.corrections.methods import CorrectionSetting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import UsageError
 from fedrebasin.perms import Perms
 from fedrebasin.permute import permute
@@ -71,7 +71,7 @@ def merge_files(request: Request) -> Merged:
         states = open_inputs(request.files, scratch=Path(scratch))
         network = _network(request, plan, states, limit)
         check_fit(network.spec, states)
-        batches, labelled = _calibration(request, network)
+        batches, labelled = _calibration(request, plan, network)
         if labelled and (request.dry_run or needs_data(plan, labelled=True)):
             check_labels(_module(network), batches or [])
         whole = _whole(plan, correction, data=batches is not None)
@@ -133,18 +133,27 @@ def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit:
     )
 
 
-def _calibration(request: Request, network: Network) -> tuple[list[Any] | None, bool]:
+def _calibration(request: Request, plan: Plan, network: Network) -> tuple[list[Any] | None, bool]:
     if request.calibration is None:
         return None, False
     if len(network.inputs) != 1:
         raise UsageError(f"--calibration: needs a model of one input; --input was given {len(network.inputs)} times")
-    return read_calibration(
+    batches, labelled = read_calibration(
         *(request.calibration, sizes(network.example), network.inputs[0].dtype),
         count=request.examples,
         seed=request.seed,
         mean=numbers(request.mean, "--mean"),
         std=numbers(request.std, "--std"),
     )
+    corrects = request.correction != "none" and CORRECTIONS[request.correction].inputs
+    always = corrects or request.plot is not None or needs_data(plan, labelled=False)
+    with_labels = request.dry_run or needs_data(plan, labelled=True)
+    if not (always or (with_labels and labelled)):
+        raise UsageError(
+            f"--calibration: nothing that is asked for uses it{' without labels' if with_labels else ''}; leave it "
+            "out, or give a --correction or --matching on data, or --plot"
+        )
+    return batches, labelled
 
 
 def _whole(plan: Plan, correction: str, *, data: bool) -> str:
