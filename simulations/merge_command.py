@@ -31,8 +31,9 @@ from fedrebasin.simulations.merge_request import Request, check_output, correcti
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
 
-#: float32 copies of a model besides the models: of a joint matching, or by more than weights; of a correction
-_JOINT_COPIES, _CORRECTION_COPIES = 4, 3
+#: float32 copies of a model besides the models: of a joint matching, or by more than weights; of a correction; of each
+#: shadow that is trained on data, Adam's
+_JOINT_COPIES, _CORRECTION_COPIES, _SHADOW_COPIES = 4, 3, 2
 _LAMS = 11
 
 
@@ -77,9 +78,11 @@ def merge_files(request: Request) -> Merged:
         whole = _whole(plan, correction, data=batches is not None)
         copies = _JOINT_COPIES + len(states) if plan.joint or plan.matching != "weight" else 0
         copies += _CORRECTION_COPIES + 2 * len(states) if correction or batches is not None else 0
-        needs = needs_of(network.spec, states, whole=whole, copies=copies)
+        copies += _SHADOW_COPIES * len(states) if plan.joint and needs_data(plan, labelled=labelled) else 0
+        relaxed = len(states) if plan.joint == "cycle-consistent" else 2 if plan.matching != "weight" else 0
+        needs = needs_of(network.spec, states, whole=whole, copies=copies, relaxed=relaxed)
         streamed = streams(limit, needs)
-        if streamed:
+        if limit is not None:
             keep_nothing_freed()
         request.on_phase("reading the files")
         digests = check_values(states, network.spec)

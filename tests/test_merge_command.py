@@ -137,6 +137,14 @@ def test_a_merge_tensor_by_tensor_writes_the_same_bytes(
     assert hidden_files(folder) == ["out.safetensors", "out2.safetensors"]
 
 
+def test_the_order_of_files_of_two_types_does_not_change_what_memory_is_expected(folder: Path) -> None:
+    state = plant(folder)
+    save(folder / "b.safetensors", {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()})
+    files = [StoredState(f"{name}.safetensors") for name in "ab"]
+    first, second = (merge_command.needs_of(spec_of(), order, base=0).held for order in (files, files[::-1]))
+    assert first == second
+
+
 def test_what_does_not_fit_names_the_figure_that_would_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(folder, 3)
     spec_of().save("spec.json")
