@@ -36,7 +36,11 @@ def merge(
         Path | None, typer.Option(help="The file whose order of units the others take; default: the heaviest.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How three models or more are aligned to each other, as in match_many.")
+        str,
+        typer.Option(
+            help="How three models or more are aligned to each other, as in match_many; straight-through-many learns "
+            "from --calibration with labels."
+        ),
     ] = "",
     correction: Annotated[
         str, typer.Option(help="none, or a correction on --calibration: least-squares, repair, reset-batchnorm, ...")

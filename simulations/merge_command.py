@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedrebasin.allocator import keep_nothing_freed
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.connectivity import loss_along_path, loss_barrier
-from fedrebasin.corrections.methods import CorrectionSetting, correct
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.errors import UsageError
 from fedrebasin.perms import Perms
 from fedrebasin.permute import permute
@@ -31,8 +31,9 @@ from fedrebasin.simulations.merge_request import Request, check_output, correcti
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
 
-#: float32 copies of a model besides the models: of a joint matching, or by more than weights; of a correction
-_JOINT_COPIES, _CORRECTION_COPIES = 4, 3
+#: float32 copies of a model besides the models: of a joint matching, or by more than weights; of a correction; of each
+#: shadow that is trained on data, Adam's
+_JOINT_COPIES, _CORRECTION_COPIES, _SHADOW_COPIES = 4, 3, 2
 _LAMS = 11
 
 
@@ -71,15 +72,17 @@ def merge_files(request: Request) -> Merged:
         states = open_inputs(request.files, scratch=Path(scratch))
         network = _network(request, plan, states, limit)
         check_fit(network.spec, states)
-        batches, labelled = _calibration(request, network)
+        batches, labelled = _calibration(request, plan, network)
         if labelled and (request.dry_run or needs_data(plan, labelled=True)):
             check_labels(_module(network), batches or [])
         whole = _whole(plan, correction, data=batches is not None)
         copies = _JOINT_COPIES + len(states) if plan.joint or plan.matching != "weight" else 0
         copies += _CORRECTION_COPIES + 2 * len(states) if correction or batches is not None else 0
-        needs = needs_of(network.spec, states, whole=whole, copies=copies)
+        copies += _SHADOW_COPIES * len(states) if plan.joint and needs_data(plan, labelled=labelled) else 0
+        relaxed = len(states) if plan.joint == "cycle-consistent" else 2 if plan.matching != "weight" else 0
+        needs = needs_of(network.spec, states, whole=whole, copies=copies, relaxed=relaxed)
         streamed = streams(limit, needs)
-        if streamed:
+        if limit is not None:
             keep_nothing_freed()
         request.on_phase("reading the files")
         digests = check_values(states, network.spec)
@@ -133,18 +136,27 @@ def _network(request: Request, plan: Plan, states: Sequence[StoredState], limit:
     )
 
 
-def _calibration(request: Request, network: Network) -> tuple[list[Any] | None, bool]:
+def _calibration(request: Request, plan: Plan, network: Network) -> tuple[list[Any] | None, bool]:
     if request.calibration is None:
         return None, False
     if len(network.inputs) != 1:
         raise UsageError(f"--calibration: needs a model of one input; --input was given {len(network.inputs)} times")
-    return read_calibration(
+    batches, labelled = read_calibration(
         *(request.calibration, sizes(network.example), network.inputs[0].dtype),
         count=request.examples,
         seed=request.seed,
         mean=numbers(request.mean, "--mean"),
         std=numbers(request.std, "--std"),
     )
+    corrects = request.correction != "none" and CORRECTIONS[request.correction].inputs
+    always = corrects or request.plot is not None or needs_data(plan, labelled=False)
+    with_labels = request.dry_run or needs_data(plan, labelled=True)
+    if not (always or (with_labels and labelled)):
+        raise UsageError(
+            f"--calibration: nothing that is asked for uses it{' without labels' if with_labels else ''}; leave it "
+            "out, or give a --correction or --matching on data, or --plot"
+        )
+    return batches, labelled
 
 
 def _whole(plan: Plan, correction: str, *, data: bool) -> str:

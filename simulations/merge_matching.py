@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
-from fedrebasin.matching.many import MANY_METHODS, match_many
+from fedrebasin.matching.many import MANY_METHODS, ON_DATA, match_many
 from fedrebasin.matching.methods import JOINT_METHOD, METHODS, MatchingSetting, find_matching
 from fedrebasin.perms import Perms, identity_perms
 from fedrebasin.spec import PermutationSpec
@@ -83,6 +83,8 @@ def plan_matching(
 
 def needs_data(plan: Plan, *, labelled: bool) -> bool:
     """Whether the matching runs the network."""
+    if plan.joint:
+        return labelled and plan.joint == ON_DATA
     method = METHODS[plan.matching]
     return method.inputs or (method.choice and labelled)
 
@@ -99,10 +101,12 @@ def match(
     seed: int,
 ) -> Found:
     """Find the permutations."""
-    if plan.joint:
-        many = match_many(spec, states, coefficients=weights, method=plan.joint, seed=seed)
-        return Found(many.perms, many.objective, many.objective_before, {})
     loss = nn.functional.cross_entropy if labelled else None
+    if plan.joint:
+        runs = needs_data(plan, labelled=labelled)
+        data: dict[str, Any] = {"net": net, "batches": calibration, "loss": loss} if runs else {}
+        many = match_many(spec, states, coefficients=weights, method=plan.joint, seed=seed, **data)
+        return Found(many.perms, many.objective, many.objective_before, many.measures)
     setting = MatchingSetting(spec, net, calibration, loss, seed)
     perms: list[Perms] = []
     measures: dict[str, float] = {}

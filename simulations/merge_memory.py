@@ -10,8 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.plan import plan_of
+from fedrebasin.matching.relaxed import no_logits
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.stored import StoredState
 
@@ -23,6 +26,8 @@ _COPIES = 7
 _SIMILARITIES = 7
 #: copies of all tensors that the projections of heads and groups hold together
 _FAMILY = 5
+#: copies of a model's relaxed permutations: where they are, were and go to, points between, gradients, scores
+_RELAXED = 6
 #: what the proof of a spec holds for each parameter: the network's own float32, three float64
 _PROOF = 28
 #: buffers, and what the allocator does not give back
@@ -58,7 +63,8 @@ def size_text(size: float) -> str:
 class Needs:
     """Bytes of memory at the peak, estimated from above: with the models held, and read tensor by tensor.
 
-    ``streamed`` is None where what is asked for cannot do with it; ``why`` says what.
+    The allocator is taken to keep nothing that was freed, as under a limit. ``streamed`` is None where what is asked
+    for cannot do with it; ``why`` says what.
     """
 
     held: int
@@ -67,7 +73,13 @@ class Needs:
 
 
 def needs_of(
-    spec: PermutationSpec, states: Sequence[StoredState], *, whole: str = "", copies: int = 0, base: int | None = None
+    spec: PermutationSpec,
+    states: Sequence[StoredState],
+    *,
+    whole: str = "",
+    copies: int = 0,
+    relaxed: int = 0,
+    base: int | None = None,
 ) -> Needs:
     """Estimate the peak.
 
@@ -79,6 +91,8 @@ def needs_of(
         What needs the models as a whole, for messages; "" if nothing does.
     copies : int
         How many float32 copies of a model that takes besides the models.
+    relaxed : int
+        For how many models it takes relaxed permutations.
     base : int, optional
         What the process holds before; by default what it holds now.
     """
@@ -95,10 +109,16 @@ def needs_of(
     units = [block.size for block in plan.blocks]
     step = max([_COPIES * max(sizes.values(), default=0), *families])
     streamed = base + _MARGIN + step + _SIMILARITIES * 4 * max(units, default=0) ** 2
-    narrow = any(entry.dtype.itemsize < 4 for entry in states[0].entries.values())
     one = sum(sizes.values())
     held = streamed + sum(state.nbytes for state in states) + 8 * sum(size**2 for size in units)
-    held += (copies + (2 if narrow else 0)) * one
+    # narrow tensors are cast: those of the pair that is matched, and of all models where they are looked at together
+    narrow = any(
+        entry.numel * entry.dtype.itemsize < sizes[name] for state in states for name, entry in state.entries.items()
+    )
+    held += (copies + ((2 + len(states) if whole else 2) if narrow else 0)) * one
+    matrices = no_logits(spec, torch.empty((), device="meta")).values() if relaxed else ()
+    entry_size = 8 if any(wide[name] for name in plan.names) else 4
+    held += relaxed * _RELAXED * entry_size * sum(matrix.numel() for matrix in matrices)
     return Needs(held, None if whole else streamed, whole)
 
 

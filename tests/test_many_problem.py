@@ -36,6 +36,13 @@ def tiny(width: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Permutatio
     return trace(nets[0], (torch.zeros(2, 3, dtype=dtype),)), [net.state_dict() for net in nets]
 
 
+def test_a_model_of_a_narrow_type_is_cast_once() -> None:
+    spec, models = tiny()
+    narrow = [{name: tensor.bfloat16() for name, tensor in model.items()} for model in models]
+    for pair in ManyProblem(spec, narrow, [0.25] * 4).pairs:
+        assert all(pair.reference[name] is pair.model[name] for name in pair.model)
+
+
 def slow_objective(
     spec: PermutationSpec,
     models: Sequence[Mapping[str, Tensor]],

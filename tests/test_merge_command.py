@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from merge_cases import NET, USER_CODE, Net, hidden_files, load, output_of, plant, random_state, run, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedrebasin import PermutationSpec, check_spec, match_many, merge, permute, trace, weight_matching
 from fedrebasin.simulations import merge_command
+from fedrebasin.simulations.merge_data import read_calibration
 from fedrebasin.simulations.merge_memory import resident
 from fedrebasin.stored import StoredState
 
@@ -54,6 +55,25 @@ def test_coefficients_methods_and_references_are_those_of_the_functions(folder: 
     assert run(f"{files} {NET} --output out.safetensors --coefficients 5,3,2 --reference b.safetensors") == 0
     aligned = [permute(spec, weight_matching(spec, states[1], state).perms, state) for state in states]
     expected = merge(aligned, coefficients=weights)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load("out.safetensors").items())
+
+
+def test_straight_through_many_learns_from_calibration_data_with_labels(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = [random_state(seed) for seed in range(3)]
+    for name, state in zip("abc", states, strict=True):
+        save(folder / f"{name}.safetensors", state)
+    images = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(1)).numpy()
+    np.savez("data.npz", x=images, y=np.arange(60) % 4)
+    line = f"a.safetensors b.safetensors c.safetensors {NET} --method straight-through-many"
+    assert run(f"{line} --output out.safetensors --calibration data.npz") == 0
+    batches, _ = read_calibration(folder / "data.npz", (3, 8, 8))
+    data = {"net": Net(), "batches": batches, "loss": nn.functional.cross_entropy}
+    found = match_many(spec_of(), states, method="straight-through-many", **data)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert all([name, f"{value:.6g}"] in rows for name, value in found.measures.items()) and "loss" in found.measures
+    expected = merge([permute(spec_of(), p, s) for p, s in zip(found.perms, states, strict=True)])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load("out.safetensors").items())
 
 
@@ -115,6 +135,14 @@ def test_a_merge_tensor_by_tensor_writes_the_same_bytes(
     held, streamed = load("out.safetensors"), load("out2.safetensors")
     assert all(torch.equal(streamed[name], tensor) for name, tensor in held.items())
     assert hidden_files(folder) == ["out.safetensors", "out2.safetensors"]
+
+
+def test_the_order_of_files_of_two_types_does_not_change_what_memory_is_expected(folder: Path) -> None:
+    state = plant(folder)
+    save(folder / "b.safetensors", {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()})
+    files = [StoredState(f"{name}.safetensors") for name in "ab"]
+    first, second = (merge_command.needs_of(spec_of(), order, base=0).held for order in (files, files[::-1]))
+    assert first == second
 
 
 def test_what_does_not_fit_names_the_figure_that_would_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

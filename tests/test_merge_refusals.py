@@ -70,6 +70,24 @@ def test_options_that_make_no_sense_are_refused(line: str, folder: Path, capsys:
     assert OPTIONS[line] in refused(line.replace('"', '\\"'), folder, capsys)
 
 
+@pytest.mark.parametrize("options", ["", "--method merge-many", "--correction bias-normalisation"])
+def test_calibration_data_that_nothing_uses_is_refused(
+    options: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("c.npz", x=np.zeros((5, 3, 8, 8), np.float32), y=[0, 1, 2, 3, 0])
+    said = refused(f"{FILES} {NET} --calibration c.npz --output out.safetensors {options}", folder, capsys)
+    assert "--calibration: nothing that is asked for uses it; leave it out, or give a --correction" in said
+
+
+@pytest.mark.parametrize("options", ["--method straight-through-many", "--matching sinkhorn", "--dry-run"])
+def test_calibration_data_that_is_used_with_labels_only_is_refused_without(
+    options: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("c.npy", np.zeros((5, 3, 8, 8), np.float32))
+    said = refused(f"{FILES} {NET} --calibration c.npy --output out.safetensors {options}", folder, capsys)
+    assert "--calibration: nothing that is asked for uses it without labels; leave it out" in said
+
+
 def test_a_spec_that_is_not_proved_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace(Net(), (torch.randn(2, 3, 8, 8),)).save("spec.json")
     line = f"{FILES} --spec spec.json --output out.safetensors"

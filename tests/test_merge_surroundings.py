@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from merge_cases import NET, hidden_files, load, output_of, plant, run
 
 from fedrebasin.simulations import cli, merge_command
+from fedrebasin.simulations.merge_memory import parse_memory
 
 pytestmark = pytest.mark.usefixtures("folder")
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -62,3 +65,23 @@ def test_the_peak_of_a_merge_tensor_by_tensor_stays_under_the_limit(folder: Path
 
     make_pair(folder, 60, 512)  # 0.57 GB each
     assert run_merge(folder, "out", "--memory", "1GB")["peak-gb"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["merge-many", "straight-through-many", "cycle-consistent"])
+def test_the_peak_of_models_that_are_held_stays_under_what_was_expected(method: str, folder: Path) -> None:
+    from fedrebasin.simulations.bench.merge import make_pair
+
+    make_pair(folder, 20, 256)
+    shutil.copy("a.safetensors", "c.safetensors")
+    line = "merge a.safetensors b.safetensors c.safetensors --spec spec.json --no-check --output out.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-m", "fedrebasin.simulations.cli", *f"{line} --memory 9GB --method {method}".split()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"expected (\S+ .B).*the peak of this process was (\S+ .B)", " ".join(done.stdout.split()))
+    assert found is not None
+    expected, peak = map(parse_memory, found.groups())
+    assert peak is not None and expected is not None and peak <= expected

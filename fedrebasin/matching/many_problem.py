@@ -46,12 +46,12 @@ class ManyProblem:
         self.coefficients = list(coefficients)
         self.places, self.blocks = range(len(models)), self.plan.blocks
         self.pairs = [
-            WeightProblem(spec, model, model, device=device, labels=(label, label))
+            _with_itself(WeightProblem(spec, model, model, device=device, labels=(label, label)))
             for label, model in zip(labels or [f"models[{place}]" for place in self.places], models, strict=True)
         ]
         if len({pair.dtype for pair in self.pairs}) > 1:
             wide = [{name: x.to(wide_type(x) or x.dtype) for name, x in model.items()} for model in models]
-            self.pairs = [WeightProblem(spec, model, model, device=device) for model in wide]
+            self.pairs = [_with_itself(WeightProblem(spec, model, model, device=device)) for model in wide]
         norms = [{name: scale**0.5 for name, scale in pair.scales.items()} for pair in self.pairs]
         for name in self.plan.names:
             mean = sum(c * norm[name] for c, norm in zip(self.coefficients, norms, strict=True))
@@ -127,3 +127,9 @@ class ManyProblem:
             improve(pair, block)
         pair.reference.update({name: pair.model[name] for name in self.plan.names})
         pair.forget()
+
+
+def _with_itself(pair: WeightProblem) -> WeightProblem:
+    """A pair of two times the same model, which is cast once and not for each side."""
+    pair.reference.update(pair.model)
+    return pair

@@ -89,6 +89,7 @@ class WeightProblem:
     def forget(self) -> None:
         """Drop what is kept of the similarities, after a change of ``reference``."""
         self._constant.clear()
+        self._totals.clear()
         self._kept.clear()
         self._unfolded.clear()
 

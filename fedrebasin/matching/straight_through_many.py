@@ -65,11 +65,11 @@ def straight_through_many(problem: ManyProblem, *, seed: int = 0) -> list[float]
     shadows = _shadows(problem)
     for _ in range(_STEPS):
         drawn = _coefficients(len(shadows), generator)
-        current = [{name: pair.current(name) for name in problem.plan.names} for pair in problem.pairs]
         for name in problem.plan.names:
-            total = torch.stack([c * tensors[name] for c, tensors in zip(drawn, current, strict=True)]).sum(0)
-            for c, tensors, shadow in zip(drawn, current, shadows, strict=True):  # what is its own does not turn it
-                shadow[name] += len(shadows) ** 2 * c * (total - c * tensors[name])
+            current = [pair.current(name) for pair in problem.pairs]
+            total = torch.stack([c * tensor for c, tensor in zip(drawn, current, strict=True)]).sum(0)
+            for c, tensor, shadow in zip(drawn, current, shadows, strict=True):  # what is its own does not turn it
+                shadow[name] += len(shadows) ** 2 * c * (total - c * tensor)
         for place, shadow in enumerate(shadows):
             _project(problem, place, shadow)
         objective = problem.objective()
