@@ -16,6 +16,11 @@ from fedrebasin.resizable import seen_unread
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trace import trace
 
+_UNSEEN = (
+    "no output on random weights depends on what is permuted, so the proof has seen nothing; give example_inputs that "
+    "reach it (an empty batch or a mask of zeros hides all)"
+)
+
 
 def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, seed: int = 0) -> PermutationSpec:
     """Prove that no permutation of ``spec`` changes the function of ``model``.
@@ -42,8 +47,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     Raises
     ------
     InvalidSpecError
-        If an output changes; the message names the permutation, the tensor and the op. If none depends on any weight
-        that is permuted.
+        If an output changes; the message names the permutation, the tensor and the op.
     SpecMismatchError
         If the spec is of another architecture.
 
@@ -67,8 +71,8 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
                 "of their size, so no spec can be proved; let evaluation mode draw no numbers and keep no state"
             )
         raise InvalidSpecError(_culprit(model, spec, example_inputs, proof, perms))
-    _check_seen(proof)
-    return replace(spec, checked=True, whole=seen_unread(proof))
+    notes = [*(note for note in spec.notes if note != _UNSEEN), *([] if _sees(proof) else [_UNSEEN])]
+    return replace(spec, checked=True, whole=seen_unread(proof), notes=tuple(notes))
 
 
 def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> PermutationSpec:
@@ -85,15 +89,11 @@ def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> Per
     return spec
 
 
-def _check_seen(proof: Proof) -> None:
-    """Refuse outputs that stay whatever the permuted weights are: they are equal for any spec."""
+def _sees(proof: Proof) -> bool:
+    """Whether an output depends on any weight that is permuted: else it is equal for any spec."""
     moved = {axis.name for axes in proof.spec.tied.values() for axis in axes}
     drawn = redraw(proof.state, proof.spec.parameters, proof.generator)
-    if moved and not proof.change_to({**proof.state, **{name: drawn[name] for name in moved}}):
-        raise InvalidSpecError(
-            "example_inputs: expected outputs that depend on the weights that are permuted; got none that does, so "
-            "nothing is proved; give inputs that reach them (an empty batch or a mask of zeros hides them all)"
-        )
+    return not moved or proof.change_to({**proof.state, **{name: drawn[name] for name in moved}}) > 0
 
 
 def _culprit(model: nn.Module, spec: PermutationSpec, example_inputs: Any, proof: Proof, perms: Perms) -> str:
