@@ -65,6 +65,18 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
     return drawn
 
 
+def stir(tensor: Tensor) -> Tensor:
+    """Scale every entry by another number in [0.5, 1.5], without a draw; whole numbers stay.
+
+    >>> stir(torch.ones(3))
+    tensor([0.5000, 1.0000, 1.5000])
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    factors = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device, dtype=tensor.real.dtype)
+    return tensor * factors.view_as(tensor)
+
+
 def _can_be_drawn(tensor: Tensor, *, is_parameter: bool) -> bool:
     if not tensor.is_floating_point():
         return is_parameter and tensor.is_complex()

@@ -8,7 +8,7 @@ from torch import Tensor
 from fedrebasin.errors import RebasinError
 from fedrebasin.layout import axis_mask
 from fedrebasin.proof import Proof
-from fedrebasin.redraw import redraw
+from fedrebasin.redraw import stir
 from fedrebasin.spec import PermutationSpec
 
 #: ops whose weight is read along this axis; of every other op a tensor with one axis is written
@@ -70,7 +70,7 @@ def _refusal(spec: PermutationSpec, perm: str) -> str:
 def seen_unread(proof: Proof) -> tuple[str, ...]:
     """The permutations of which a unit that nobody reads changes an output all the same.
 
-    One unit of each is read by zeros alone, and what writes it is drawn anew. Units inside heads or groups, and those
+    One unit of each is read by zeros alone, and what writes it is stirred. Units inside heads or groups, and those
     of ops that are refused by their names, are left out.
 
     Examples
@@ -87,28 +87,26 @@ def seen_unread(proof: Proof) -> tuple[str, ...]:
     perms = [perm for perm in spec.perm_shapes if perm not in spec.over and not _refusal(spec, perm)]
     if not perms:
         return ()
-    anew = redraw(proof.state, spec.parameters, proof.generator)
-    before = _unread(spec, perms, proof.state, proof.state)
+    before = _unread(spec, perms, proof.state, stirred=False)
     proof.outputs = proof.run(before)
 
     def changes(some: list[str]) -> bool:
-        return proof.change_to(_unread(spec, some, before, anew)) > proof.tolerance
+        return proof.change_to(_unread(spec, some, before, stirred=True)) > proof.tolerance
 
     return tuple(perm for perm in perms if changes([perm])) if changes(perms) else ()
 
 
-def _unread(
-    spec: PermutationSpec, perms: list[str], state: dict[str, Tensor], writes: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """A state in which one unit of each permutation is written by ``writes``, and read by zeros."""
+def _unread(spec: PermutationSpec, perms: list[str], state: dict[str, Tensor], *, stirred: bool) -> dict[str, Tensor]:
+    """A state in which one unit of each permutation is read by zeros, and what writes it as it is or stirred."""
     others = {perm: torch.arange(spec.perm_shapes[perm][0]) > 0 for perm in perms}
     result = {}
     for name, tensor in state.items():
         read, new = read_axis(spec, name), tensor
-        for zero in (False, True):  # what is read is zero, whoever writes it
+        for zero in (False, True) if stirred else (True,):  # what is read is zero, whoever writes it
             for dim, layout in enumerate(spec.axes[name]):
-                if (dim == read) is zero and (tensor.is_floating_point() or tensor.is_complex()):
-                    stays = axis_mask(layout, others).view([-1] + [1] * (tensor.ndim - dim - 1))
-                    new = new.where(stays, 0 * new if zero else writes[name])
+                units = (~axis_mask(layout, others)).nonzero().flatten()
+                if (dim == read) is zero and len(units) and (tensor.is_floating_point() or tensor.is_complex()):
+                    part = new.index_select(dim, units)
+                    new = new.index_copy(dim, units, torch.zeros_like(part) if zero else stir(part))
         result[name] = new
     return result
