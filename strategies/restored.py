@@ -15,6 +15,8 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 from torch import Tensor
 
 from fedrebasin.errors import UsageError
+from fedrebasin.strategies.pairs import to_pairs
+from fedrebasin.strategies.records import select_arrays
 from fedrebasin.strategies.state import Facts, decode
 
 _NUMBERS = (int, float, np.generic, np.ndarray, Tensor)
@@ -78,13 +80,14 @@ def _renewed(present: Any, value: Any) -> Any:
 
 
 def check_moments(links: Sequence[Strategy], model: ArrayRecord) -> None:
-    """See that what Flower's server optimizers keep for each tensor has that tensor's shape.
+    """See that what Flower's server optimizers keep for each tensor has that tensor's shape, of a complex one in pairs.
 
     Raises
     ------
     ValueError
         If it has not.
     """
+    params = to_pairs(select_arrays(model, list(model)))
     for link in links:
         if not isinstance(link, FedOpt | FedAvgM):
             continue
@@ -94,8 +97,8 @@ def check_moments(links: Sequence[Strategy], model: ArrayRecord) -> None:
             if isinstance(held, list) and current is not None:  # FedAvgM's has no names
                 held = dict(zip(current, held, strict=True))
             for name, array in held.items() if isinstance(held, Mapping) else ():
-                if name in model and tuple(array.shape) != tuple(model[name].shape):
+                if name in params and tuple(array.shape) != tuple(params[name].shape):
                     raise ValueError(
                         f"{type(link).__name__}.{kind} has {name!r} as {tuple(array.shape)}, the model has "
-                        f"{tuple(model[name].shape)}"
+                        f"{tuple(params[name].shape)}"
                     )

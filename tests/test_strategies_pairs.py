@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flower_messages import State, play_round, trained_copy
+from flower_messages import MemoryGrid, State, answer, play_round, trained_copy
 from flwr.app import ArrayRecord
 from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import SimpleClientManager
@@ -22,7 +23,7 @@ from test_strategies_legacy import Client
 from fedrebasin import permute, random_perms
 from fedrebasin.strategies import Rebasin
 from fedrebasin.strategies.legacy import Rebasin as LegacyRebasin
-from fedrebasin.strategies.records import record_to_state
+from fedrebasin.strategies.records import record_to_state, state_to_record
 
 SENT = weights(0)
 INNER: dict[str, Callable[[], Strategy]] = {
@@ -80,6 +81,18 @@ def test_after_a_round_apart_the_inner_strategy_steps_from_the_complex_weights()
     found, _ = play_round(strategy, state, copies(state), server_round=2)
     expected, _ = play_round(INNER["FedAvgM"](), in_pairs(state), [in_pairs(one) for one in copies(state)])
     assert equal(found, expected)
+
+
+@pytest.mark.parametrize("inner", ["FedAdam", "FedAvgM"])
+def test_a_resumed_run_takes_up_the_moments_of_complex_weights(inner: str, tmp_path: Path) -> None:
+    def run(rounds: int, folder: Path | None) -> ArrayRecord:
+        strategy = Rebasin(INNER[inner](), spec=spec_of(), reference="global", checkpoint_dir=folder)
+        states = dict(enumerate(copies(SENT), 1))
+        grid = MemoryGrid(dict.fromkeys(states, lambda message: answer(message, states[message.metadata.dst_node_id])))
+        return strategy.start(grid, state_to_record(SENT), num_rounds=rounds).arrays
+
+    run(1, tmp_path)
+    assert equal(run(2, tmp_path), state_to_record(in_pairs(record_to_state(run(2, None)))))
 
 
 def test_the_older_interface_does_the_same() -> None:
