@@ -43,6 +43,8 @@ def to_pairs(record: ArrayRecord) -> ArrayRecord:
 def from_pairs(record: Mapping[str, Array], like: Mapping[str, Array]) -> ArrayRecord:
     """The record in the order of ``like``, with complex arrays where that has them; keys that it lacks are left out.
 
+    What is no pairs of that shape is handed on as it is.
+
     Examples
     --------
     >>> like = ArrayRecord({"weight": Array(np.array([1 + 2j]))})
@@ -53,7 +55,8 @@ def from_pairs(record: Mapping[str, Array], like: Mapping[str, Array]) -> ArrayR
     for name, target in like.items():
         if name in record:
             array = record[name]
-            if target.dtype.startswith("complex") and not array.dtype.startswith("complex"):
+            pairs = target.dtype.startswith("complex") and not array.dtype.startswith("complex")
+            if pairs and tuple(array.shape) == (*target.shape, 2):
                 values = np.ascontiguousarray(array.numpy())
                 array = Array(np.array(values.view(f"c{2 * values.itemsize}")[..., 0], order="C"))
             found[name] = array

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flower_messages import MemoryGrid, State, answer, play_round, trained_copy
-from flwr.app import ArrayRecord
+from flower_messages import MemoryGrid, State, answer, play_round, trained_copy, warnings
+from flwr.app import Array, ArrayRecord
 from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import SimpleClientManager
 from flwr.server import strategy as legacy
@@ -24,6 +25,8 @@ from fedrebasin import permute, random_perms
 from fedrebasin.strategies import Rebasin
 from fedrebasin.strategies.legacy import Rebasin as LegacyRebasin
 from fedrebasin.strategies.records import record_to_state, state_to_record
+
+__all__ = ["warnings"]
 
 SENT = weights(0)
 INNER: dict[str, Callable[[], Strategy]] = {
@@ -93,6 +96,19 @@ def test_a_resumed_run_takes_up_the_moments_of_complex_weights(inner: str, tmp_p
 
     run(1, tmp_path)
     assert equal(run(2, tmp_path), state_to_record(in_pairs(record_to_state(run(2, None)))))
+
+
+def test_a_complex_aggregate_of_another_shape_is_not_handed_back(warnings: list[str]) -> None:
+    class Flat(FedAvg):
+        def aggregate_train(self, *given: Any) -> Any:
+            arrays, metrics = super().aggregate_train(*given)
+            assert arrays is not None
+            arrays["spectral.0.weight"] = Array(arrays["spectral.0.weight"].numpy()[..., :1])
+            return arrays, metrics
+
+    found, _ = play_round(Rebasin(Flat(), spec=spec_of(), reference="global"), SENT, copies(SENT))
+    assert found is None
+    assert "has 'spectral.0.weight' as" in warnings[0] and warnings[0].endswith("the model stays")
 
 
 def test_the_older_interface_does_the_same() -> None:
