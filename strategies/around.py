@@ -19,7 +19,7 @@ from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
 from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.metrics import screen_evaluation
-from fedrebasin.strategies.options import is_own
+from fedrebasin.strategies.options import chain, is_own
 from fedrebasin.strategies.replies import ReplyScreen
 from fedrebasin.strategies.widths import Widths
 
@@ -105,6 +105,6 @@ class Around(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the inner strategy aggregate the evaluation, without the replies that would end the run."""
-        own = is_own(self.strategy, "aggregate_evaluate")
+        own = any(is_own(link, "aggregate_evaluate") for link in chain(self.strategy))  # privacy hands replies on
         kept = screen_evaluation(server_round, replies, "" if own else self._screen.weighted_by_key)
         return self.strategy.aggregate_evaluate(server_round, kept)

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from flower_messages import MemoryGrid, fail, small_net, warnings
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 from test_strategies_exact import rebasin
 
 from fedrebasin.strategies.records import state_to_record
@@ -79,7 +79,8 @@ def test_good_evaluations_and_failures_reach_the_inner_strategy_as_they_are(warn
     assert warnings == []
 
 
-def test_a_strategy_that_averages_in_its_own_way_gets_what_most_nodes_send(warnings: list[str]) -> None:
+@pytest.mark.parametrize("private", [False, True])
+def test_a_strategy_that_averages_in_its_own_way_gets_what_most_nodes_send(private: bool, warnings: list[str]) -> None:
     seen: list[Message] = []
 
     class Inner(FedAvg):
@@ -87,6 +88,9 @@ def test_a_strategy_that_averages_in_its_own_way_gets_what_most_nodes_send(warni
             seen.extend(replies)
 
     usual = {"metrics": {"acc": 0.5}, "timing": {"seconds": 1.0}}
-    evaluate(rebasin(Inner()), [usual, {"metrics": {"acc": 0.5}}, usual])
+    inner = DifferentialPrivacyServerSideFixedClipping(Inner(), 0.1, 0.2, 3) if private else Inner()
+    strategy = rebasin(inner)
+    warnings.clear()  # what privacy says of statistics
+    evaluate(strategy, [usual, {"metrics": {"acc": 0.5}}, usual])
     assert [len(message.content.metric_records) for message in seen] == [2, 2]
     assert len(warnings) == 1 and "'metrics' with acc; 'timing' with seconds" in warnings[0]
