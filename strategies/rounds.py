@@ -10,6 +10,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
+from flwr.server import strategy as legacy
 from flwr.serverapp import Grid
 from torch import nn
 
@@ -30,7 +31,7 @@ from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
-from fedrebasin.strategies.options import check_not_wrapped_by_privacy
+from fedrebasin.strategies.options import chain, check_not_wrapped_by_privacy
 from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, select_arrays
@@ -122,12 +123,13 @@ class Rounds(Around):
         moved = alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
         outside = alignment.apart and alignment.moves
-        if alignment.apart and not outside and not only_averages(self.strategy):
+        stepping = next((link for link in chain(self.strategy) if isinstance(link, legacy.Strategy)), self.strategy)
+        if alignment.apart and not outside and not only_averages(stepping):
             log(
                 WARNING,
                 "rebasin: no reply of round %d is near the model that was sent, and all have one order: %s steps from "
                 "that model; if the clients begin from one of their own, give it as initial_arrays",
-                *(server_round, type(self.strategy).__name__),
+                *(server_round, type(stepping).__name__),
             )
         trained = names_of_weights(self.spec, sent)
         keep_ends = outside or self._finish.keeps_ends

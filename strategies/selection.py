@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
+from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from torch import Tensor, nn
 
@@ -165,13 +166,13 @@ def build_selector(
     return Selector(model, tuple(corrections), fit, held_out, loss, example_inputs, seed, device)
 
 
-def only_averages(strategy: Strategy) -> bool:
+def only_averages(strategy: Strategy | legacy.Strategy) -> bool:
     """Tell whether a strategy is known to do no more than average the replies.
 
     >>> only_averages(FedAvg())
     True
     """
-    return type(strategy) in (FedAvg, FedProx)
+    return type(strategy) in (FedAvg, FedProx, legacy.FedAvg, legacy.FedProx)
 
 
 def plain_replies(replies: Sequence[Reply], strategy: Strategy, *, moves: bool, outside: bool) -> list[ArrayRecord]:

@@ -7,15 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from flower_messages import State, play_round, trained_copy, warnings
+from flower_messages import State, play_round, small_net, trained_copy, warnings
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, QFedAvg, Strategy
 from test_strategies_exact import same_bytes
+from test_strategies_legacy import INPUTS, PAIRS, SENT, play, to_parameters
 from trained_replies import accuracy, data, fresh, nearest, strategy_around, trained
 
 from fedrebasin import PermutationSpec, match_many, merge, permute, random_perms, trace
 from fedrebasin.matching.methods import JOINT_REFERENCES
 from fedrebasin.strategies import Rebasin
+from fedrebasin.strategies.legacy import Rebasin as LegacyRebasin
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
@@ -201,3 +203,14 @@ def test_replies_that_share_a_start_of_their_own_are_not_moved(warnings: list[st
     assert all(torch.equal(tensor, state[name].float()) for name, tensor in record_to_state(arrays).items())
     [line] = warnings
     assert "FedAdam steps from that model" in line and "give it as initial_arrays" in line
+
+
+@pytest.mark.parametrize("name, stepping", [("FedAvg", False), ("FedAdam", True)])
+def test_of_the_older_strategies_too_those_that_step_are_named_and_fedavg_is_not(
+    name: str, stepping: bool, warnings: list[str]
+) -> None:
+    states = [trained_copy(small_net(seed=9).state_dict(), seed, noise=0.01) for seed in range(3)]
+    inner = PAIRS[name][0](to_parameters(SENT))
+    play(LegacyRebasin(inner, model=small_net(), example_inputs=INPUTS), SENT, states)
+    told = [line for line in warnings if "steps from that model" in line]
+    assert [f": {name} steps" in line for line in told] == [True] * stepping
