@@ -135,11 +135,11 @@ class Walk:
                 for axis, written in zip(value.axes, out.axes, strict=True):
                     self.traced.tie(axis, written)
         except NotCoveredError:
-            return self._without_rule(node, values, args, kwargs, op or name, where)
+            return self._without_rule(node, args, kwargs, op or name, where)
         used = _used(node)
         for index, (value, shape) in enumerate(zip(values_in(result), shapes, strict=False)):
             if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
-                return self._without_rule(node, values, args, kwargs, op or name, where)
+                return self._without_rule(node, args, kwargs, op or name, where)
             self.traced.tensors.append(value.axes)
         given = [value.axes for value in values_in((args, kwargs))]
         if not self.traced.in_part:
@@ -151,9 +151,7 @@ class Walk:
             value.uniform = (value.uniform or stays) and not may_be_written(node)
         return result
 
-    def _without_rule(
-        self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], args: Any, kwargs: Any, op: str, where: str
-    ) -> Any:
+    def _without_rule(self, node: torch.fx.Node, args: Any, kwargs: Any, op: str, where: str) -> Any:
         """Walk what the op decomposes into; fix what it touches where that fails, too."""
         touched = [axis for value in values_in((args, kwargs)) for axis in value.axes]
         if all(is_fixed(axis) for axis in touched):
