@@ -11,13 +11,13 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin import PermutationSpec
 from fedrebasin.batches import Batches
 from fedrebasin.corrections import methods
 from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
+from fedrebasin.corrections.reset import norms_with_statistics
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.finite import first_not_finite
 from fedrebasin.strategies.federated import Queries
@@ -35,8 +35,7 @@ def has_running_statistics(model: nn.Module | None) -> bool:
     >>> has_running_statistics(nn.BatchNorm1d(3)), has_running_statistics(nn.Linear(3, 3))
     (True, False)
     """
-    norms = [] if model is None else [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return any(norm.track_running_stats for norm in norms)
+    return model is not None and bool(norms_with_statistics(model))
 
 
 def names_running_statistics(spec: PermutationSpec) -> bool:
