@@ -125,7 +125,7 @@ def merge_round_apart(
     combine: Callable[[list[RecordDict], str], MetricRecord] = read_attribute(
         strategy, "train_metrics_aggr_fn", aggregate_metricrecords
     )
-    weighted_by_key = read_attribute(strategy, "weighted_by_key", "num-examples")
+    weighted_by_key = read_attribute(strategy, "weighted_by_key", None) or "num-examples"
     for reply in replies:
         reply.metrics.setdefault(weighted_by_key, reply.examples)  # where all weigh the same
     metrics = combine([reply.message.content for reply in replies], weighted_by_key)

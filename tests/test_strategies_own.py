@@ -10,7 +10,7 @@ from flower_messages import answer, configure, small_net, warnings
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from test_strategies_exact import rebasin, same_bytes
+from test_strategies_exact import rebasin, same_bytes, spec_of
 from test_strategies_replies import GOOD, SENT
 
 from fedrebasin import merge
@@ -91,13 +91,17 @@ class Uniform(Strategy):
 
 @pytest.mark.parametrize("metrics", [{"loss": 0.5}, {}, None])
 @pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("attribute", [False, True])
 def test_replies_weigh_the_same_where_neither_the_strategy_nor_they_name_examples(
-    apart: bool, metrics: dict[str, float] | None, warnings: list[str]
+    attribute: bool, apart: bool, metrics: dict[str, float] | None, warnings: list[str]
 ) -> None:
     models = [small_net(seed=90 + place).state_dict() for place in range(2)] if apart else GOOD[:2]
     found: list[ArrayRecord] = []
     for examples in (None, 10):
-        strategy = rebasin(Uniform())
+        inner = Uniform()
+        if attribute:
+            inner.weighted_by_key = None  # type: ignore[attr-defined]
+        strategy = Rebasin(inner, spec=spec_of(True), reference="merge-many" if apart else "global")
         replies = []
         for message, model in zip(configure(strategy, SENT, 2), models, strict=True):
             replies.append(answer(message, model, examples, **metrics or {}))
