@@ -42,7 +42,8 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
     Returns
     -------
     PermutationSpec
-        The spec, with the mark of the passed check and with what it has found for ``whole``.
+        The spec, with the mark of the passed check, with what it has found for ``whole``, and with a note where no
+        output depends on what is permuted.
 
     Raises
     ------
@@ -76,7 +77,7 @@ def check_spec(model: nn.Module, spec: PermutationSpec, example_inputs: Any, *, 
 
 
 def proved_trace(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> PermutationSpec:
-    """The checked spec of a fresh trace; a ``UserWarning`` says what stays fixed that need not, note by note.
+    """The checked spec of a fresh trace; a ``UserWarning`` gives each of its notes.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

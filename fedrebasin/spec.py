@@ -36,7 +36,7 @@ class PermutationSpec:
     uses : dict of str to str
         The op and module that use each tensor, for messages.
     notes : tuple of str
-        What was left fixed for want of a rule, each once.
+        What stays fixed that need not, and what the proof has not seen, each once.
     checked : bool
         True if :func:`fedrebasin.check_spec` has passed on these axes.
     whole : tuple of str

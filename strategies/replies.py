@@ -1,7 +1,7 @@
 """Which replies of a round can be aggregated, and one log line for each that cannot.
 
 A reply is left out, never an error of the run: Flower's own checks raise, and one bad node ends the training of
-all. What is wrong with a single array is judged in ``arrays.py``.
+all. What is wrong with a single array is judged in ``arrays.py``, of a number of examples in ``metrics.py``.
 """
 
 from __future__ import annotations
