@@ -88,12 +88,14 @@ def seen_unread(proof: Proof) -> tuple[str, ...]:
     if not perms:
         return ()
     before = _unread(spec, perms, proof.state, stirred=False)
-    proof.outputs = proof.run(before)
+    outputs, proof.outputs = proof.outputs, proof.run(before)
 
     def changes(some: list[str]) -> bool:
         return proof.change_to(_unread(spec, some, before, stirred=True)) > proof.tolerance
 
-    return tuple(perm for perm in perms if changes([perm])) if changes(perms) else ()
+    found = tuple(perm for perm in perms if changes([perm])) if changes(perms) else ()
+    proof.outputs = outputs
+    return found
 
 
 def _unread(spec: PermutationSpec, perms: list[str], state: dict[str, Tensor], *, stirred: bool) -> dict[str, Tensor]:

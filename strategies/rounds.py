@@ -17,7 +17,6 @@ from torch import nn
 from fedrebasin import PermutationSpec, identity_perms
 from fedrebasin.corrections.methods import CorrectionSetting
 from fedrebasin.errors import RebasinError
-from fedrebasin.strategies.accounted import is_accounted, take_equal
 from fedrebasin.strategies.aggregation import (
     adopt_model,
     aggregate,
@@ -29,6 +28,7 @@ from fedrebasin.strategies.aggregation import (
 from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
+from fedrebasin.strategies.equal_weights import is_accounted, take_equal
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
 from fedrebasin.strategies.options import chain, check_not_wrapped_by_privacy
@@ -135,7 +135,7 @@ class Rounds(Around):
         keep_ends = outside or self._finish.keeps_ends
         plain = []
         if self.select is not None:
-            plain = plain_replies(screened.replies, self.strategy, moves=alignment.moves, outside=outside)
+            plain = plain_replies(screened.replies, stepping, moves=alignment.moves, outside=outside)
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         seconds = time.perf_counter() - started

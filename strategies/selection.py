@@ -175,7 +175,9 @@ def only_averages(strategy: Strategy | legacy.Strategy) -> bool:
     return type(strategy) in (FedAvg, FedProx, legacy.FedAvg, legacy.FedProx)
 
 
-def plain_replies(replies: Sequence[Reply], strategy: Strategy, *, moves: bool, outside: bool) -> list[ArrayRecord]:
+def plain_replies(
+    replies: Sequence[Reply], strategy: Strategy | legacy.Strategy, *, moves: bool, outside: bool
+) -> list[ArrayRecord]:
     """The replies' arrays before they are permuted, no array copied, where their average is a candidate of its own.
 
     It is none where nothing moves, or where the inner strategy does more than average: its step would be left out.

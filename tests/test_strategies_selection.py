@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from flower_messages import State, answer, configure, play_round, small_net, trained_copy, warnings
 from flwr.app import ArrayRecord
+from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as flower
 from test_strategies_correction import INPUTS, SENT, batches, replies
 from test_strategies_exact import same_bytes, spec_of
+from test_strategies_legacy import moved_copies, play
 from torch import Tensor
 
 from fedrebasin import moved_fraction, permute, random_perms
 from fedrebasin.errors import CalibrationError, UsageError
 from fedrebasin.strategies import FedRebasin, Rebasin, perms_from_record
+from fedrebasin.strategies.legacy import Rebasin as LegacyRebasin
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
@@ -67,6 +70,13 @@ def test_permuted_replies_are_kept_aligned_byte_for_byte_where_no_correction_is_
     ]
     assert figures["rebasin-distance-plain"] > 100 * figures["rebasin-distance-aligned"]  # type: ignore[operator]
     assert all(isinstance(value, float | int) for value in metrics.values())
+
+
+def test_the_older_interface_has_the_plain_average_among_its_candidates() -> None:
+    options: dict[str, Any] = {"calibration": batches(), "select": "calibration", "reference": "global"}
+    strategy = LegacyRebasin(legacy.FedAvg(), model=small_net(), example_inputs=INPUTS, **options)
+    _, metrics = play(strategy, SENT, moved_copies(SENT))
+    assert metrics["rebasin-distance-plain"] > metrics["rebasin-distance-aligned"]
 
 
 def test_with_a_loss_a_client_that_is_right_alone_is_kept_in_the_reference_order() -> None:
