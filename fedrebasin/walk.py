@@ -121,7 +121,8 @@ class Walk:
             ) from error
         if not shapes:  # a number, or an assertion
             return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
-        self.traced.output_shapes, self.traced.masks, self.traced.in_part = shapes, _masks(node), False
+        self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
+        self.traced.in_part = self.traced.sums = False
         rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         known = len(self.traced.tensors)
         try:
@@ -143,7 +144,7 @@ class Walk:
             self.traced.tensors.append(value.axes)
         given = [value.axes for value in values_in((args, kwargs))]
         if not self.traced.in_part:
-            self.reads.append((given, [value.axes for value in values_in(result)]))
+            self.reads.append((given, [value.axes for value in values_in(result) if not self.traced.sums]))
         settle_op([*given, *self.traced.tensors[known:]], self.traced.unlike)
         self.traced.unlike.clear()
         stays = stays_uniform(node, rule, values)

@@ -26,6 +26,7 @@ class _Units(NamedTuple):
 
 def _cell(traced: Traced, gates: int, into: Node, weights: Sequence[Value]) -> _Units:
     """Tie the axes of one cell's weights: w_ih, w_hh, then biases and a projection."""
+    traced.sums = True
     w_ih, w_hh, *more = weights
     projections = [value for value in more if len(value.axes) > 1]
     size = w_ih.axes[0].size // gates

@@ -40,13 +40,15 @@ class Value:
 @dataclass
 class Traced:
     """What the rules share: tied axes, seen tensors, running statistics; of the op at hand the shapes that it returns,
-    which entries of a list of indices are masks of booleans, and whether it leaves units out."""
+    which entries of a list of indices are masks of booleans, whether it leaves units out, and whether it sums over axes
+    that its results have, too."""
 
     tensors: list[list[Node]] = field(default_factory=list)
     statistics: set[str] = field(default_factory=set)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     masks: set[int] = field(default_factory=set)
     in_part: bool = False
+    sums: bool = False
     unlike: list[tuple[Node, Node]] = field(default_factory=list)
 
     def tie(self, *nodes: Node) -> Node:
