@@ -18,13 +18,11 @@ from torch import nn
 from fedrebasin.axes import leaf
 from fedrebasin.axes.families import settle
 from fedrebasin.axes.freeze import freeze_all
-from fedrebasin.axes.node import ITSELF, OVER_TWICE, TWICE
 from fedrebasin.axes.reach import fix_unread
-from fedrebasin.copies import note_on
 from fedrebasin.export import Exported, alone, export_model
-from fedrebasin.layout import Fixed, Layout, leaves
 from fedrebasin.memory import identity, overlapping
 from fedrebasin.spec import PermutationSpec
+from fedrebasin.trace_notes import trace_notes
 from fedrebasin.walk import Walk
 
 
@@ -80,11 +78,6 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _is_tied_to_itself(layout: Layout) -> bool:
-    reasons = {reason for end in leaves(layout) if isinstance(end, Fixed) for reason in end.reason.split("; ")}
-    return not reasons.isdisjoint((ITSELF, TWICE, OVER_TWICE))
-
-
 @alone()
 @_collection_paused()
 def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
@@ -92,78 +85,39 @@ def spec_of(exported: Exported, *, strict: bool = False) -> PermutationSpec:
     walk = Walk(exported.state, strict=strict)
     for program in exported.programs:
         walk.program(program)
+    views = _fix_what_stays(exported, walk)
+    settle(walk.traced.tensors)
+    parts = fix_unread({name: value.axes for name, value in walk.parameters.items()}, walk.reads)
+    if parts:
+        settle(walk.traced.tensors)
+    axes = freeze_all(
+        {
+            name: walk.parameters[name].axes
+            if name in walk.parameters
+            else [leaf(size, "not in the exported graph") for size in tensor.shape]
+            for name, tensor in exported.state.items()
+        }
+    )
+    return PermutationSpec(
+        axes=axes,
+        buffers=tuple(name for name in exported.state if name not in exported.parameters),
+        uses=walk.uses,
+        notes=tuple(trace_notes(exported, walk, axes, parts, views)),
+        inputs=exported.inputs,
+        training=exported.training,
+    )
+
+
+def _fix_what_stays(exported: Exported, walk: Walk) -> list[str]:
+    """Fix views of one memory (whose names are returned), constant tables and what evaluation does not use."""
     state = exported.state
-    used = {identity(state[name]) for name in walk.uses}
-    shared = overlapping(state)
-    mixed = [name for name in walk.parameters if identity(state[name]) in shared]
-    for name in mixed:
+    used, shared = {identity(state[name]) for name in walk.uses}, overlapping(state)
+    views = [name for name in walk.parameters if identity(state[name]) in shared]
+    for name in views:
         walk.traced.fix(walk.parameters[name], "shares memory with another tensor")
     for name, value in walk.parameters.items():
         if name not in exported.parameters and name not in walk.traced.statistics | exported.written:
             walk.traced.fix(value, "table that training does not change")
         elif identity(state[name]) not in used:
             walk.traced.fix(value, f"not used in evaluation mode{exported.failure and '; training mode fails'}")
-    settle(walk.traced.tensors)
-    parts = fix_unread({name: value.axes for name, value in walk.parameters.items()}, walk.reads)
-    if parts:
-        settle(walk.traced.tensors)
-    found = {
-        name: walk.parameters[name].axes
-        if name in walk.parameters
-        else [leaf(size, "not in the exported graph") for size in tensor.shape]
-        for name, tensor in state.items()
-    }
-    axes = freeze_all(found)
-    notes = [
-        f"no rule for {op} (first in {where or 'the model'}): its axes stay fixed"
-        for op, where in walk.fixed_ops.items()
-    ]
-    looped = [name for name, layouts in axes.items() if any(map(_is_tied_to_itself, layouts))]
-    if looped:
-        more, user = f" and {len(looped) - 1} more" * (len(looped) > 1), walk.uses.get(looped[0], "nothing else")
-        notes.append(
-            f"an axis is tied to a part of itself, or is twice in one axis, in {looped[0]!r}{more} (used by {user}): "
-            "what would have to move in two ways at once stays fixed"
-        )
-    if exported.failure:
-        notes.append(
-            "some parameters, or buffers that training writes, are not used in evaluation mode, and the model cannot "
-            f"be exported in training mode ({exported.failure}): they stay fixed, and further training may see them "
-            "beside permuted units"
-        )
-    elif exported.unused:
-        more = " and others" if len(exported.unused) > 1 else ""
-        notes.append(
-            f"forward uses {exported.unused[0]!r}{more} neither in evaluation nor in training mode: they stay fixed, "
-            "and what uses them elsewhere (a training step) may see them beside permuted units; let forward use them, "
-            "too, in a module with the same state dict, or fix what they read by spec.fix"
-        )
-    if parts:
-        more = " and others" if len(parts) > 1 else ""
-        notes.append(
-            f"the example inputs reach only a part of {parts[0]!r}{more}: the rest stays fixed; inputs that reach all "
-            "of it (the longest, the most steps) show what may be permuted there"
-        )
-    if mixed:
-        notes.append(
-            f"{' and '.join(mixed[:2])} share memory and are different views of it: their units stay; give each tensor "
-            "memory of its own (.clone()), or use one parameter in both places"
-        )
-    if exported.more_ways:
-        notes.append(
-            "the way through forward depends on the data, and not every way was followed; prove the spec with inputs "
-            "that go elsewhere as well: check_spec(model, spec, inputs)"
-        )
-    notes += [
-        f"{note_on(copy)}{original!r} that training does not reach; if something outside of forward "
-        f"makes the one from the other, spec.tie({{{copy!r}: {original!r}}}) moves them alike"
-        for copy, original in exported.followers.items()
-    ]
-    return PermutationSpec(
-        axes=axes,
-        buffers=tuple(name for name in state if name not in exported.parameters),
-        uses=walk.uses,
-        notes=tuple(notes),
-        inputs=exported.inputs,
-        training=exported.training,
-    )
+    return views

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
@@ -99,43 +99,17 @@ class Rounds(Around):
         sent = self._sent
         if sent is None:
             raise RebasinError("aggregate_train was called before configure_train, which gives it the sent model")
-        nodes = node_of_message(self._messages)
-        replies = self._beside.take(replies)
-        self._trunk.strip(replies, self.arrayrecord_key)
-        self._widths.take(replies, self.arrayrecord_key, sent, nodes)
-        screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
-        accounted = is_accounted(self.strategy)
-        if accounted:
-            screened = take_equal(screened, server_round)
-        if not screened.replies:
-            if accounted:  # the accountant forgets the release that this round was to be
-                aggregate(self.strategy, server_round, screened, None, [])
-            else:
-                log_received(screened)
-            log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
+        screened = self._take(server_round, replies, sent)
+        if screened is None:
             return None, None
-        state, reference = RecordView(sent), "global" if self.guard else self.reference
-        last = self._beside.trajectories.last(self.spec, screened.replies)
-        options: dict[str, Any] = {"reference": reference, "seed": self.seed, "device": self.device, "last": last}
-        options["workers"] = self._workers
-        alignment = find_alignment(self.spec, state, screened.replies, self._matcher, **options)
-        screened, alignment = _without_failed(screened, alignment)
-        moved = alignment.moved_fraction
-        log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, 100 * moved)
-        outside = alignment.apart and alignment.moves
         stepping = next((link for link in chain(self.strategy) if isinstance(link, legacy.Strategy)), self.strategy)
-        if alignment.apart and not outside and not only_averages(stepping):
-            log(
-                WARNING,
-                "rebasin: no reply of round %d is near the model that was sent, and all have one order: %s steps from "
-                "that model; if the clients begin from one of their own, give it as initial_arrays",
-                *(server_round, type(stepping).__name__),
-            )
+        screened, alignment = self._align(server_round, screened, sent, stepping)
+        outside = alignment.apart and alignment.moves
         trained = names_of_weights(self.spec, sent)
-        keep_ends = outside or self._finish.keeps_ends
         plain = []
         if self.select is not None:
             plain = plain_replies(screened.replies, stepping, moves=alignment.moves, outside=outside)
+        keep_ends = outside or self._finish.keeps_ends
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         seconds = time.perf_counter() - started
@@ -149,12 +123,8 @@ class Rounds(Around):
         if wrong:
             log(WARNING, "rebasin: the aggregate of round %d %s; the model stays", server_round, wrong)
             return None, metrics
-        setting = None
-        if self.model is not None:
-            setting = CorrectionSetting(
-                self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device
-            )
-        corrected, figures = self._finish.run(setting, Round(model, plain, aligned.ends, screened.replies))
+        finished = Round(model, plain, aligned.ends, screened.replies)
+        corrected, figures = self._finish.run(self._setting(coefficients), finished)
         if outside or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model, trained, anew=outside)
@@ -163,13 +133,64 @@ class Rounds(Around):
             perms = [identity_perms(self.spec)] * len(perms)
         self._beside.settle(self.spec, perms, screened.replies, coefficients, anew=outside)
         metrics = MetricRecord() if metrics is None else metrics
-        metrics["rebasin-moved-fraction"] = moved
+        metrics["rebasin-moved-fraction"] = alignment.moved_fraction
         metrics["rebasin-objective-gain"] = alignment.objective_gain
         metrics["rebasin-seconds"] = seconds + time.perf_counter() - started
         metrics["rebasin-left-out"] = screened.left_out
         metrics["rebasin-reused"] = alignment.reused
         metrics.update(figures)
         return model, metrics
+
+    def _take(self, server_round: int, replies: Iterable[Message], sent: ArrayRecord) -> Screened | None:
+        """The replies that take part in the round; None, with a line in the log, where none does."""
+        nodes = node_of_message(self._messages)
+        replies = self._beside.take(replies)
+        self._trunk.strip(replies, self.arrayrecord_key)
+        self._widths.take(replies, self.arrayrecord_key, sent, nodes)
+        screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
+        accounted = is_accounted(self.strategy)
+        if accounted:
+            screened = take_equal(screened, server_round)
+        if screened.replies:
+            return screened
+        if accounted:  # the accountant forgets the release that this round was to be
+            aggregate(self.strategy, server_round, screened, None, [])
+        else:
+            log_received(screened)
+        log(WARNING, "rebasin: round %d has no reply to aggregate", server_round)
+        return None
+
+    def _align(
+        self, server_round: int, screened: Screened, sent: ArrayRecord, stepping: Any
+    ) -> tuple[Screened, Alignment]:
+        """The permutations of the round, and the replies without those that could not be matched."""
+        alignment = find_alignment(
+            *(self.spec, RecordView(sent), screened.replies, self._matcher),
+            reference="global" if self.guard else self.reference,
+            seed=self.seed,
+            device=self.device,
+            last=self._beside.trajectories.last(self.spec, screened.replies),
+            workers=self._workers,
+        )
+        screened, alignment = _without_failed(screened, alignment)
+        share = 100 * alignment.moved_fraction
+        log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, share)
+        if alignment.apart and not alignment.moves and not only_averages(stepping):
+            log(
+                WARNING,
+                "rebasin: no reply of round %d is near the model that was sent, and all have one order: %s steps from "
+                "that model; if the clients begin from one of their own, give it as initial_arrays",
+                *(server_round, type(stepping).__name__),
+            )
+        return screened, alignment
+
+    def _setting(self, coefficients: Sequence[float]) -> CorrectionSetting | None:
+        """What a correction needs beside the round's models; None where the strategy has a spec alone."""
+        if self.model is None:
+            return None
+        return CorrectionSetting(
+            self.model, self.calibration, coefficients, self.example_inputs, self.seed, self.device
+        )
 
 
 def _without_failed(screened: Screened, alignment: Alignment) -> tuple[Screened, Alignment]:
