@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.axes import is_fixed, leaf, leaves
 from fedrebasin.axes.families import settle_op
 from fedrebasin.axes.reach import Read
 from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
-from fedrebasin.errors import TraceError, UnsupportedOpError
+from fedrebasin.errors import UnsupportedOpError
 from fedrebasin.memory import identity
+from fedrebasin.nodes import masks_of, module_path, outs_of, shapes_of, used_outputs
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.uniform import may_be_written, stays_uniform
@@ -98,11 +98,7 @@ class Walk:
 
     def _call(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], op: str, where: str) -> Any:
         if node.target is operator.getitem:
-            if not node.users:
-                return None
-            origin, index = cast("tuple[torch.fx.Node, int]", node.args[:2])
-            source = values[origin]
-            return source[index] if isinstance(source, tuple | list) else source
+            return _item(node, values)
         name, where = op_name(node), where or module_path(node)
         args: Any = torch.fx.node.map_aggregate(node.args, lambda item: _fetch(item, values))
         kwargs: Any = torch.fx.node.map_aggregate(node.kwargs, lambda item: _fetch(item, values))
@@ -112,44 +108,50 @@ class Walk:
         if name in _WRAPPERS:
             index = next(i for i, item in enumerate(args) if isinstance(item, torch.fx.GraphModule))
             return self._graph(args[index].graph, _bound(args[index].graph, args[index + 1 :]), op, where)
-        try:
-            shapes = [tuple(int(size) for size in tensor.shape) for tensor in _tensors(node.meta.get("val"))]
-        except GuardOnDataDependentSymNode as error:
-            raise TraceError(
-                f"model: {op or name} in {where or 'the model'} returns a tensor whose size depends on the data; let "
-                "forward keep sizes (multiply by the mask, say), or hand over a spec written for this model"
-            ) from error
+        shapes = shapes_of(node, f"{op or name} in {where or 'the model'}")
         if not shapes:  # a number, or an assertion
             return node.meta.get("val") if isinstance(node.meta.get("val"), int | float) else None
-        self.traced.output_shapes, self.traced.masks = shapes, _masks(node)
-        self.traced.in_part = self.traced.sums = False
-        rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         known = len(self.traced.tensors)
+        rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None)
         try:
-            if rule is None:
-                raise NotCoveredError
-            outs = _outs(node)
-            result = rule(self.traced, *args, **{key: value for key, value in kwargs.items() if key not in outs})
-            for value, out in zip(values_in(result), [kwargs[key] for key in outs if key in kwargs], strict=False):
-                if value.shape != out.shape:
-                    raise NotCoveredError
-                for axis, written in zip(value.axes, out.axes, strict=True):
-                    self.traced.tie(axis, written)
+            result = self._by_rule(rule, node, shapes, args, kwargs)
         except NotCoveredError:
             return self._without_rule(node, args, kwargs, op or name, where)
-        used = _used(node)
-        for index, (value, shape) in enumerate(zip(values_in(result), shapes, strict=False)):
-            if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
-                return self._without_rule(node, args, kwargs, op or name, where)
-            self.traced.tensors.append(value.axes)
-        given = [value.axes for value in values_in((args, kwargs))]
+        given, made = values_in((args, kwargs)), values_in(result)
         if not self.traced.in_part:
-            self.reads.append((given, [value.axes for value in values_in(result) if not self.traced.sums]))
-        settle_op([*given, *self.traced.tensors[known:]], self.traced.unlike)
+            self.reads.append(([value.axes for value in given], [value.axes for value in made if not self.traced.sums]))
+        settle_op([*(value.axes for value in given), *self.traced.tensors[known:]], self.traced.unlike)
         self.traced.unlike.clear()
         stays = stays_uniform(node, rule, values)
-        for value in values_in(result):
+        for value in made:
             value.uniform = (value.uniform or stays) and not may_be_written(node)
+        return result
+
+    def _by_rule(
+        self,
+        rule: Callable[..., Any] | None,
+        node: torch.fx.Node,
+        shapes: Sequence[tuple[int, ...]],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        """What a rule makes of an op, in the op's shapes; a ``NotCoveredError`` where it does not know the case."""
+        if rule is None:
+            raise NotCoveredError
+        self.traced.output_shapes, self.traced.masks = list(shapes), masks_of(node)
+        self.traced.in_part = self.traced.sums = False
+        outs = outs_of(node)
+        result = rule(self.traced, *args, **{key: value for key, value in kwargs.items() if key not in outs})
+        for value, out in zip(values_in(result), [kwargs[key] for key in outs if key in kwargs], strict=False):
+            if value.shape != out.shape:
+                raise NotCoveredError
+            for axis, written in zip(value.axes, out.axes, strict=True):
+                self.traced.tie(axis, written)
+        used = used_outputs(node)
+        for index, (value, shape) in enumerate(zip(values_in(result), shapes, strict=False)):
+            if value.shape != shape and index in used:  # a release of torch that gets the op's shape wrong
+                raise NotCoveredError
+            self.traced.tensors.append(value.axes)
         return result
 
     def _without_rule(self, node: torch.fx.Node, args: Any, kwargs: Any, op: str, where: str) -> Any:
@@ -200,10 +202,13 @@ def opaque(node: torch.fx.Node, reason: str) -> Any:
     return tuple(fixed(tensor) for tensor in value) if isinstance(value, tuple | list) else fixed(value)
 
 
-def module_path(node: torch.fx.Node) -> str:
-    """The name of the module that calls the op; empty for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+def _item(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
+    """One of the tensors that an op returns."""
+    if not node.users:
+        return None
+    origin, index = cast("tuple[torch.fx.Node, int]", node.args[:2])
+    source = values[origin]
+    return source[index] if isinstance(source, tuple | list) else source
 
 
 def _bound(graph: torch.fx.Graph, arguments: Sequence[Any]) -> dict[torch.fx.Node, Any]:
@@ -216,30 +221,3 @@ def _fetch(argument: Any, values: dict[torch.fx.Node, Any]) -> Any:
     if isinstance(value, Value) and value.uniform:  # a constant ties nothing: new axes for every use
         return Value([leaf(axis.size) for axis in value.axes])
     return value
-
-
-def _used(node: torch.fx.Node) -> set[int]:
-    """The outputs of a node that something uses; torch may give the others a wrong shape."""
-    parts = [user for user in node.users if user.target is operator.getitem]
-    return {cast("int", part.args[1]) for part in parts if part.users} if parts else {0}
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [item for item in (value if isinstance(value, tuple | list) else [value]) if isinstance(item, Tensor)]
-
-
-def _masks(node: torch.fx.Node) -> set[int]:
-    """Which entries of a list of indices are masks of booleans."""
-    listed = next((item for item in node.args if isinstance(item, list | tuple)), ())
-    values = [item.meta.get("val") if isinstance(item, torch.fx.Node) else None for item in listed]
-    return {
-        place
-        for place, value in enumerate(values)
-        if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-    }
-
-
-def _outs(node: torch.fx.Node) -> list[str]:
-    """The keywords whose tensors the op only writes its results to."""
-    schema = getattr(node.target, "_schema", None)
-    return [argument.name for argument in schema.arguments if argument.is_out] if schema else []

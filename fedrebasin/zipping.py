@@ -107,6 +107,29 @@ def zip_trunks(
         measure_similarity(specs[0], net, one, other, batches, device=device)
         for one, other in ((models[0], models[0]), (models[0], guest), (guest, guest))
     ]
+    writes, reads = _maps(trunk, blocks, weights)
+    shared = {}
+    for name in names:
+        tensors = [
+            _mapped(trunk, name, model[name], *maps, weight)
+            for model, weight, maps in zip(models, weights, zip(writes, reads, strict=True), strict=True)
+        ]
+        shared[name] = tensors[0] + tensors[1] if models[0][name].is_floating_point() else models[0][name]
+    results = []
+    for place, (spec, model) in enumerate(zip(specs, models, strict=True)):
+        own = {common[perm] if place else perm: matrix for perm, matrix in reads[place].items()}
+        state = {name: shared[name] if name in names else _read(spec, name, model[name], own) for name in model}
+        results.append(like_state(model, {name: state[name].to(tensor).clone() for name, tensor in model.items()}))
+    return results
+
+
+def _maps(
+    trunk: PermutationSpec, blocks: Sequence[Mapping[Any, Any]], weights: Sequence[float]
+) -> tuple[list[Maps], list[Maps]]:
+    """For each model what writes the groups' units as a mixture of its own, and what reads its own from them.
+
+    ``blocks`` hold the correlations within the first model, across, and within the other.
+    """
     writes: list[Maps] = [{}, {}]
     reads: list[Maps] = [{}, {}]
     for perm, shape in trunk.perm_shapes.items():
@@ -121,19 +144,7 @@ def zip_trunks(
         for place in (0, 1):
             here = slice(place * shape[0], (place + 1) * shape[0])
             writes[place][perm], reads[place][perm] = shares[:, here], member[:, here]
-    shared = {}
-    for name in names:
-        tensors = [
-            _mapped(trunk, name, model[name], *maps, weight)
-            for model, weight, maps in zip(models, weights, zip(writes, reads, strict=True), strict=True)
-        ]
-        shared[name] = tensors[0] + tensors[1] if models[0][name].is_floating_point() else models[0][name]
-    results = []
-    for place, (spec, model) in enumerate(zip(specs, models, strict=True)):
-        own = {common[perm] if place else perm: matrix for perm, matrix in reads[place].items()}
-        state = {name: shared[name] if name in names else _read(spec, name, model[name], own) for name in model}
-        results.append(like_state(model, {name: state[name].to(tensor).clone() for name, tensor in model.items()}))
-    return results
+    return writes, reads
 
 
 def _groups(correlation: Tensor, count: int) -> Tensor:

@@ -98,33 +98,8 @@ class ReplyScreen:
         The contents of the messages that take part are rewritten in place, as in Flower's own wrappers.
         """
         failures = [message for message in messages if message.has_error()]
-        for message in failures:
-            node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
-            if node != message.metadata.src_node_id:
-                log(
-                    WARNING,
-                    "rebasin: the failure in round %d is node %d's: %s",
-                    server_round,
-                    node,
-                    message.error.reason,
-                )
-        bad: dict[int, str] = {}
-        found: list[tuple[int, Reply]] = []
-        key = None if self.equal and not any(map(self._is_weighted, messages)) else self.weighted_by_key
-        seen: set[int] = set()
-        for place, message in enumerate(messages):
-            if message.has_error():
-                continue
-            node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
-            if node in seen:
-                bad[place] = f"node {node} replied twice; its first reply is kept"
-                continue
-            seen.add(node)
-            reply = self._parse(message, node, key)
-            if isinstance(reply, str):
-                bad[place] = f"node {node} sent {reply}"
-            else:
-                found.append((place, reply))
+        _tell_failures(server_round, failures, nodes)
+        found, bad = self._parse_all(messages, nodes)
         found = self._with_the_sent_keys(found, sent, bad)
         measured: dict[int, dict[str, Measured]] = {}
         sizes = workers.map(lambda one: measure_arrays(one[1].arrays, sent), found)
@@ -145,6 +120,29 @@ class ReplyScreen:
             reply.rewrite(kept[0].names, whole=bool(self.reader))
         self._tell_what_stays(kept)
         return Screened(kept, failures, len(bad))
+
+    def _parse_all(
+        self, messages: Sequence[Message], nodes: Mapping[str, int]
+    ) -> tuple[list[tuple[int, Reply]], dict[int, str]]:
+        """The replies that can be read, with their places among the messages; and what is wrong with the others."""
+        found: list[tuple[int, Reply]] = []
+        bad: dict[int, str] = {}
+        key = None if self.equal and not any(map(self._is_weighted, messages)) else self.weighted_by_key
+        seen: set[int] = set()
+        for place, message in enumerate(messages):
+            if message.has_error():
+                continue
+            node = _node_of(message, nodes)
+            if node in seen:
+                bad[place] = f"node {node} replied twice; its first reply is kept"
+                continue
+            seen.add(node)
+            reply = self._parse(message, node, key)
+            if isinstance(reply, str):
+                bad[place] = f"node {node} sent {reply}"
+            else:
+                found.append((place, reply))
+        return found, bad
 
     def _is_weighted(self, message: Message) -> bool:
         records = {} if message.has_error() or not message.has_content() else message.content.metric_records
@@ -206,6 +204,18 @@ class ReplyScreen:
                 "Rebasin takes it out, permutes and averages it",
                 *(self.reader, ", ".join(map(repr, sorted(names))), tuple(sorted(names))),
             )
+
+
+def _node_of(message: Message, nodes: Mapping[str, int]) -> int:
+    return nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
+
+
+def _tell_failures(server_round: int, failures: Sequence[Message], nodes: Mapping[str, int]) -> None:
+    for message in failures:
+        node = _node_of(message, nodes)
+        if node != message.metadata.src_node_id:
+            reason = message.error.reason
+            log(WARNING, "rebasin: the failure in round %d is node %d's: %s", server_round, node, reason)
 
 
 def build_screen(strategy: Strategy, spec: PermutationSpec) -> ReplyScreen:
