@@ -122,16 +122,16 @@ def _attendance(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _ends(results: Sequence[Mapping[str, Any]]) -> str:
     """The last round alone, one column for each partition and number of local epochs."""
-    columns, cells = ["test accuracy after the last round, %"], dict[str, list[str]]()
-    for one in results:
+    columns, rows = ["test accuracy after the last round, %"], dict[str, dict[int, str]]()
+    for place, one in enumerate(results):
         settings = one["settings"]
         epochs = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
         columns.append(f"{settings['data']}, {settings['partition']}, {epochs}")
         for name in strategies(one):
-            cells.setdefault(_name(name), []).append(percent(by_round(one, name, "accuracy", settings["rounds"])))
+            rows.setdefault(_name(name), {})[place] = percent(by_round(one, name, "accuracy", settings["rounds"]))
         for label, accuracies, _ in baseline_rows(one):
-            cells.setdefault(label, []).append(percent(accuracies))
-    return _markdown(columns, [[label, *found] for label, found in cells.items()])
+            rows.setdefault(label, {})[place] = percent(accuracies)
+    return _markdown(columns, _cells(rows, len(results)))
 
 
 def _federated(results: Sequence[Mapping[str, Any]]) -> str:
@@ -149,8 +149,11 @@ def _federated(results: Sequence[Mapping[str, Any]]) -> str:
         for label, accuracies, losses in baseline_rows(one):
             label = label.replace(f"{one['nodes']} clients", "the clients' logits")
             rows.setdefault(label, {})[place] = f"{plain(losses)} / {percent(accuracies)}"
-    cells = [[label, *(row.get(place, "-") for place in range(len(results)))] for label, row in rows.items()]
-    return _markdown(columns, cells)
+    return _markdown(columns, _cells(rows, len(results)))
+
+
+def _cells(rows: Mapping[str, Mapping[int, str]], columns: int) -> list[list[str]]:
+    return [[label, *(row.get(place, "-") for place in range(columns))] for label, row in rows.items()]
 
 
 def _zoo(results: Sequence[Mapping[str, Any]]) -> str:
