@@ -139,17 +139,20 @@ class Proof:
                 "spec: the layouts of some axes contradict each other, so that nothing can be permuted; keep the units "
                 "that groups share by spec.fix, or write the spec by hand"
             ) from error
-        return self._change(moved, written)
+        return self._change(moved, written, self.outputs)
 
-    def change_to(self, state: dict[str, Tensor]) -> float:
-        """The largest relative change of any output on the weights ``state``; infinite where it is not a number."""
-        return self._change(state, {})
+    def change_to(self, state: dict[str, Tensor], before: list[Tensor] | None = None) -> float:
+        """The largest relative change of any output on the weights ``state``; infinite where it is not a number.
 
-    def _change(self, state: dict[str, Tensor], written: dict[str, Tensor]) -> float:
+        Outputs are compared with those ``before``, by default the proof's own.
+        """
+        return self._change(state, {}, self.outputs if before is None else before)
+
+    def _change(self, state: dict[str, Tensor], written: dict[str, Tensor], before: list[Tensor]) -> float:
         outputs, after = self._run(state)
-        if [output.shape for output in outputs] != [output.shape for output in self.outputs]:
+        if [output.shape for output in outputs] != [output.shape for output in before]:
             return math.inf  # forward went another way
-        pairs = [*zip(outputs, self.outputs, strict=True), *((after[name], one) for name, one in written.items())]
+        pairs = [*zip(outputs, before, strict=True), *((after[name], one) for name, one in written.items())]
         changes = [
             float((new - old).abs().max() / old.abs().max().clamp_min(torch.finfo(old.dtype).tiny))
             for new, old in pairs
@@ -168,7 +171,7 @@ class Proof:
     def rounding(self) -> float:
         """The largest relative change of any output if every weight is nudged by a few units of its last place."""
         nudged = {name: self._nudged(tensor) for name, tensor in self.state.items() if tensor.is_floating_point()}
-        return self._change({**self.state, **nudged}, self.written)
+        return self._change({**self.state, **nudged}, self.written, self.outputs)
 
     def _nudged(self, tensor: Tensor) -> Tensor:
         noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)

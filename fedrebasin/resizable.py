@@ -88,14 +88,12 @@ def seen_unread(proof: Proof) -> tuple[str, ...]:
     if not perms:
         return ()
     before = _unread(spec, perms, proof.state, stirred=False)
-    outputs, proof.outputs = proof.outputs, proof.run(before)
+    outputs = proof.run(before)
 
     def changes(some: list[str]) -> bool:
-        return proof.change_to(_unread(spec, some, before, stirred=True)) > proof.tolerance
+        return proof.change_to(_unread(spec, some, before, stirred=True), outputs) > proof.tolerance
 
-    found = tuple(perm for perm in perms if changes([perm])) if changes(perms) else ()
-    proof.outputs = outputs
-    return found
+    return tuple(perm for perm in perms if changes([perm])) if changes(perms) else ()
 
 
 def _unread(spec: PermutationSpec, perms: list[str], state: dict[str, Tensor], *, stirred: bool) -> dict[str, Tensor]:

@@ -119,7 +119,8 @@ class Walk:
             return self._without_rule(node, args, kwargs, op or name, where)
         given, made = values_in((args, kwargs)), values_in(result)
         if not self.traced.in_part:
-            self.reads.append(([value.axes for value in given], [value.axes for value in made if not self.traced.sums]))
+            written = [] if self.traced.sums else [value.axes for value in made]
+            self.reads.append(([value.axes for value in given], written))
         settle_op([*(value.axes for value in given), *self.traced.tensors[known:]], self.traced.unlike)
         self.traced.unlike.clear()
         stays = stays_uniform(node, rule, values)
@@ -131,14 +132,14 @@ class Walk:
         self,
         rule: Callable[..., Any] | None,
         node: torch.fx.Node,
-        shapes: Sequence[tuple[int, ...]],
+        shapes: list[tuple[int, ...]],
         args: Any,
         kwargs: Any,
     ) -> Any:
         """What a rule makes of an op, in the op's shapes; a ``NotCoveredError`` where it does not know the case."""
         if rule is None:
             raise NotCoveredError
-        self.traced.output_shapes, self.traced.masks = list(shapes), masks_of(node)
+        self.traced.output_shapes, self.traced.masks = shapes, masks_of(node)
         self.traced.in_part = self.traced.sums = False
         outs = outs_of(node)
         result = rule(self.traced, *args, **{key: value for key, value in kwargs.items() if key not in outs})

@@ -13,7 +13,7 @@ from fedrebasin.counterparts import common_perms
 from fedrebasin.errors import RebasinError
 from fedrebasin.layout import Free, leaves
 from fedrebasin.matching.numbers import refuse_complex
-from fedrebasin.matching.similarity import measure_similarity
+from fedrebasin.matching.similarity import Key, Similarity, measure_similarity
 from fedrebasin.permute import like_state
 from fedrebasin.resizable import check_can_resize, read_axis
 from fedrebasin.spec import PermutationSpec
@@ -124,7 +124,7 @@ def zip_trunks(
 
 
 def _maps(
-    trunk: PermutationSpec, blocks: Sequence[Mapping[Any, Any]], weights: Sequence[float]
+    trunk: PermutationSpec, blocks: Sequence[Mapping[Key, Similarity]], weights: Sequence[float]
 ) -> tuple[list[Maps], list[Maps]]:
     """For each model what writes the groups' units as a mixture of its own, and what reads its own from them.
 

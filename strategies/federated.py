@@ -19,7 +19,7 @@ from fedrebasin.corrections.votes import Votes, vote
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.finite import first_not_finite
 from fedrebasin.strategies.account import Account
-from fedrebasin.strategies.messages import node_of_message
+from fedrebasin.strategies.messages import node_of_message, node_of_reply
 from fedrebasin.strategies.queries import MESSAGE_TYPE, bytes_of, epsilon_of, read_answer, write_query
 from fedrebasin.strategies.records import state_to_record
 
@@ -158,7 +158,7 @@ class Queries:
         asked = node_of_message(messages)
         of_node: dict[int, Message] = {}
         for reply in replies:
-            of_node.setdefault(asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id), reply)
+            of_node.setdefault(node_of_reply(reply, asked), reply)
         answers, epsilons = {}, dict[int, float | None]()
         for place, node in list(present.items()):
             try:

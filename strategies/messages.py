@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, Message
 
@@ -53,3 +53,8 @@ def node_of_message(messages: Iterable[Message]) -> dict[str, int]:
     return {
         message.metadata.message_id: message.metadata.dst_node_id for message in messages if message.metadata.message_id
     }
+
+
+def node_of_reply(reply: Message, nodes: Mapping[str, int]) -> int:
+    """Which node a reply is from, by what :func:`node_of_message` has told: Flower's own errors name another."""
+    return nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedrebasin import PermutationSpec
 from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
+from fedrebasin.strategies.messages import node_of_reply
 from fedrebasin.strategies.metrics import wrong_count
 from fedrebasin.strategies.options import is_own, read_attribute
 from fedrebasin.strategies.records import select_arrays
@@ -132,7 +133,7 @@ class ReplyScreen:
         for place, message in enumerate(messages):
             if message.has_error():
                 continue
-            node = _node_of(message, nodes)
+            node = node_of_reply(message, nodes)
             if node in seen:
                 bad[place] = f"node {node} replied twice; its first reply is kept"
                 continue
@@ -206,13 +207,9 @@ class ReplyScreen:
             )
 
 
-def _node_of(message: Message, nodes: Mapping[str, int]) -> int:
-    return nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
-
-
 def _tell_failures(server_round: int, failures: Sequence[Message], nodes: Mapping[str, int]) -> None:
     for message in failures:
-        node = _node_of(message, nodes)
+        node = node_of_reply(message, nodes)
         if node != message.metadata.src_node_id:
             reason = message.error.reason
             log(WARNING, "rebasin: the failure in round %d is node %d's: %s", server_round, node, reason)

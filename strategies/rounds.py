@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.server import strategy as legacy
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedrebasin import PermutationSpec, identity_perms
@@ -161,7 +162,7 @@ class Rounds(Around):
         return None
 
     def _align(
-        self, server_round: int, screened: Screened, sent: ArrayRecord, stepping: Any
+        self, server_round: int, screened: Screened, sent: ArrayRecord, stepping: Strategy | legacy.Strategy
     ) -> tuple[Screened, Alignment]:
         """The permutations of the round, and the replies without those that could not be matched."""
         alignment = find_alignment(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedrebasin import PermutationSpec, RebasinError, check_widths, match_widths, resize
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.arrays import measure_arrays
+from fedrebasin.strategies.messages import node_of_reply
 from fedrebasin.strategies.network import Model
 from fedrebasin.strategies.records import DECODE_ERRORS, record_to_state, state_to_record
 from fedrebasin.strategies.trajectory import MOST, put_latest
@@ -116,7 +117,7 @@ class Widths:
             return
         reference: State | None = None
         for message in replies:
-            node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
+            node = node_of_reply(message, nodes)
             shapes = _shapes(_record_of(message, key))
             spec = self._spec_of(shapes)
             if spec is None:

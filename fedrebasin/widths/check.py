@@ -64,8 +64,8 @@ def check_widths(
     proof, other_proof = Proof(narrow, specs[1], example_inputs, seed), Proof(wide, specs[0], example_inputs, seed)
     placed = resize(WidthMatching(specs[0], specs[1], maps, maps), proof.state)
     other_proof.inputs = proof.inputs
-    other_proof.outputs = proof.outputs
-    change = other_proof.change_to({name: placed[name].to(tensor) for name, tensor in other_proof.state.items()})
+    as_narrow = {name: placed[name].to(tensor) for name, tensor in other_proof.state.items()}
+    change = other_proof.change_to(as_narrow, proof.outputs)
     if change > proof.tolerance and change > proof.widen_tolerance():
         raise InvalidSpecError(
             f"narrow: placed among dead units of the wide network it changes an output by {change:.1g} of its size; "
