@@ -1,4 +1,4 @@
-"""The README's tables, rendered from the committed results: ``python -m fedrebasin.simulations.readme README.md``."""
+"""The tables of README and guides, from the committed results: ``python -m fedrebasin.simulations.readme FILE ...``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's deployment as it stands: real processes, TLS, keys; slow, run by ``pytest -m slow``."""
+"""The guide's deployment as it stands: real processes, TLS, keys; slow, run by ``pytest -m slow``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from fedrebasin.simulations.processes import Family
 
 ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "strategies" / "README.md"
 APP = ROOT / "simulations" / "deployment"
 SILOS, ROUNDS = 3, 2
 missing = [tool for tool in ("bash", "curl", "openssl", "ssh-keygen") if shutil.which(tool) is None]
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=f"not i
 
 @dataclass
 class Deployment:
-    """What the README's commands left running."""
+    """What the guide's commands left running."""
 
     folder: Path
     port: int
@@ -87,8 +88,8 @@ def free_ports(count: int) -> int:
 
 
 def commands() -> str:
-    """The README's block that begins in the app's folder."""
-    found = re.search(r"```sh\ncd simulations/deployment\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The guide's block that begins in the app's folder."""
+    found = re.search(r"```sh\ncd simulations/deployment\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     assert found is not None
     return found[1]
 

@@ -1,4 +1,4 @@
-"""The README's code runs, and its tables are those of the committed results."""
+"""The code of the README and of the guides runs, and their tables are those of the committed results."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from fedrebasin.simulations import readme
 from fedrebasin.strategies import FedRebasin, perms_from_record
 from fedrebasin.strategies.records import state_to_record
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-TEXT = README.read_text(encoding="utf-8")
-PAGES = (README, README.parent / "simulations" / "results" / "README.md")
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+GUIDES = (ROOT / "strategies" / "README.md", ROOT / "fedrebasin" / "README.md")
+PAGES = {"readme": README, "flower": GUIDES[0], "pytorch": GUIDES[1], "results": ROOT / "simulations/results/README.md"}
+BLOCKS = [
+    block
+    for page in (README, *GUIDES)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=["readme", "results"])
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert readme.render(text) == text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=["readme", "results"])
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_every_picture_page_and_section_that_a_page_names_is_there(page: Path) -> None:
     links = [
         link for link in re.findall(r"\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in link
@@ -46,9 +51,11 @@ def test_every_picture_page_and_section_that_a_page_names_is_there(page: Path) -
             assert section in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
-def test_the_plain_pytorch_example_runs(capsys: Any) -> None:
-    block = next(block for block in BLOCKS if "merge_modules" in block)
-    exec(compile(block, "README.md", "exec"), {})
+def test_the_plain_pytorch_examples_run(capsys: Any) -> None:
+    names: dict[str, Any] = {}
+    for block in (block for block in BLOCKS if "merge_modules(" in block):
+        exec(compile(block, "README.md", "exec"), names)
+        assert names["middle"].keys() == names["merged"].state_dict().keys()
     assert "perms" in capsys.readouterr().out
 
 
