@@ -175,7 +175,9 @@ class Rebasin(Rounds):
             seed=seed,
             device=self.device,
         )
-        calibration, loss = self._finish.calibration, loss if select is None or uses_loss(matching, reference) else None
+        calibration = self._finish.calibration
+        if select == "calibration" and not uses_loss(matching, reference):  # it is the selection's alone
+            loss = None
         self._matcher = build_matcher(
             *(matching, self.spec, self.model, calibration),
             reference=reference,

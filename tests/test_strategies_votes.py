@@ -204,5 +204,7 @@ def test_what_does_not_fit_is_refused_at_construction() -> None:
         FedRebasin(**GIVEN, select="clients", correction=["federated-repair", "federated-repair"])
     with pytest.raises(RebasinError, match="correction: several need something that chooses"):
         FedRebasin(**GIVEN, correction=["federated-repair", "federated-regmean"])
+    with pytest.raises(UsageError, match=r"loss: only matching=.* and select='calibration' use it"):
+        FedRebasin(**GIVEN, select="clients", correction=None, loss=F.mse_loss)  # the clients have their own
     with pytest.raises(UsageError, match="held_out, loss: expected a function of message and context"):
         answer_queries(model=net, batches=lambda message, context: [], loss=F.mse_loss)
