@@ -97,7 +97,8 @@ def narrow(
             missing = next(name for name in spec.axes if name not in arrays)
             raise UsageError(
                 f"{runs} runs the whole model, and initial_arrays hold {len(arrays)} of its {len(spec.axes)} tensors, "
-                f"without {missing!r}; send the whole state dict, or use correction=None and matching='weight'"
+                f"without {missing!r}; send the whole state dict without until=, or use correction=None and "
+                "matching='weight'"
             )
         spec = part_of(spec, arrays, home=home)
         matcher = replace(matcher, setting=replace(matcher.setting, spec=spec))
