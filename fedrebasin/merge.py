@@ -149,7 +149,7 @@ def merge_modules(
     example_inputs : Tensor, tuple or dict
         As for :func:`fedrebasin.trace`.
     calibration : iterable of batches, optional
-        Inputs for the correction; without them none that needs any follows.
+        Inputs for the correction; without them the default corrects nothing.
     coefficients : sequence of float, optional
         As for :func:`merge`.
     correction : str, optional
@@ -179,7 +179,8 @@ def merge_modules(
     Raises
     ------
     RebasinError
-        If there is no such correction, or a loss without ``select``; as the functions that are called raise.
+        If there is no such correction, it lacks its calibration data, or a loss comes without ``select``; as the
+        functions that are called raise.
 
     Examples
     --------
@@ -195,6 +196,10 @@ def merge_modules(
         raise CalibrationError(f"select={select!r} needs calibration, a collection of input batches")
     if loss is not None and select is None:
         raise RebasinError("loss: only select='calibration' uses it; leave it out with select=None")
+    if calibration is None and correction != "default" and any(CORRECTIONS[name].inputs for name in corrections):
+        raise CalibrationError(
+            f"correction={correction!r} needs calibration, a collection of input batches; give calibration=batches"
+        )
     spec = proved_trace(modules[0], example_inputs, seed=seed)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)

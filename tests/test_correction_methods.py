@@ -120,6 +120,8 @@ def test_merge_modules_takes_a_name() -> None:
     assert not torch.equal(scaled["2.bias"], averaged["2.bias"])
     with pytest.raises(RebasinError, match=r"correction: expected None or one of repair, .*; got 'magic'"):
         merge_modules(nets, (DATA[0],), correction="magic")
+    with pytest.raises(CalibrationError, match="correction='least-squares' needs calibration, a collection of input"):
+        merge_modules(nets, (DATA[0],), correction="least-squares")
 
 
 def test_what_a_name_lacks_is_refused() -> None:
