@@ -37,7 +37,10 @@ def inspect(
         Path | None, typer.Option(help="With --zoo: folder of results.json; a second run goes on with it.")
     ] = None,
 ) -> int:
-    """Show which units of a model may change places, what stays fixed and why, and prove it."""
+    """Show which units of a model may change places, what stays fixed and why, and prove it.
+
+    MODEL is module:factory, a function or class that makes the model.
+    """
     from fedrebasin.simulations.inspection_command import Request, inspect_request, refuse, spinner
     from fedrebasin.simulations.inspection_tables import print_inspection
 

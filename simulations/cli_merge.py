@@ -57,7 +57,7 @@ def merge(
     plot: Annotated[
         Path | None, typer.Option(help="A PNG of how alike units respond to --calibration, before and after.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and report; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and report; write no output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
 ) -> int:

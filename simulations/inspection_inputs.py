@@ -104,6 +104,8 @@ def example_inputs(model: nn.Module, inputs: Sequence[Input], *, vocab: int | No
     """
     generator = torch.Generator().manual_seed(seed)
     tables = [one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag)]
+    if vocab is not None and not any(_is_integer(one.dtype) for one in inputs):
+        raise UsageError("--vocab: needs an --input of integers, as 1x16:int64; leave it out")
     bound = vocab or min(tables, default=2)
     tensors = [_draw(one, bound, generator) for one in inputs]
     positional = sum(not one.keyword for one in inputs)
@@ -113,6 +115,10 @@ def example_inputs(model: nn.Module, inputs: Sequence[Input], *, vocab: int | No
     if len(set(keywords)) < len(keywords):
         raise UsageError("--input: a keyword names an input that is also given without one")
     return dict(zip(keywords, tensors, strict=True))
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
 def _draw(one: Input, bound: int, generator: torch.Generator) -> Tensor:

@@ -59,10 +59,14 @@ def correction_of(request: Request) -> str:
         raise UsageError(f"--correction: {name} needs --calibration, a path with the network's inputs")
     if request.calibration is None:
         refuse({"--mean": request.mean, "--std": request.std}, "needs --calibration, whose 8-bit images it is for")
+        refuse({"--examples": request.examples != Request.examples}, "needs --calibration, whose examples it counts")
     if bool(request.model) == bool(request.spec):
         raise UsageError("--model: expected module:Class, or --spec with a saved spec, and not both")
     if request.spec is not None and (name or request.calibration is not None):
         raise UsageError("--spec: a correction and --calibration run the network; give --model instead")
+    if request.spec is not None:
+        model = {"--input": request.inputs, "--kwargs": request.kwargs, "--vocab": request.vocab}
+        refuse(model, "has no meaning with --spec, which makes no model")
     return name
 
 

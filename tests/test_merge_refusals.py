@@ -61,6 +61,11 @@ OPTIONS = {
     f"{FILES} {NET} --dry-run --plot p.jpg --calibration c.npy": "--plot: expected a path that ends in .png; got p.jpg",
     f"{FILES} --spec absent.json --output out.safetensors": "cannot read absent.json as JSON",
     f"{FILES} --spec s.json --output out.safetensors --correction bias-normalisation": "give --model instead",
+    f"{FILES} --spec s.json --output out.safetensors --input 2x3x8x8": "--input: has no meaning with --spec",
+    f"{FILES} --spec s.json --output out.safetensors --kwargs {{}}": "--kwargs: has no meaning with --spec",
+    f"{FILES} --spec s.json --output out.safetensors --vocab 5": "--vocab: has no meaning with --spec",
+    f"{FILES} {NET} --output out.safetensors --examples 50": "--examples: needs --calibration",
+    f"{FILES} {NET} --output out.safetensors --vocab 5": "--vocab: needs an --input of integers",
     f'{FILES} {NET} --kwargs {{"width":5}} --output out.safetensors': "a.safetensors: expected 'body.0.weight' as (5,",
 }
 
