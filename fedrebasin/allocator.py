@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 #: Models smaller than this leave little, and giving that back takes some milliseconds.
 _WORTHWHILE = 1 << 23
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+#: What ctypes raises where there is another C library: it lacks the function, or (Windows) has no name None.
+_NOT_GLIBC = (OSError, AttributeError, TypeError)
 
 
 def return_freed_memory(size: int) -> None:
@@ -27,7 +29,7 @@ def return_freed_memory(size: int) -> None:
     """
     if size < _WORTHWHILE:
         return
-    with suppress(OSError, AttributeError, TypeError):  # another C library
+    with suppress(*_NOT_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -46,5 +48,5 @@ def keep_nothing_freed() -> None:
 
     glibc otherwise keeps what was freed below 32 MB, in pieces: with layers of 10 MB that was a gigabyte.
     """
-    with suppress(OSError, AttributeError):  # another C library; its allocator is left alone
+    with suppress(*_NOT_GLIBC):  # its allocator is left alone
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -59,6 +59,11 @@ def interpolate(reference: State, model: State, lam: float) -> dict[str, Tensor]
     lam : float
         In [0, 1]: 0 is the reference, 1 the model; both come back with equal values.
 
+    Returns
+    -------
+    dict of str to Tensor
+        Keys, order, dtypes and devices of ``reference``.
+
     Raises
     ------
     SpecMismatchError

@@ -209,7 +209,7 @@ class PermutationSpec:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RebasinError(f"spec: cannot read {path} as JSON ({error}); save one with spec.save(path)") from error
         return PermutationSpec.from_json(data)
 

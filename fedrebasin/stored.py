@@ -177,7 +177,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, str], dict[str, Entry]]:
         header = json.loads(text)
         metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
         entries = {name: _entry(one, 8 + length) for name, one in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RebasinError(f"{wrong}; its header cannot be read ({type(error).__name__}: {error})") from error
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -192,7 +192,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, str], dict[str, Entry]]:
 
 def _other_format(path: Path) -> str:
     """What a zip or a pickle is, and how it becomes a safetensors file."""
-    if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+    if _is_npz(path):
         return "NumPy's .npz. Convert it: safetensors.numpy.save_file(dict(numpy.load(path)), 'model.safetensors')"
     return (
         "a pickle, which can run code when it is loaded. Convert it where you trust it: "
@@ -200,6 +200,14 @@ def _other_format(path: Path) -> str:
         "state dict; of a checkpoint (Lightning's, say) save torch.load(path, weights_only=True)['state_dict'], or "
         "['model']; of a whole model torch.load(path, weights_only=False).state_dict()"
     )
+
+
+def _is_npz(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (OSError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile):  # no zip, or a damaged one
+        return False
 
 
 def _entry(one: Mapping[str, Any], base: int) -> Entry:

@@ -79,7 +79,7 @@ def write_state(
     except OSError as error:
         raise RebasinError(f"{path}: cannot write the file ({error.strerror})") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # where it could not be made, it need not be missing: its folder may be a file
             partial.unlink()
 
 

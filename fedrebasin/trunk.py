@@ -31,6 +31,11 @@ def trunk_tensors(spec: PermutationSpec, until: str) -> tuple[str, ...]:
     until : str
         A module's name, such as ``"layer3"``, or a tensor's.
 
+    Returns
+    -------
+    tuple of str
+        In the order of the state dict.
+
     Raises
     ------
     RebasinError

@@ -162,7 +162,7 @@ def merge_trunk_modules(
     if not modules:
         raise RebasinError("modules: expected one or more; got none")
     specs = []
-    for module in modules:  # a comprehension is a frame of its own, at which the warnings would point
+    for module in modules:  # a comprehension is a frame of its own before Python 3.12: warnings would point there
         specs.append(proved_trace(module, example_inputs, seed=seed))
     states = [module.state_dict() for module in modules]
     merged = merge_trunks(

@@ -74,7 +74,7 @@ def compare(
 ) -> None:
     """Compare strategies on clients that start apart or together, in Flower's simulation runtime.
 
-    Data sets: digits, mnist, cifar10, cifar100.
+    Data sets: digits, mnist, cifar10, cifar100. It needs Linux or macOS.
     """
     from fedrebasin.simulations.settings import Settings, resolve
 

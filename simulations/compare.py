@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +104,9 @@ def compare(options: Options, *, on_event: Callable[[Event], None] = lambda even
 
 
 def check_extra() -> None:
-    """Refuse to start where a package of the extra ``simulation`` is missing."""
+    """Refuse to start where a package of the extra ``simulation`` is missing, or what ends a run's processes."""
+    if sys.platform == "win32":
+        raise UsageError("compare: expected Linux or macOS, where a run's processes are found and ended; got Windows")
     missing = [package for module, package in MODULES.items() if find_spec(module) is None]
     if missing:
         raise UsageError(f'missing: {", ".join(missing)}; pip install "fedrebasin[simulation]"')

@@ -78,7 +78,7 @@ def write_page(path: Path, found: Inspection, provenance: Mapping[str, Any]) -> 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "page.html"
     >>> write_page(path, Inspection("net", "2x4", PermutationSpec({}), 0, 0.0, 0.0, 0.0, "cpu"), {"command": "x"})
-    >>> "<title>Permutations of net</title>" in path.read_text()
+    >>> "<title>Permutations of net</title>" in path.read_text(encoding="utf-8")
     True
     """
     write_whole(path, _page(found, provenance))

@@ -34,7 +34,7 @@ def on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[N
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; whoever runs this in another takes care of signals
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = [signal.signal(number, handler) for number in numbers]
     try:
         yield

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,6 +32,8 @@ _RELAXED = 6
 _PROOF = 28
 #: buffers, and what the allocator does not give back
 _MARGIN = 48_000_000
+#: what Python holds with torch loaded, where the system does not say
+_UNKNOWN = 600_000_000
 
 
 def parse_memory(text: str) -> int | None:
@@ -157,10 +159,14 @@ def check_proof(limit: int | None, states: Sequence[StoredState]) -> None:
 def resident() -> int:
     """Bytes of memory that this process holds now."""
     with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return peak()
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak() or _UNKNOWN
 
 
 def peak() -> int:
-    """The most bytes of memory that this process ever held."""
+    """The most bytes of memory that this process ever held; 0 where no module tells (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

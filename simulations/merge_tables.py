@@ -43,7 +43,7 @@ def print_merged(merged: Merged, request: Request) -> None:
     streamed = f"{size_text(needs.streamed)} tensor by tensor" if needs.streamed else f"{needs.why} needs them whole"
     way = "read tensor by tensor" if merged.streamed else "held"
     rows.add_row("memory", f"expected {size_text(needs.held)} with the models held, {streamed}")
-    rows.add_row("", f"models were {way}; the peak of this process was {size_text(peak())}")
+    rows.add_row("", f"models were {way}" + (f"; the peak of this process was {size_text(peak())}" if peak() else ""))
     rows.add_row("output", "none (--dry-run)" if merged.output is None else str(merged.output))
     console.print(rows)
 

@@ -85,7 +85,7 @@ def write_report(
     >>> path = Path(tempfile.mkdtemp()) / "report.html"
     >>> table = Table("Test set", ["model", "loss"], [["aligned", "0.06"]])
     >>> write_report(path, title="t", question="Which?", answer="This.", sections=[table], provenance={"seeds": [0]})
-    >>> "<td>0.06</td>" in path.read_text()
+    >>> "<td>0.06</td>" in path.read_text(encoding="utf-8")
     True
     """
     try:

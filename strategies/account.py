@@ -57,7 +57,7 @@ class Account:
             if not self._file.exists():
                 return
             self.before = int(json.loads(self._file.read_text(encoding="utf-8"))["releases"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise UsageError(
                 f"checkpoint_dir: {str(self._file)!r}, which counts what clients have given away, cannot be read "
                 f"({first_line(error)}); give another folder to begin anew"

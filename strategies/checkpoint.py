@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         save_file({name: np.array(values, order="C") for name, values in arrays.items()}, path)
     except SafetensorError as error:  # its own word for a full disk
         raise OSError(str(error)) from error
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
 
 
@@ -159,9 +160,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the renaming last through a power cut, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the renaming last through a power cut, where the system can: Windows opens no folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.options import chain, read_attribute
 from fedrebasin.strategies.pairs import pairs_of
+from fedrebasin.strategies.records import DECODE_ERRORS
 
 Failure = tuple[ClientProxy, FitRes] | BaseException
 
@@ -53,7 +54,7 @@ class Letter:
         content["metrics"] = MetricRecord({**numbers, "num-examples": result.num_examples})
         try:
             content["arrays"] = to_record(result.parameters, names)
-        except (UsageError, ValueError, TypeError, OSError, EOFError):
+        except DECODE_ERRORS:  # UsageError is a ValueError
             content["arrays"] = ArrayRecord()
         node = getattr(client, "node_id", client.cid)
         return cls(client, result, content, SimpleNamespace(src_node_id=node, reply_to_message_id=""))

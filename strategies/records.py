@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tokenize
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,12 @@ with warnings.catch_warnings():  # torch warns once of memory that cannot be wri
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
-# what Array.numpy() raises on a serialisation that is not a NumPy array, cut off, or larger than memory
-DECODE_ERRORS = (TypeError, ValueError, EOFError, OSError, KeyError, MemoryError, SyntaxError, zipfile.BadZipFile)
+# what Array.numpy() raises on a serialisation that is not a NumPy array, cut off, or larger than memory: NumPy reads
+# a header with Python's own parser, which has several words for one that is damaged
+DECODE_ERRORS = (
+    *(TypeError, ValueError, EOFError, OSError, KeyError, MemoryError, ArithmeticError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile),
+)
 
 
 def array_to_tensor(array: Array) -> Tensor:

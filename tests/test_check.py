@@ -111,7 +111,11 @@ def test_a_saved_spec_keeps_its_mark_and_a_hand_edit_clears_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"format": "other"}', '{"format": "fedrebasin-spec-1", "axes": {"w": [{}]}}']
+    "text",
+    [
+        *("", "[]", '{"format": "other"}', '{"format": "fedrebasin-spec-1", "axes": {"w": [{}]}}'),
+        pytest.param("[" * 100_000, id="deep"),
+    ],
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "spec.json"

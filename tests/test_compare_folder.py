@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedrebasin.errors import UsageError
-from fedrebasin.simulations.compare import Options, compare
+from fedrebasin.simulations.compare import Options, check_extra, compare
 from fedrebasin.simulations.data import load_dataset
 from fedrebasin.simulations.interrupts import Interrupted
 from fedrebasin.simulations.results import load_results, save_results
@@ -125,3 +125,9 @@ def test_results_are_not_written_over(no_flower: dict[str, Any], tmp_path: Path)
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         compare(Options(Settings(rounds=1), output=tmp_path))
     assert no_flower["sites"] == []
+
+
+def test_where_processes_cannot_be_found_and_ended_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(UsageError, match=r"compare: expected Linux or macOS, .*; got Windows"):
+        check_extra()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,7 +178,7 @@ def test_a_failure_midway_leaves_no_file(folder: Path, monkeypatch: pytest.Monke
     def failing(*args: Any) -> Iterator[tuple[str, Tensor]]:
         for place, one in enumerate(original(*args)):
             if place == 3:
-                os.kill(os.getpid(), 15)
+                signal.raise_signal(signal.SIGTERM)
             yield one
 
     monkeypatch.setattr(merge_command, "averaged", failing)

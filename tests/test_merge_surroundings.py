@@ -59,7 +59,23 @@ def test_a_plain_install_without_the_extra_is_enough(folder: Path) -> None:
     assert (folder / "out.safetensors").exists()
 
 
+def test_a_system_without_what_only_posix_has_is_enough(folder: Path) -> None:
+    """What Windows lacks: a signal, a module, a C library without a name."""
+    plant(folder)
+    code = (
+        "import ctypes, signal, sys; import torch; del signal.SIGHUP; sys.modules['resource'] = None\n"
+        "def library(name):\n    raise TypeError\n"
+        "ctypes.CDLL = library\n"
+        "from fedrebasin.simulations import cli\n"
+        f"sys.exit(cli.run({f'merge a.safetensors b.safetensors {NET} --output out.safetensors --memory 9GB'.split()}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "models were held" in done.stdout and "the peak" not in done.stdout
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process there")
 def test_the_peak_of_a_merge_tensor_by_tensor_stays_under_the_limit(folder: Path) -> None:
     from fedrebasin.simulations.bench.merge import make_pair, run_merge
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,11 +19,9 @@ SOURCES = ("fedrebasin", "strategies", "simulations")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
     """The wheel's file list, and a folder into which it is installed."""
     folder = tmp_path_factory.mktemp("wheel")
-    copy, site = folder / "source", folder / "site"
+    site = folder / "site"
     # setuptools leaves build folders where it builds, so it builds a copy
-    pack = subprocess.run(["tar", "-c", *exclude(), "."], cwd=ROOT, capture_output=True, check=True).stdout
-    copy.mkdir()
-    subprocess.run(["tar", "-x"], cwd=copy, input=pack, check=True)
+    copy = shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(copy)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
@@ -34,8 +33,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]
     return names, site
 
 
-def exclude() -> list[str]:
-    return [f"--exclude=./{name}" for name in (".git", "build", "dist", "runs", "tests")] + ["--exclude=*.egg-info"]
+def left_out(folder: str, names: list[str]) -> set[str]:
+    top = {".git", "build", "dist", "runs", "tests"} if Path(folder) == ROOT else set()
+    return {name for name in names if name in top or name.endswith(".egg-info")}
 
 
 def expected_files() -> set[str]:

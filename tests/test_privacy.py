@@ -143,8 +143,9 @@ def test_a_resumed_run_counts_on_even_what_was_lost_on_the_way(
     assert result.train_metrics_clientapp[3]["rebasin-query-left-out"] == 2
 
 
-def test_a_count_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "releases.json").write_text('{"releases": "many"}')
+@pytest.mark.parametrize("count", ['"many"', "1e999"])
+def test_a_count_that_cannot_be_read_is_refused(count: str, tmp_path: Path) -> None:
+    (tmp_path / "releases.json").write_text(f'{{"releases": {count}}}')
     strategy = FedRebasin(**GIVEN, correction="federated-repair", checkpoint_dir=tmp_path)
     with pytest.raises(UsageError, match=r"releases.json', which counts .* cannot be read .* give another folder"):
         strategy.start(Spy(clients(LOOSE)), state_to_record(SENT), num_rounds=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +74,15 @@ def test_bfloat16_is_refused_with_the_remedy() -> None:
 
 def test_garbage_raises_one_of_the_decoding_errors() -> None:
     whole = Array(np.ones(3, np.float32))
-    for data in (b"", b"garbage", whole.data[:-3], whole.data[:9], b"PK\x03\x04" + bytes(40), b"\x80\x04." + bytes(9)):
+    headers = ["{'descr': '<f4', 'shape': (2,", '"' * 3, "-" * 3000 + "1"]  # cut off, open, deep
+    headers.append("{'descr': '<f4', 'fortran_order': False, 'shape': (9" + "9" * 30 + ",)}")
+    damaged = [b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() for text in headers]
+    later = BytesIO()
+    np.savez(later, a=np.ones(3))  # and a zip of a version that is yet to come
+    at = later.getvalue().index(b"PK\x01\x02") + 6
+    damaged.append(later.getvalue()[:at] + b"\xff" + later.getvalue()[at + 1 :])
+    damaged += [b"", b"garbage", whole.data[:-3], whole.data[:9], b"PK\x03\x04" + bytes(40), b"\x80\x04." + bytes(9)]
+    for data in damaged:
         with pytest.raises(DECODE_ERRORS, match=r"."):
             record_to_state(ArrayRecord({"a": Array("float32", (3,), "numpy.ndarray", data)}))
     with pytest.raises(DECODE_ERRORS, match="serialization"):

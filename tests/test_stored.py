@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 import struct
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +83,18 @@ def test_a_failure_midway_leaves_what_was_there_before_and_nothing_else(tmp_path
     with pytest.raises(RebasinError, match="once; got 'other'"):
         write_state(path, STATE, [("other", torch.zeros(3))])
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"] and path.read_text() == "before"
-    with pytest.raises(RebasinError, match="cannot write"):
-        write_state(tmp_path / "absent" / "d.safetensors", {}, [])
+    for wrong in ("absent/d.safetensors", "c.safetensors/d.safetensors", "d" * 1000):
+        with pytest.raises(RebasinError, match="cannot write"):
+            write_state(tmp_path / wrong, {}, [])
+
+
+def _zip_to_come() -> bytes:
+    """A NumPy archive that says it is of a version of zip that is yet to come."""
+    written = BytesIO()
+    np.savez(written, a=np.ones(3))
+    data = bytearray(written.getvalue())
+    data[data.index(b"PK\x01\x02") + 6] = 255
+    return bytes(data)
 
 
 def _file(header: object, data: bytes = b"") -> bytes:
@@ -93,6 +105,7 @@ def _file(header: object, data: bytes = b"") -> bytes:
 BAD = {
     "expected a safetensors file; got a pickle": b"PK\x03\x04" + b"0" * 20,
     "got a pickle, which": b"\x80\x02}q\x00.",
+    "a pickle, which can run code": _zip_to_come(),
     "its header is missing or cut off": b"\x10",
     "header is missing": struct.pack("<Q", 1 << 60) + b"{}",
     "header cannot be read": struct.pack("<Q", 4) + b"nope",
@@ -101,6 +114,8 @@ BAD = {
     "something follows": _file({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"000000"),
     "the place of 'w'": _file({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}, b"0000"),
     "KeyError": _file({"w": {"dtype": "F32", "shape": [3]}}),
+    "RecursionError": struct.pack("<Q", 100_000) + b"[" * 100_000,
+    "OverflowError": _file({"w": {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 4]}}, b"0000"),
 }
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def histories(result: Result) -> list[dict[int, dict[str, object]]]:
     ]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize(
     "inner, kill_at", [("adam", "train 3"), ("momentum", "between 3"), ("privacy", "saving 2"), ("adam", "train 1")]
 )
@@ -153,6 +155,30 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert to_bytes(result.arrays) == to_bytes(run("adam", None).arrays)
     assert sum("is not kept in" in line for line in warnings) == ROUNDS + 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_kept_where_folders_cannot_be_opened_and_what_is_only_read_not_synced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings: list[str],  # noqa: F811
+) -> None:
+    """So it is on Windows."""
+    opened, synced = os.open, os.fsync
+
+    def open_file(path: Any, *rest: Any, **options: Any) -> int:
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *rest, **options)
+
+    def sync(descriptor: int) -> None:
+        os.write(descriptor, b"")
+        synced(descriptor)
+
+    monkeypatch.setattr("fedrebasin.strategies.checkpoint.os.open", open_file)
+    monkeypatch.setattr("fedrebasin.strategies.checkpoint.os.fsync", sync)
+    run("adam", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"round-{ROUNDS - 1:06d}", f"round-{ROUNDS:06d}"]
+    assert not any("is not kept in" in line for line in warnings)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from flower_messages import small_net
-from flwr.common import ndarrays_to_parameters
+from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters
 from flwr.server import SimpleClientManager
 from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as current
@@ -17,6 +19,7 @@ from test_strategies_legacy import INPUTS, SENT, play
 from fedrebasin import trace
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.legacy import Rebasin as LegacyRebasin
+from fedrebasin.strategies.legacy_arrays import Letter
 
 SPEC = trace(small_net(), INPUTS)
 
@@ -68,3 +71,11 @@ def test_parameters_that_are_not_the_state_dict_are_refused() -> None:
     strategy = LegacyRebasin(legacy.FedAvg(), model=small_net, example_inputs=INPUTS)
     with pytest.raises(UsageError, match=r"parameters: expected the 11 arrays of the model's state_dict.*got 2"):
         strategy.configure_fit(1, ndarrays_to_parameters([np.zeros(2), np.zeros(3)]), SimpleClientManager())
+
+
+def test_a_result_whose_arrays_are_damaged_is_an_empty_letter() -> None:
+    header = b"{'descr': '<f4', 'shape': (2,"
+    damaged = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    result = FitRes(Status(Code.OK, ""), Parameters([damaged], "numpy.ndarray"), 10, {})
+    letter = Letter.of(cast(Any, SimpleNamespace(cid="1")), result, ["weight"])
+    assert dict(letter.content.array_records["arrays"]) == {}

@@ -22,6 +22,7 @@ from fedrebasin.coefficients import check_coefficients
 from fedrebasin.corrections.first_uses import Uses, first_uses
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.privacy import Privacy
+from fedrebasin.corrections.solution import check_ridge
 from fedrebasin.corrections.working import working_copy
 from fedrebasin.errors import RebasinError
 
@@ -69,8 +70,7 @@ class FederatedOptions:
     off_diagonal: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
-            raise RebasinError(f"ridge: expected None or a number from 0; got {self.ridge}")
+        check_ridge(self.ridge)
         if self.gram_limit < 0:
             raise RebasinError(f"gram_limit: expected a number of bytes from 0; got {self.gram_limit}")
         if not self.max_gain >= 1:

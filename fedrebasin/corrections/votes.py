@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedrebasin.corrections.queries import LARGEST, About, Answer, Node, Query, State, check_tensors
 from fedrebasin.errors import RebasinError
-from fedrebasin.yardsticks import ByLoss
+from fedrebasin.yardsticks import ByLoss, mean_over_batches
 
 KIND = "losses"
 #: examples, and the mean loss of each candidate on them
@@ -115,15 +115,12 @@ def measure(about: About, node: Node) -> Answer:
     for key, tensor in node.merged.items():
         place, _, name = key.partition("/")
         parts[int(place)][name] = tensor
-    batches, losses = node.data(), list[float]()
+    batches = node.data()
     if any(target is None for _, _, target in batches):
         raise RebasinError("held_out: expected batches with targets; some have none")
     yardstick = ByLoss(batches, node.loss)
-    sizes = torch.tensor(yardstick.sizes, dtype=torch.float64)
-    for part in parts:
-        values = yardstick(node.model(part))
-        losses.append(float((values * sizes).sum() / sizes.sum()))
-    return {"count": sizes.sum().long(), "losses": torch.tensor(losses, dtype=torch.float64)}
+    losses = [mean_over_batches(yardstick(node.model(part)), yardstick.sizes) for part in parts]
+    return {"count": torch.tensor(sum(yardstick.sizes)), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def _reader(candidates: int) -> Callable[[Answer], Vote]:

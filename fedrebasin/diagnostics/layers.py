@@ -102,10 +102,14 @@ def layer_similarities(
     for args, kwargs, _ in Batches(batches, inputs=spec.inputs, name="batches", device=where):
         seen = _written(spec, first, args, kwargs), _written(spec, second, args, kwargs)
         if [(name, one.shape) for name, one in seen[0]] != [(name, one.shape) for name, one in seen[1]]:
-            raise CalibrationError("batches: the two networks run different layers on the same inputs")
+            raise CalibrationError(
+                "batches: the two networks run different layers on the same inputs; give batches on which they do not"
+            )
         for (name, one), (_, other) in zip(*seen, strict=True):
             if not bool(one.isfinite().all() and other.isfinite().all()):
-                raise CalibrationError(f"batches: what {name!r} writes holds a NaN or an infinity")
+                raise CalibrationError(
+                    f"batches: what {name!r} writes holds a NaN or an infinity; check the models and the inputs"
+                )
             if name not in sums:
                 sums[name] = {key: MEASURES[key]() for key in measures}
             for measure in sums[name].values():

@@ -12,29 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedrebasin.corrections.calls import AFFINE, CONVOLUTIONS, NORMS, TRANSPOSED, names_of_tensors
 from fedrebasin.layout import Layout, Product, Sum
 from fedrebasin.spec import PermutationSpec
 
 #: Called with the place's name, what lies along the units' axis, and the activation with that axis first.
 See = Callable[[str, Layout, Tensor], None]
 
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _ATTENTION = F.multi_head_attention_forward
 #: function -> names of its first arguments, which a call may give by position or by name
 _ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
+    **{function: names for function, names in AFFINE.items() if function not in NORMS},
     F.embedding: ("input", "weight"),
-    **dict.fromkeys(_CONVOLUTIONS, ("input", "weight", "bias", "stride", "padding", "dilation", "groups")),
-    **dict.fromkeys(_TRANSPOSED, ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")),
-    **dict.fromkeys(_PRODUCTS, ("input", "weight")),
-    torch.addmm: ("bias", "input", "weight"),
     _ATTENTION: (
         *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
         *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias"),
@@ -57,7 +50,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, net: nn.Module, spec: PermutationSpec, see: See) -> None:
         super().__init__()
-        self._names = {id(tensor): name for name, tensor in net.state_dict(keep_vars=True).items()}
+        self._names = names_of_tensors(net)
         self._spec, self._see = spec, see
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,9 +90,9 @@ class Watch(TorchFunctionMode):
         if name is None or not isinstance(weight, Tensor):
             return None
         first, second, written = self._axis(weight, 0), self._axis(weight, 1), self._axis(bias, 0)
-        if func in _CONVOLUTIONS:
+        if func in CONVOLUTIONS:
             return _Layer(name, 1 - weight.ndim, _grouped(first, second, groups), first or written)
-        if func in _TRANSPOSED:
+        if func in TRANSPOSED:
             return _Layer(name, 1 - weight.ndim, first, written or _grouped(first, second, groups))
         if func is F.linear or func is _ATTENTION:
             return _Layer(name, -1, second, first or written)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedrebasin.matching.grids import Grid, grids_of
 from fedrebasin.matching.many_problem import ManyProblem
 from fedrebasin.matching.relaxed import Relaxed, between
-from fedrebasin.matching.relaxed_problem import normalised
+from fedrebasin.matching.relaxed_problem import normalised, polynomial_of
 
 
 class RelaxedMany:
@@ -72,11 +72,9 @@ class RelaxedMany:
         self, start: Sequence[Relaxed], end: Sequence[Relaxed], *, slope: float, at_start: float
     ) -> np.ndarray:
         """Coefficients, constant first, of the objective on the line from ``start`` (0) to ``end`` (1)."""
-        powers = np.arange(2, self.degree + 1)
-        points = (powers - 1) / max(1, self.degree - 1)
-        values = np.array([self.value(on_the_way(start, end, float(point))) for point in points])
-        curved = np.linalg.solve(points[:, None] ** powers, values - at_start - slope * points)
-        return np.concatenate([[at_start, slope], curved])
+        return polynomial_of(
+            lambda lam: self.value(on_the_way(start, end, lam)), self.degree, slope=slope, at_start=at_start
+        )
 
 
 def on_the_way(start: Sequence[Relaxed], end: Sequence[Relaxed], lam: float) -> list[Relaxed]:

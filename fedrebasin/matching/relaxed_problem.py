@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,11 +114,22 @@ class RelaxedProblem:
         self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], *, slope: float, at_start: float
     ) -> np.ndarray:
         """Coefficients, constant first, of the objective on the line from ``start`` (0) to ``end`` (1)."""
-        powers = np.arange(2, self.degree + 1)
-        points = (powers - 1) / max(1, self.degree - 1)
-        values = np.array([float(self.value(between(start, end, float(point)))) for point in points])
-        curved = np.linalg.solve(points[:, None] ** powers, values - at_start - slope * points)
-        return np.concatenate([[at_start, slope], curved])
+        return polynomial_of(
+            lambda lam: float(self.value(between(start, end, lam))), self.degree, slope=slope, at_start=at_start
+        )
+
+
+def polynomial_of(value: Callable[[float], float], degree: int, *, slope: float, at_start: float) -> np.ndarray:
+    """Coefficients, constant first, of a polynomial whose value and slope at 0 are known, by its values in (0, 1].
+
+    >>> polynomial_of(lambda lam: lam + 2 * lam**2, 2, slope=1.0, at_start=0.0)
+    array([0., 1., 2.])
+    """
+    powers = np.arange(2, degree + 1)
+    points = (powers - 1) / max(1, degree - 1)
+    values = np.array([value(float(point)) for point in points])
+    curved = np.linalg.solve(points[:, None] ** powers, values - at_start - slope * points)
+    return np.concatenate([[at_start, slope], curved])
 
 
 def best_point(coefficients: np.ndarray) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from fedrebasin import PermutationSpec, match_each, trace, weight_matching
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.simulations.bench.matching import NETWORKS, pair
 from fedrebasin.simulations.commands import bench_command
+from fedrebasin.simulations.merge_memory import peak
 from fedrebasin.simulations.results import provenance, save_results
 
 State = dict[str, Tensor]
@@ -66,9 +66,9 @@ def wide_pair(name: str) -> tuple[PermutationSpec, State, State]:
 def measure_wide(name: str) -> dict[str, Any]:
     """Seconds of matching and of one cold solve, and peak memory of this process after matching."""
     spec, first, second = wide_pair(name)
-    before = _peak_gib()
+    before = peak()
     found = weight_matching(spec, first, second)
-    peak = _peak_gib()
+    highest = peak()
     problem = WeightProblem(spec, first, second)
     similarity = problem.similarity(problem.blocks[0]).numpy()
     started = time.perf_counter()
@@ -83,13 +83,9 @@ def measure_wide(name: str) -> dict[str, Any]:
         "ratio": round(found.seconds / cold, 2),
         "gain": found.objective - found.objective_before,
         "optimal-gain": float(similarity[rows, columns].sum()) - identity,
-        "peak-gib": round(peak, 2),
-        "peak-gib-before": round(before, 2),
+        "peak-gib": round(highest / 2**30, 2),
+        "peak-gib-before": round(before / 2**30, 2),
     }
-
-
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure_clients(name: str, kind: str, clients: int, runs: int) -> dict[str, Any]:
