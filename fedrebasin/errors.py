@@ -42,3 +42,13 @@ def first_line(error: Exception) -> str:
     "KeyError: 'a'"
     """
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error, fit to be kept: without traceback and causes, whose frames hold all that was at work.
+
+    >>> without_frames(ValueError("no")).__traceback__ is None
+    True
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -50,6 +50,7 @@ class Account:
     def __init__(self, folder: Path | None = None) -> None:
         self.before = 0
         self._asked: Counter[int] = Counter()
+        self._most = 0
         self._file = None if folder is None else folder / _FILE
         if self._file is None:
             return
@@ -65,13 +66,15 @@ class Account:
         log(INFO, "rebasin: %d releases have been asked for in runs before; private clients count on", self.before)
 
     def add(self, nodes: Iterable[int], releases: int) -> None:
-        """Count one query round."""
-        self._asked.update(dict.fromkeys(nodes, releases))
+        """Count one query round; without a folder nobody would read the count, and nothing is kept."""
         if self._file is None or not releases:
             return
+        asked = list(nodes)
+        self._asked.update(dict.fromkeys(asked, releases))
+        self._most = max([self._most, *(self._asked[node] for node in asked)])
         partial = self._file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps({"releases": self.before + max(self._asked.values())}), encoding="utf-8")
+            partial.write_text(json.dumps({"releases": self.before + self._most}), encoding="utf-8")
             partial.replace(self._file)
         except OSError as error:
             log(WARNING, "rebasin: what clients give away is not counted in %s (%s)", self._file, first_line(error))

@@ -119,7 +119,8 @@ def find_alignment(
     except Exception as error:
         if not (match.runs_the_model or isinstance(error, ValueError | RuntimeError)):
             raise
-        log(WARNING, "rebasin: alignment failed (%s: %s); the replies stay as they are", type(error).__name__, error)
+        what = f"{type(error).__name__}: {error}"  # as text: a log may keep its records, and an error its round
+        log(WARNING, "rebasin: alignment failed (%s); the replies stay as they are", what)
         return Alignment([identity_perms(spec) for _ in replies], False, 0.0, 0.0, "nothing")
 
 

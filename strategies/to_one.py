@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedrebasin import identity_perms
 from fedrebasin.allocator import return_freed_memory, size_of
+from fedrebasin.errors import without_frames
 from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.matching.methods import JOINT_METHOD
 from fedrebasin.strategies.matcher import Matcher
@@ -114,14 +115,17 @@ def match_to_one(
         except Exception as error:
             if not (match.runs_the_model or isinstance(error, ValueError | RuntimeError)):
                 raise
-            return Matched(identity_perms(spec), error=error)
+            return Matched(identity_perms(spec), error=without_frames(error))
         return Matched(found.perms, found.objective - found.objective_before)
 
     found = (NO_WORKERS if match.runs_the_model else workers).map(one, range(len(replies)))
     return_freed_memory(size_of(reference))  # each worker kept some
     errors = [matched.error for matched in found if matched.error is not None]
     if errors and len(errors) == len(found):
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            del errors, found  # or this frame holds the error, which holds this frame and all that the round is made of
     for reply, matched in zip(replies, found, strict=True):
         if matched.error is not None:
             what = f"{type(matched.error).__name__}: {matched.error}"

@@ -82,17 +82,20 @@ class Workers:
             others = [pool.submit(function, item) for item in waiting]
             torch.set_num_threads(threads // count)
             own: dict[int, Found] = {}
-            for place, other in enumerate(others):
-                if not other.cancel():  # another thread has begun it
-                    continue
-                try:
-                    own[place] = function(waiting[place])
-                except Exception:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    for earlier in sorted(set(range(place)).difference(own)):
-                        others[earlier].result()
-                    raise
-            return [own[place] if place in own else other.result() for place, other in enumerate(others)]
+            try:
+                for place, other in enumerate(others):
+                    if not other.cancel():  # another thread has begun it
+                        continue
+                    try:
+                        own[place] = function(waiting[place])
+                    except Exception:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        for earlier in sorted(set(range(place)).difference(own)):
+                            others[earlier].result()
+                        raise
+                return [own[place] if place in own else other.result() for place, other in enumerate(others)]
+            finally:
+                del other, others  # a future holds what it raised, and that this frame and its callers
 
     def groups(self, items: Sequence[Item]) -> list[list[Item]]:
         """Items in groups of at most ``GROUP``, as many groups for each worker, for what costs less together.

@@ -19,6 +19,7 @@ from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.privacy import ClippedMoments, Privacy
 from fedrebasin.errors import RebasinError, UsageError
 from fedrebasin.strategies import FedRebasin
+from fedrebasin.strategies.account import Account
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
@@ -181,3 +182,15 @@ def test_the_epsilon_travels_beside_the_sums() -> None:
     play("federated-repair", {1: client(0, spy, privacy=LOOSE), 2: client(1)})
     assert dict(seen[0].config_records["privacy"]) == {"releases": 3, "epsilon": LOOSE.epsilon(3), "delta": 1e-5}
     assert set(record_to_state(seen[0].array_records["sums"])) >= {"merged.1.mean", "end.3.squares"}
+
+
+def test_releases_are_counted_node_by_node_and_only_where_they_are_written_down(tmp_path: Path) -> None:
+    counts = []
+    for folder in (None, tmp_path):
+        account = Account(folder)
+        for server_round in range(20):
+            account.add(range(10 * server_round, 10 * server_round + 10), 3)  # new nodes in every round
+        counts.append(len(account._asked))
+    account.add([5], 3)
+    account.add([6], 1)
+    assert counts == [0, 200] and Account(tmp_path).before == 6

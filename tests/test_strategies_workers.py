@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
-from flower_messages import State, play_round, warnings
+from flower_messages import State, answer, configure, play_round, warnings
 from flwr.serverapp.strategy import FedAvg
 from test_strategies_exact import same_bytes
 from trained_replies import fresh, strategy_around, trained
 
 from fedrebasin import Matching, permute, random_perms
 from fedrebasin.errors import UsageError
+from fedrebasin.matching.certificate import IdentityCertificate
 from fedrebasin.strategies import workers
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.workers import Workers
@@ -152,6 +155,37 @@ def test_what_fails_for_one_reply_costs_that_node_alone(
     assert warnings == [
         "rebasin: node 2's reply cannot be aligned (RuntimeError: out of memory); left out of this round"
     ]
+
+
+@pytest.mark.parametrize("failing", ["one matching", "all matchings", "certificates"])
+@pytest.mark.parametrize("limit", [1, 4])
+def test_the_replies_of_a_round_in_which_something_fails_are_not_kept(
+    limit: int, failing: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states, plain = replies("apart"), Matcher.__call__
+
+    def call(self: Matcher, reference: State, model: State) -> Matching:
+        if failing == "one matching" and not torch.equal(model["0.weight"], states[1]["0.weight"]):
+            return plain(self, reference, model)
+        return fail()
+
+    def fail(*_: object) -> Matching:
+        time.sleep(0.02)  # long enough for the other threads to begin
+        raise RuntimeError("out of memory") from ValueError("too large")
+
+    monkeypatch.setattr(Matcher, "__call__", call)
+    if failing == "certificates":
+        monkeypatch.setattr(IdentityCertificate, "holds_each", fail)
+    strategy = strategy_around(FedAvg(), reference="global", replies_at_once=limit)
+    messages = [answer(message, state) for message, state in zip(configure(strategy, SENT, 3), states, strict=True)]
+    kept = [weakref.ref(message) for message in messages]
+    gc.disable()  # it frees them in the end, but it may wait for many rounds
+    try:
+        strategy.aggregate_train(1, messages)
+        del messages
+        assert [message() for message in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "4"])
