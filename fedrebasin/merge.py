@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import as_called
 from fedrebasin.check import proved_trace
 from fedrebasin.coefficients import check_coefficients, wide_type
-from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
+from fedrebasin.corrections.methods import CorrectionSetting, check_data, correct
 from fedrebasin.errors import CalibrationError, NoSiteError, RebasinError, SpecMismatchError
 from fedrebasin.held_out import split_calibration
 from fedrebasin.matching import match_many, weight_matching
@@ -201,10 +201,10 @@ def merge_modules(
         raise CalibrationError(f"select={select!r} needs calibration, a collection of input batches")
     if loss is not None and select is None:
         raise RebasinError("loss: only select='calibration' uses it; leave it out with select=None")
-    if calibration is None and correction != "default" and any(CORRECTIONS[name].inputs for name in corrections):
-        raise CalibrationError(
-            f"correction={correction!r} needs calibration, a collection of input batches; give calibration=batches"
-        )
+    if correction == "default" and calibration is None:
+        corrections = ()
+    for name in corrections:
+        check_data(name, calibration)
     spec = proved_trace(modules[0], example_inputs, seed=seed)
     states = [module.state_dict() for module in modules]
     found = match_many(spec, states, coefficients=weights, seed=seed)
@@ -223,7 +223,7 @@ def merge_modules(
             alone=alone,
             loss=loss,
         ).state
-    elif corrections and (calibration is not None or not CORRECTIONS[corrections[0]].inputs):
+    elif corrections:
         setting = CorrectionSetting(modules[0], calibration, weights, example_inputs, seed)
         try:
             merged = correct(corrections[0], setting, merged, aligned)

@@ -19,13 +19,8 @@ from torch import nn
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.inspection import Inspection, inspect_model
-from fedrebasin.simulations.inspection_inputs import (
-    build,
-    importable_here,
-    load_factory,
-    parse_inputs,
-    parse_kwargs,
-)
+from fedrebasin.simulations.inspection_factory import build, importable_here, load_factory, parse_kwargs
+from fedrebasin.simulations.inspection_inputs import parse_inputs
 from fedrebasin.simulations.inspection_page import write_page
 from fedrebasin.simulations.results import provenance
 from fedrebasin.spec import PermutationSpec

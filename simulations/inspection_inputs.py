@@ -1,17 +1,11 @@
-"""What ``fedrebasin inspect`` is given on the command line: a model's factory and example inputs."""
+"""The example inputs that ``fedrebasin inspect`` and ``merge`` are given on the command line."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +15,6 @@ from fedrebasin.errors import UsageError
 
 _NAMES = "float32 float64 float16 bfloat16 complex64 complex128 int64 int32 int16 int8 uint8 bool"
 DTYPES = {name: getattr(torch, name) for name in _NAMES.split()}
-#: arguments of common factories that would start a download, and what leaves it out
-_PRETRAINED = {"weights": None, "weights_backbone": None, "pretrained": False}
 _INPUT = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:(?P<before>[a-z]+\d*):)?(?P<shape>\d+(?:[xX]\d+)*)(?::(?P<after>[a-z]+\d*))?"
 )
@@ -137,107 +129,6 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     if len(names) < count:
         raise UsageError(f"--input: {type(model).__name__}.forward takes {len(names)} positional inputs; got {count}")
     return names[:count]
-
-
-def parse_kwargs(text: str) -> dict[str, Any]:
-    """Read ``--kwargs``: a JSON object with the factory's arguments.
-
-    >>> parse_kwargs('{"width": 16}')
-    {'width': 16}
-    """
-    try:
-        kwargs = json.loads(text or "{}")
-    except ValueError as error:
-        raise UsageError(f'--kwargs: expected a JSON object such as {{"width": 16}}; {error}') from error
-    if not isinstance(kwargs, dict):
-        raise UsageError(f'--kwargs: expected a JSON object such as {{"width": 16}}; got {text}')
-    return kwargs
-
-
-def load_factory(target: str) -> Any:
-    """Import what ``module:factory`` names: a function, a class, or a module that is built already.
-
-    Raises
-    ------
-    UsageError
-        If there is no such module or attribute, its import fails, or it cannot be called.
-
-    Examples
-    --------
-    >>> load_factory("torch.nn:Linear")
-    <class 'torch.nn.modules.linear.Linear'>
-    """
-    module, colon, path = target.partition(":")
-    if not (module and colon and path):
-        raise UsageError(f"model: expected module:factory, for example torchvision.models:resnet18; got {target!r}")
-    try:
-        holder = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"model: cannot import {module!r} ({error}); run the command in the folder that holds it, or install it"
-        ) from error
-    except Exception as error:  # the user's module may raise anything
-        raise UsageError(f"model: importing {module!r} raised {_said(error)}") from error
-    try:
-        factory = reduce(getattr, path.split("."), holder)
-    except AttributeError as error:
-        raise UsageError(f"model: {module!r} has no {path!r}; {error}") from error
-    if not callable(factory):
-        raise UsageError(
-            f"model: expected {target} to be a function or class; got one of type {type(factory).__name__}"
-        )
-    return factory
-
-
-def build(factory: Any, kwargs: dict[str, Any]) -> nn.Module:
-    """Call the factory without pretrained weights.
-
-    Raises
-    ------
-    UsageError
-        If it raises, or returns no ``nn.Module``.
-
-    Examples
-    --------
-    >>> build(nn.Linear, {"in_features": 4, "out_features": 2})
-    Linear(in_features=4, out_features=2, bias=True)
-    """
-    if isinstance(factory, nn.Module):
-        return factory
-    name = getattr(factory, "__name__", "the factory")
-    try:
-        model = factory(**{**_no_download(factory), **kwargs})
-    except Exception as error:  # the user's factory may raise anything
-        raise UsageError(f"model: {name}() raised {_said(error)}; give its arguments with --kwargs") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model: expected {name}() to return a torch.nn.Module; got a {type(model).__name__}")
-    return model
-
-
-def _no_download(factory: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # some built-in callables have none
-        return {}
-    return {
-        name: value for name, value in _PRETRAINED.items() if name in parameters and parameters[name].default != value
-    }
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-@contextmanager
-def importable_here() -> Iterator[None]:
-    """Let modules of the current directory be imported, as ``python -m`` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # the user's module may have taken it out
-            sys.path.remove(here)
 
 
 def text_of(one: Input) -> str:

@@ -13,14 +13,8 @@ from fedrebasin.errors import RebasinError, SpecMismatchError, UsageError
 from fedrebasin.prefixes import common_prefix, wrappers_of
 from fedrebasin.simulations.inspection import proved, traced_model
 from fedrebasin.simulations.inspection_command import quiet
-from fedrebasin.simulations.inspection_inputs import (
-    Input,
-    build,
-    importable_here,
-    load_factory,
-    parse_inputs,
-    parse_kwargs,
-)
+from fedrebasin.simulations.inspection_factory import build, importable_here, load_factory, parse_kwargs
+from fedrebasin.simulations.inspection_inputs import Input, parse_inputs
 from fedrebasin.simulations.merge_memory import check_proof
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.stored import StoredState

@@ -50,7 +50,6 @@ class Account:
     def __init__(self, folder: Path | None = None) -> None:
         self.before = 0
         self._asked: Counter[int] = Counter()
-        self._most = 0
         self._file = None if folder is None else folder / _FILE
         if self._file is None:
             return
@@ -69,12 +68,11 @@ class Account:
         """Count one query round; without a folder nobody would read the count, and nothing is kept."""
         if self._file is None or not releases:
             return
-        asked = list(nodes)
-        self._asked.update(dict.fromkeys(asked, releases))
-        self._most = max([self._most, *(self._asked[node] for node in asked)])
+        self._asked.update(dict.fromkeys(nodes, releases))
+        most = max(self._asked.values(), default=0)
         partial = self._file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps({"releases": self.before + self._most}), encoding="utf-8")
+            partial.write_text(json.dumps({"releases": self.before + most}), encoding="utf-8")
             partial.replace(self._file)
         except OSError as error:
             log(WARNING, "rebasin: what clients give away is not counted in %s (%s)", self._file, first_line(error))

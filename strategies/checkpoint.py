@@ -161,7 +161,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _sync(folder: Path) -> None:
     """Make the renaming last through a power cut, where the system can: Windows opens no folder."""
-    with suppress(OSError):
+    with suppress(PermissionError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

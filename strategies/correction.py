@@ -16,7 +16,7 @@ from fedrebasin import PermutationSpec
 from fedrebasin.batches import Batches
 from fedrebasin.corrections import methods
 from fedrebasin.corrections.federated import FEDERATED
-from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting
+from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, check_data
 from fedrebasin.corrections.reset import norms_with_statistics
 from fedrebasin.errors import CalibrationError, RebasinError, UsageError
 from fedrebasin.finite import first_not_finite
@@ -84,10 +84,8 @@ def check_calibration(
     ...
     fedrebasin.errors.CalibrationError: correction='repair' needs calibration, a collection of input batches; ...
     """
-    if correction in CORRECTIONS and calibration is None and CORRECTIONS[correction].inputs:
-        raise CalibrationError(
-            f"correction={correction!r} needs calibration, a collection of input batches; give calibration=batches"
-        )
+    if correction in CORRECTIONS:
+        check_data(correction, calibration)
     if calibration is not None:
         next(iter(Batches(calibration, inputs=inputs)))
     if correction not in CORRECTIONS:  # none, or a federated one, which needs no calibration

@@ -18,7 +18,8 @@ from torch import nn
 from fedrebasin import PermutationSpec, trace
 from fedrebasin.layout import Fixed
 from fedrebasin.simulations import inspection
-from fedrebasin.simulations.inspection_inputs import build, example_inputs, load_factory, parse_input, parse_inputs
+from fedrebasin.simulations.inspection_factory import build, load_factory
+from fedrebasin.simulations.inspection_inputs import example_inputs, parse_input, parse_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("at_home")

@@ -76,14 +76,22 @@ def correct(name: str, setting: CorrectionSetting, merged: State, ends: Sequence
     """
     if name not in CORRECTIONS:
         raise RebasinError(f"correction: expected one of {', '.join(CORRECTIONS)}; got {name!r}")
+    check_data(name, setting.calibration)
     method = CORRECTIONS[name]
-    if method.inputs and setting.calibration is None:
-        raise CalibrationError(
-            f"correction={name!r} needs calibration, a collection of input batches; give calibration=batches"
-        )
     if not method.inputs and setting.calibration is None and setting.example_inputs is None:
         raise RebasinError(f"correction={name!r} needs example_inputs, a batch of the network's inputs")
     return method.run(setting, merged, ends)
+
+
+def check_data(name: str, calibration: object) -> None:
+    """Refuse a correction, one of ``CORRECTIONS``, that needs calibration data where there is none.
+
+    >>> check_data("bias-normalisation", None)
+    """
+    if calibration is None and CORRECTIONS[name].inputs:
+        raise CalibrationError(
+            f"correction={name!r} needs calibration, a collection of input batches; give calibration=batches"
+        )
 
 
 def _with_data(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
