@@ -10,9 +10,14 @@ import torch
 from torch import nn
 
 
-def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 for matrix products on a GPU; on the CPU everything stays float32, bit for bit."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+#: what matrix products are computed in; auto is bfloat16 on a GPU, and float32 on the CPU, bit for bit
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def mixed_precision(device: torch.device, precision: str = "auto") -> AbstractContextManager[Any]:
+    """bfloat16 for matrix products, where ``precision``, one of ``PRECISIONS``, says so; weights stay float32."""
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 def fused(device: torch.device) -> bool | None:

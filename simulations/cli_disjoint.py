@@ -18,6 +18,7 @@ from fedrebasin.simulations.cli_options import (
     Model,
     Norm,
     Output,
+    Precision,
     Seeds,
     Width,
     command_line,
@@ -55,6 +56,7 @@ def disjoint(
     ] = None,
     data_path: DataPath = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     output: Output = None,
 ) -> None:
     """Two models of two halves of the data, and the way between them (Git Re-Basin, Section 5.4).
@@ -82,6 +84,7 @@ def disjoint(
         held=held,
         lams=lams,
         device=device,
+        precision=precision,
         output=output or Path("fedrebasin-results") / folder,
         calibration_images=calibration,
         corrected_lams=corrected_lams,

@@ -29,6 +29,13 @@ Select = Annotated[
 ]
 Seeds = Annotated[str, typer.Option("--seeds", "--seed", help="Numbers with commas between.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="Of the trainings: auto (bfloat16 on a GPU, float32 on the CPU), float32, or bfloat16, in which some "
+        "processors train twice as fast."
+    ),
+]
 Corrections = Annotated[
     str,
     typer.Option(

@@ -18,6 +18,7 @@ from fedrebasin.simulations.cli_options import (
     Model,
     Norm,
     Output,
+    Precision,
     Seeds,
     Width,
     command_line,
@@ -43,6 +44,7 @@ def sweep(
     redraw: Annotated[Path | None, typer.Option(help="Train nothing; draw this results.json again.")] = None,
     data_path: DataPath = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     output: Output = None,
 ) -> None:
     """Where does merging start to pay: the disjoint experiment over widths, epochs or splits.
@@ -71,6 +73,7 @@ def sweep(
         held=held,
         lams=lams,
         device=device,
+        precision=precision,
         output=output or Path("fedrebasin-results") / f"sweep-{dataset}-{kind}",
         calibration_images=calibration,
         matching=matching,

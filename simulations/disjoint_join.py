@@ -11,7 +11,9 @@ from fedrebasin.errors import UsageError
 Results = Mapping[str, Any]
 
 #: what has to be the same for a row to belong beside the others
-SAME = ("dataset", "model", "width", "norm", "epochs", "augment", "recipe", "images")
+SAME = ("dataset", "model", "width", "norm", "epochs", "augment", "precision", "recipe", "images")
+#: what results that do not name it were made with
+BEFORE = {"precision": "auto"}
 
 
 def join_results(results: Sequence[Results]) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def join_results(results: Sequence[Results]) -> dict[str, Any]:
     joined = copy.deepcopy(dict(results[0]))
     for other in results[1:]:
         for key in SAME:
-            ours, theirs = joined["config"].get(key), other["config"].get(key)
+            ours, theirs = (one["config"].get(key, BEFORE.get(key)) for one in (joined, other))
             if ours != theirs:
                 raise UsageError(f"--redraw: expected results with {key} {ours}, as in the first file; got {theirs}")
         seeds = {seed["seed"]: seed for seed in other["seeds"]}

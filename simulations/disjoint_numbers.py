@@ -56,6 +56,16 @@ CURVES = {
 DATASETS = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 
+def in_precision(config: Results) -> str:
+    """What the networks were trained in, where it was asked for.
+
+    >>> in_precision({"precision": "bfloat16"}), in_precision({})
+    (' in bfloat16', '')
+    """
+    precision = config.get("precision", "auto")
+    return f" in {precision}" if precision != "auto" else ""
+
+
 def headline(results: Results) -> str:
     """The merge that the answer speaks of, fixed beforehand: with BatchNorm its reset, without norm no correction."""
     return "aligned+reset" if "aligned+reset" in results["seeds"][0]["rows"] else "aligned"

@@ -10,6 +10,7 @@ import torch
 
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import METHODS
+from fedrebasin.simulations.acceleration import PRECISIONS
 from fedrebasin.simulations.augment import AUGMENTATIONS
 from fedrebasin.simulations.data import CATALOGUE, Dataset
 from fedrebasin.simulations.disjoint_bench import CORRECTIONS, Effort
@@ -51,6 +52,8 @@ class DisjointOptions:
         One of ``augment.AUGMENTATIONS``, where the data set is augmented.
     compile : bool
         Compile networks for training.
+    precision : str
+        One of ``acceleration.PRECISIONS``, of the trainings; measuring is in bfloat16 on a GPU alone.
     output : Path
         Folder for ``results.json``, plots, page, trained ends (``ends/``) and finished seeds (``partial/``).
     """
@@ -76,6 +79,7 @@ class DisjointOptions:
     minutes: float | None = None
     augment: str = "shift"
     compile: bool = False
+    precision: str = "auto"
 
 
 def check_options(options: DisjointOptions) -> None:
@@ -100,6 +104,8 @@ def check_options(options: DisjointOptions) -> None:
         raise UsageError(f"--augment: expected one of {', '.join(AUGMENTATIONS)}; got {options.augment!r}")
     if options.augment != DisjointOptions.augment and not CATALOGUE[options.dataset][4]:
         raise UsageError(f"--augment: {options.dataset} is not augmented; leave --augment {options.augment} out")
+    if options.precision not in PRECISIONS:
+        raise UsageError(f"--precision: expected one of {', '.join(PRECISIONS)}; got {options.precision!r}")
     if options.minutes is not None and options.epochs is not None:
         raise UsageError(f"--minutes: expected without --epochs, which it plans; got both {options.epochs} and it")
     if options.minutes is not None and not options.minutes > 0:
@@ -142,6 +148,7 @@ def end_configs(options: DisjointOptions, data: Dataset, seed: int = 0) -> list[
             end=end,
             augment=options.augment,
             compile=options.compile,
+            precision=options.precision,
         )
         for end in END_NAMES
         if end in options.ends

@@ -13,6 +13,7 @@ from fedrebasin.simulations.disjoint_numbers import (
     ROWS,
     Results,
     headline,
+    in_precision,
     number,
     per_seed,
     spread_text,
@@ -107,7 +108,7 @@ def _sections(results: Results, pictures: list[Picture]) -> list[Section]:
         f"{DATASETS[config['dataset']]}, {images['train']:,} training and {images['test']:,} test images; "
         f"{config['model']} of width {config['width']}{_norm(config)}; {config['epochs']} epochs of "
         f"{recipe['optimizer'].upper() if recipe['optimizer'] == 'sgd' else recipe['optimizer'].capitalize()} "
-        f"at {recipe['lr']:g} ({recipe['schedule']}, batch {recipe['batch']}); {_seeds(results)}."
+        f"at {recipe['lr']:g} ({recipe['schedule']}, batch {recipe['batch']}){in_precision(config)}; {_seeds(results)}."
     )
     return [
         setting,

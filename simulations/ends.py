@@ -41,6 +41,7 @@ class EndConfig:
     end: str
     augment: str = "shift"
     compile: bool = False
+    precision: str = "auto"
 
 
 def disjoint_halves(labels: Tensor, classes: int, held: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -85,6 +86,7 @@ def trained_end(
     """
     split = f"-held{config.held:g}" if config.held else ""
     kind = f"{config.model}{config.width}-{config.norm}-{config.epochs}ep{split}"
+    kind += f"-{config.precision}" if config.precision != "auto" else ""
     path = folder / f"{config.end}-{kind}-seed{config.seed}.safetensors"
     described = json.dumps({**asdict(config), "code": training_code()}, sort_keys=True)
     if path.exists():
@@ -109,6 +111,7 @@ def trained_end(
         progress=_report(f"seed {config.seed}, end {config.end}", config.epochs, len(rows), progress),
         augment=config.augment,
         compile_model=config.compile,
+        precision=config.precision,
         checkpoint=checkpoint,
     )
     seconds = checkpoint.seconds

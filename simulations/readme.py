@@ -11,7 +11,7 @@ from typing import Any
 from fedrebasin.simulations.bench.tables import TABLES
 from fedrebasin.simulations.bench.tables_distance import attempts, distance
 from fedrebasin.simulations.competitors import label_of
-from fedrebasin.simulations.disjoint_numbers import ROWS, per_seed, spread_text
+from fedrebasin.simulations.disjoint_numbers import ROWS, in_precision, per_seed, spread_text
 from fedrebasin.simulations.results import load_results, summarise, write_whole
 from fedrebasin.simulations.settings import join_round
 from fedrebasin.simulations.summary import baseline_rows, by_round, megabytes, percent, plain, strategies
@@ -67,7 +67,8 @@ def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _title(config: Mapping[str, Any]) -> str:
-    return f"{config['dataset']}, {config['model']} of width {config['width']}, {config['epochs']} epochs"
+    named = f"{config['dataset']}, {config['model']} of width {config['width']}, {config['epochs']} epochs"
+    return named + in_precision(config)
 
 
 def _cell(results: Mapping[str, Any], row: str) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedrebasin.simulations.disjoint_numbers import DATASETS, ROWS, headline, number, per_seed, spread_text
+from fedrebasin.simulations.disjoint_numbers import (
+    DATASETS,
+    ROWS,
+    headline,
+    in_precision,
+    number,
+    per_seed,
+    spread_text,
+)
 
 Results = Mapping[str, Any]
 
@@ -83,6 +91,7 @@ def title(results: Results) -> str:
         parts[1] += f" of width {config['width']}"
     if "epochs" in config:
         parts.append(f"{config['epochs']} epochs")
+    parts[-1] += in_precision(config)
     if results["same-data"]:
         parts.append("both ends on all the data")
     return ", ".join(parts)

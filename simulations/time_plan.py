@@ -51,6 +51,7 @@ def measure_pace(
         device=device,
         augment=config.augment,
         compile_model=config.compile,
+        precision=config.precision,
     )
     batches = itertools.chain.from_iterable(trainer.maker.rows(trainer.batch) for _ in itertools.count())
     for _ in range(WARM_UP_STEPS):

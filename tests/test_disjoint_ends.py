@@ -60,12 +60,33 @@ def test_joined_results_are_those_of_a_whole_run(runs, tmp_path):
     assert load_results(files[0]) == results_of(runs, "pair"), "the first file stays as it was"
 
 
-@pytest.mark.parametrize(("key", "value"), [("epochs", 7), ("width", 9), ("model", "conv")])
+@pytest.mark.parametrize(("key", "value"), [("epochs", 7), ("width", 9), ("model", "conv"), ("precision", "bfloat16")])
 def test_results_of_another_training_are_refused(runs, key, value):
     pair, other = (results_of(runs, name) for name in ("pair", "all"))
     other["config"][key] = value
     with pytest.raises(UsageError, match=f"--redraw: expected results with {key} .* got {value}"):
         join_results([pair, other])
+
+
+def test_results_of_before_the_choice_of_a_precision_join_those_without_one(runs):
+    pair, other = (results_of(runs, name) for name in ("pair", "all"))
+    del pair["config"]["precision"]
+    assert "all" in join_results([pair, other])["seeds"][0]["rows"]
+
+
+def test_a_precision_is_part_of_the_results_and_of_their_ends_names(tmp_path):
+    reproduce_disjoint(dataclasses.replace(TINY, precision="bfloat16", output=tmp_path), silent)
+    results = load_results(tmp_path / "results.json")
+    assert results["config"]["precision"] == "bfloat16"
+    assert {path.stem.split("-")[-2] for path in (tmp_path / "ends").iterdir()} == {"bfloat16"}
+    assert "batch 64) in bfloat16;" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(UsageError, match="has precision bfloat16, this run auto"):
+        reproduce_disjoint(dataclasses.replace(TINY, output=tmp_path), silent)
+
+
+def test_an_unknown_precision_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--precision: expected one of auto, float32, bfloat16; got 'half'"):
+        reproduce_disjoint(dataclasses.replace(TINY, precision="half", output=tmp_path), silent)
 
 
 def test_a_seed_that_is_missing_is_named(runs):

@@ -26,7 +26,18 @@ def digits():
     return load_dataset("digits")
 
 
-def trained(digits, *, recipe=RECIPES["mlp"], epochs=3, seed=0, model="mlp", width=16, compile_model=False, **changes):
+def trained(
+    digits,
+    *,
+    recipe=RECIPES["mlp"],
+    epochs=3,
+    seed=0,
+    model="mlp",
+    width=16,
+    compile_model=False,
+    precision="auto",
+    **changes,
+):
     data = dataclasses.replace(digits, **changes)
     torch.manual_seed(0)
     net = build_model(model, data.shape, data.classes, width=width)
@@ -42,6 +53,7 @@ def trained(digits, *, recipe=RECIPES["mlp"], epochs=3, seed=0, model="mlp", wid
         device=CPU,
         progress=lambda epoch, loss: losses.append(loss),
         compile_model=compile_model,
+        precision=precision,
     )
     return net, losses
 
@@ -94,6 +106,16 @@ def test_training_on_the_cpu_has_the_bits_of_a_plain_loop(digits):
         F.cross_entropy(net(x), labels[rows]).backward()
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fast.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_training_in_bfloat16_computes_in_it_and_keeps_weights_in_float32(digits, model):
+    settings = {"model": model, "recipe": RECIPES[model], "epochs": 6, "width": 64 if model == "mlp" else 8}
+    (same, losses), (half, rounded) = (trained(digits, precision=name, **settings) for name in ("float32", "bfloat16"))
+    assert rounded != losses and rounded == pytest.approx(losses, rel=0.1)
+    assert {tensor.dtype for tensor in half.parameters()} == {torch.float32}
+    auto, _ = trained(digits, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(auto.parameters(), same.parameters(), strict=True))
 
 
 def test_a_compiled_network_trains_the_same_weights_up_to_rounding(digits, monkeypatch):
