@@ -9,24 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-
 #: what matrix products are computed in; auto is bfloat16 on a GPU, and float32 on the CPU, bit for bit
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def mixed_precision(device: torch.device, precision: str = "auto") -> AbstractContextManager[Any]:
     """bfloat16 for matrix products, where ``precision``, one of ``PRECISIONS``, says so; weights stay float32."""
-    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_half(device, precision))
 
 
-def fused(device: torch.device) -> bool | None:
-    """The optimizer's keyword for one kernel over all parameters; None leaves it to torch, as ever on the CPU.
+def fused(device: torch.device, precision: str = "auto") -> bool | None:
+    """The optimizer's keyword for one kernel over all parameters; None leaves it to torch, as ever in float32.
 
     >>> fused(torch.device("cpu")), fused(torch.device("cuda"))
     (None, True)
     """
-    return True if device.type == "cuda" else None
+    return True if device.type == "cuda" or _half(device, precision) else None
+
+
+def _half(device: torch.device, precision: str) -> bool:
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
 def compiled(model: nn.Module, *, wanted: bool) -> nn.Module:

@@ -144,7 +144,7 @@ class Trainer:
         self.labels, self.device, self.recipe = labels.to(device), device, recipe
         self.precision = precision
         self.batch = min(recipe.batch, len(images))
-        self.optimizer = _optimizer(self.model, recipe, device)
+        self.optimizer = _optimizer(self.model, recipe, fused(device, precision))
         self.factor = _schedule(recipe, epochs * max(1, len(images) // self.batch))
         self.steps = 0
         self.start = [parameter.detach().clone() for parameter in model.parameters()] if recipe.prox else []
@@ -178,13 +178,11 @@ class Trainer:
         return loss.detach()
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, recipe: Recipe, one_kernel: bool | None) -> torch.optim.Optimizer:
     parameters, decay = model.parameters(), recipe.weight_decay
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=decay, fused=fused(device))
-    return torch.optim.SGD(
-        parameters, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused(device)
-    )
+        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=decay, fused=one_kernel)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=one_kernel)
 
 
 def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
