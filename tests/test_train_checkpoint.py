@@ -26,7 +26,7 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def run(folder, model, *, epochs=4, kill_after=None, described="this", recipe=None):
+def run(folder, model, *, epochs=4, kill_after=None, described="this", recipe=None, precision="auto"):
     """Train on augmented digits; returns weights, epochs that were run, and the last loss."""
     data = replace(load_dataset("digits"), augment=True)
     torch.manual_seed(0)
@@ -46,19 +46,21 @@ def run(folder, model, *, epochs=4, kill_after=None, described="this", recipe=No
         seed=1,
         device=CPU,
         progress=progress,
+        precision=precision,
         checkpoint=checkpoint,
     )
     return net.state_dict(), done, loss
 
 
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])  # the second with fused optimizers
 @pytest.mark.parametrize("model", ["mlp", "conv"])  # Adam, and SGD with momentum and BatchNorm
-def test_a_training_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path, model):
-    whole, epochs, loss = run(tmp_path / "whole", model)
+def test_a_training_that_was_killed_ends_with_the_bits_of_one_that_was_not(tmp_path, model, precision):
+    whole, epochs, loss = run(tmp_path / "whole", model, precision=precision)
     assert epochs == [1, 2, 3, 4]
     for kill_after in (2, 3):
         with pytest.raises(KilledError):
-            run(tmp_path / "parts", model, kill_after=kill_after)
-    state, epochs, loss_again = run(tmp_path / "parts", model)
+            run(tmp_path / "parts", model, kill_after=kill_after, precision=precision)
+    state, epochs, loss_again = run(tmp_path / "parts", model, precision=precision)
     assert epochs == [4] and loss == loss_again
     assert all(torch.equal(whole[key], state[key]) for key in whole)
 
