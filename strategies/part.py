@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from logging import INFO, WARNING
 
@@ -91,19 +91,22 @@ def narrow(
         If a part is to travel, and an option or the matching runs the whole model.
     """
     if arrays and arrays.keys() < spec.axes.keys():
-        if matcher.runs_the_model and runs is None:
-            runs = matcher.label
-        if runs is not None:
-            missing = next(name for name in spec.axes if name not in arrays)
-            raise UsageError(
-                f"{runs} runs the whole model, and initial_arrays hold {len(arrays)} of its {len(spec.axes)} tensors, "
-                f"without {missing!r}; send the whole state dict without until=, or use correction=None and "
-                "matching='weight'"
-            )
+        check_part(spec, matcher, arrays, runs)
         spec = part_of(spec, arrays, home=home)
         matcher = replace(matcher, setting=replace(matcher.setting, spec=spec))
     spec.check_state(record_to_state(arrays), "initial_arrays")
     return spec, matcher
+
+
+def check_part(spec: PermutationSpec, matcher: Matcher, names: Collection[str], runs: str | None) -> None:
+    """Refuse that ``names`` alone travel, where an option (``runs``) or the matching runs the whole model."""
+    missing = next((name for name in spec.axes if name not in names), None)
+    runs = runs or (matcher.label if matcher.runs_the_model else None)
+    if missing is not None and runs is not None:
+        raise UsageError(
+            f"{runs} runs the whole model, and {len(names)} of its {len(spec.axes)} tensors travel, without "
+            f"{missing!r}; send the whole state dict without until=, or use correction=None and matching='weight'"
+        )
 
 
 class Trunk:

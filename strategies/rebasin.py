@@ -27,7 +27,7 @@ from fedrebasin.strategies.options import (
     check_strategy,
     guarded_by,
 )
-from fedrebasin.strategies.part import Trunk, check_home
+from fedrebasin.strategies.part import Trunk, check_home, check_part
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.rounds import Rounds
 from fedrebasin.strategies.widths import Widths
@@ -207,6 +207,8 @@ class Rebasin(Rounds):
         self.arrayrecord_key = self._screen.arrayrecord_key
         self.home = check_home(home, perms=send_perms, how="send_perms=True")
         self._trunk = Trunk(self.spec, until)
+        if self._trunk.names is not None:
+            check_part(self.spec, self._matcher, self._trunk.names, self._finish.runs_the_model)
         unfit: dict[str, object] = {"until": until, "beside": beside, "send_perms": send_perms}
         unfit |= {"a federated correction": self._finish.queries, self.guard or "a guard": self.guard}
         key = self._screen.weighted_by_key

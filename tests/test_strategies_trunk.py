@@ -88,6 +88,5 @@ def test_an_unknown_layer_and_the_older_interface_are_refused() -> None:
         FedRebasin(spec=specs[0], until="third")
     with pytest.raises(UsageError, match="until='norm' needs the message API"):
         legacy.Rebasin(LegacyFedAvg(), model=nets[0], example_inputs=X, until="norm")
-    strategy = FedRebasin(model=nets[0], example_inputs=X, until="norm", calibration=[torch.randn(64, 5)])
     with pytest.raises(UsageError, match=r"correction='repair' runs the whole model.* without until"):
-        configure(strategy, nets[0].state_dict(), 2)
+        FedRebasin(model=nets[0], example_inputs=X, until="norm", calibration=[torch.randn(64, 5)])
