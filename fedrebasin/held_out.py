@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedrebasin.batches import batches_of, split_inputs, tensors
 from fedrebasin.errors import CalibrationError, RebasinError, first_line
 from fedrebasin.modules import deep_copy
+from fedrebasin.seeds import generator_of
 
 #: The measured part is cut into about this many pieces, so that differences have standard errors.
 _PIECES = 32
@@ -71,7 +72,7 @@ def split_calibration(
             f"calibration: expected two examples or more, to keep one apart; got one {kind}; give more data"
         )
     held_total = min(total - 1, max(1, round(share * total)))
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     # whole batches in a drawn order, so that of many batches with a row each not every fourth is held out
     order = torch.randperm(len(batches), generator=generator).tolist()
     taken = _spread(held_total, [sizes[place] for place in order])

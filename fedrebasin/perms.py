@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedrebasin.errors import SpecMismatchError
+from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
 Perms = dict[str, Tensor]
@@ -56,7 +57,7 @@ def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perm
     >>> random_perms(spec, seed=1)["0"].sort().values
     tensor([0, 1, 2])
     """
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    generator = seed if isinstance(seed, torch.Generator) else generator_of(seed)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         rows = shape[0] if len(shape) == 2 else 1

@@ -19,6 +19,7 @@ from fedrebasin.modules import deep_copy, mode_of, unwrapped, without_cache
 from fedrebasin.perms import Perms, identity_perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
 from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs
+from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
 _KEEP: tuple[Keep, ...] = ("none", "whole", "all")
@@ -46,7 +47,7 @@ class Proof:
 
     def __init__(self, model: nn.Module, spec: PermutationSpec, example_inputs: Any, seed: int) -> None:
         self.spec = spec
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator_of(seed)
         args, kwargs = split_inputs(example_inputs)
         model = unwrapped(model)
         if any(tensor.is_meta for tensor in model.state_dict().values()):

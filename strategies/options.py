@@ -25,6 +25,7 @@ from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.errors import UsageError
 from fedrebasin.matching.methods import JOINT_REFERENCES, METHODS, check_joint
+from fedrebasin.seeds import generator_of
 from fedrebasin.selection import names_of
 
 Correction = str | Sequence[str] | None  # several only where something chooses among them
@@ -63,8 +64,8 @@ def check_option(name: str, value: object) -> None:
         raise UsageError(f"{name}: expected one of {', '.join(map(repr, VALUES[name]))}; got {value!r}")
 
 
-def check_options(reference: str, matching: str, correction: Correction, *, select: object) -> None:
-    """Refuse unknown values, and a reference that the matching cannot be used with.
+def check_options(reference: str, matching: str, correction: Correction, *, select: object, seed: int = 0) -> None:
+    """Refuse unknown values, what is no seed, and a reference that the matching cannot be used with.
 
     Examples
     --------
@@ -76,6 +77,7 @@ def check_options(reference: str, matching: str, correction: Correction, *, sele
     check_option("reference", reference)
     check_option("matching", matching)
     check_option("select", select)
+    generator_of(seed)
     if correction != "default":
         for name in [correction] if isinstance(correction, str | None) else correction:
             check_option("correction", name)

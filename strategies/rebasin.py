@@ -160,7 +160,7 @@ class Rebasin(Rounds):
         self.guard = guarded_by(strategy)
         self.device = find_device(device)
         self._workers = Workers(replies_at_once, self.device)
-        check_options(reference, matching, correction, select=select)
+        check_options(reference, matching, correction, select=select, seed=seed)
         check_guarded(self.guard, reference, correction, select)
         if self.guard and reference == "auto":
             log(WARNING, "rebasin: under %s the reference is the global model, whatever the replies are", self.guard)

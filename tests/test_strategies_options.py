@@ -107,6 +107,7 @@ BATCHES = [torch.randn(200, 5)]
         ({"model": 3}, "model: expected an nn.Module or a function of no arguments that makes one; got int"),
         ({"model": dict}, "model: expected an nn.Module or a function of no arguments that makes one; got dict"),
         ({"example_inputs": None}, r"example_inputs: needed with model=, as \(images,\)"),
+        ({"seed": "a"}, "seed: expected a whole number of at most 64 bits; got 'a'"),
         ({"device": "nowhere"}, "device='nowhere' cannot be used here"),
     ],
 )

@@ -18,6 +18,7 @@ from fedrebasin.corrections.reset import check_too_small, norms_with_statistics,
 from fedrebasin.corrections.working import begin, extract, load, warn_of_few
 from fedrebasin.errors import CalibrationError, RebasinError
 from fedrebasin.modules import deep_copy
+from fedrebasin.seeds import generator_of
 
 #: Share of the merge's statistics that may be left in a BatchNorm's running average.
 _STALE = 0.02
@@ -167,7 +168,7 @@ class _Held:
     ) -> None:
         self._inputs = [(args, kwargs) for args, kwargs, _ in batches]
         self._goals = _goals(model, ends, weights, self._inputs)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = generator_of(seed)
         self.steps, self.examples = len(self._inputs), sum(map(examples_in, self._inputs))
 
     def inputs(self) -> Iterable[Batch]:

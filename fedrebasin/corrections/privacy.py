@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.errors import RebasinError
+from fedrebasin.seeds import generator_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def source_of_noise(seed: int | None) -> Callable[[Tensor], Tensor]:
     >>> source_of_noise(0)(torch.zeros(2, 3)).shape
     torch.Size([2, 3])
     """
-    generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+    generator = generator_of(secrets.randbits(63) if seed is None else seed)
 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)

@@ -17,6 +17,7 @@ from fedrebasin.matching.rounded import best_matching, start_of
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import Perms
 from fedrebasin.permute import permute
+from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
 
@@ -115,7 +116,7 @@ def _candidates(
     centre = soften(problem.spec, nothing)
     if slope > TOLERANCE:
         yield from _ascend(problem, centre if centred else first, iterations)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     for _ in range(restarts):
         noise = {perm: torch.randn(zeros.shape, generator=generator).to(zeros) for perm, zeros in nothing.items()}
         yield from _ascend(problem, between(centre, soften(problem.spec, noise), 0.5), iterations)

@@ -11,6 +11,7 @@ from fedrebasin.matching.many_problem import ManyProblem
 from fedrebasin.matching.plan import Block
 from fedrebasin.matching.star import star
 from fedrebasin.matching.weight import weight_matching
+from fedrebasin.seeds import generator_of
 
 #: An ascent ends with a sweep that adds less than this share of what has been gained since the identity.
 _ENOUGH = 1e-4
@@ -92,7 +93,7 @@ def ascend(problem: ManyProblem, *, before: float, seed: int = 0, hurdle: float 
     A permutation of a model is looked at only after something has moved that its similarity depends on.
     Returns the objective at the start and after each sweep, never falling.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     waiting = {(place, block) for place in problem.places for block in problem.blocks}
     history = [problem.objective()]
     for _ in range(_MAX_SWEEPS):

@@ -22,6 +22,7 @@ from fedrebasin.matching.result import Matching
 from fedrebasin.matching.rounded import best_matching, start_of
 from fedrebasin.matching.weight import weight_matching
 from fedrebasin.perms import Perms
+from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
 LOGGER = logging.getLogger("fedrebasin")
@@ -150,7 +151,7 @@ def sinkhorn_matching(
     midpoint = Midpoint(spec, net, reference, model, batches, loss=loss, lam=0.5 if lam is None else lam, device=device)
     nearest = weight_matching(spec, reference, model, seed=seed, device=device).perms if init is None else init
     start = start_of(spec, nearest)
-    lams = torch.Generator().manual_seed(seed) if lam is None else None
+    lams = generator_of(seed) if lam is None else None
     descent = _descend(midpoint, make(midpoint.like, start), steps, lams)
     return lowest_loss_matching(midpoint, reference, model, start, descent, started)
 
@@ -171,7 +172,7 @@ class _Logits:
         seed: int,
     ) -> None:
         self._spec, self._tau, self._gradient, self._iterations = spec, tau, gradient, iterations
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         self._X = {}
         for perm, zeros in no_logits(spec, like).items():
             self._X[perm] = (_NOISE * torch.randn(zeros.shape, generator=generator)).to(zeros)

@@ -18,6 +18,7 @@ from fedrebasin.matching.labelled import LabelledNet, Loss, State
 from fedrebasin.matching.many_problem import ManyProblem
 from fedrebasin.matching.merge_many import add_one_by_one, ascend, is_settled, merge_many
 from fedrebasin.permute import permute
+from fedrebasin.seeds import generator_of
 
 LOGGER = logging.getLogger("fedrebasin")
 
@@ -61,7 +62,7 @@ def straight_through_many(problem: ManyProblem, *, seed: int = 0) -> list[float]
     if problem.objective() < before:
         problem.put([None] * len(problem.places))
     best, history = problem.perms, [before, problem.objective()]
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     shadows = _shadows(problem)
     for _ in range(_STEPS):
         drawn = _coefficients(len(shadows), generator)
@@ -124,7 +125,7 @@ def straight_through_many_on_data(
     best, first = problem.perms, _mean_loss(problem, labelled, models)
     if not math.isfinite(first):
         raise CalibrationError(f"batches: the loss at the start is {first}; check the models, the inputs and the loss")
-    lowest, generator, shadows = first, torch.Generator().manual_seed(seed), _shadows(problem)
+    lowest, generator, shadows = first, generator_of(seed), _shadows(problem)
     optimizer = torch.optim.Adam(
         [{"params": [t], "lr": _RATE * float(t.square().mean().sqrt())} for shadow in shadows for t in shadow.values()]
     )

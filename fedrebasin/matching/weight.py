@@ -15,6 +15,7 @@ from fedrebasin.matching.plan import Block
 from fedrebasin.matching.problem import WeightProblem
 from fedrebasin.matching.result import Matching
 from fedrebasin.matching.rounded import start_of
+from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
 #: An anchored start to whose gain its own descent adds less than this share is taken without a second start: of 39
@@ -86,7 +87,7 @@ def weight_matching(
     problem = WeightProblem(spec, reference, model, init=init, device=device)
     before = problem.objective()
     found = _first_descent(problem, before, init)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     for _ in range(restarts):
         problem.reset(init)
         order = [problem.blocks[index] for index in torch.randperm(len(problem.blocks), generator=generator).tolist()]

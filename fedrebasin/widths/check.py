@@ -11,6 +11,7 @@ from torch import nn
 from fedrebasin.check import check_spec
 from fedrebasin.errors import InvalidSpecError, SpecMismatchError
 from fedrebasin.proof import Proof
+from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 from fedrebasin.trace import trace
 from fedrebasin.widths.maps import WidthMatching, common_units, resize
@@ -51,7 +52,7 @@ def check_widths(
     [{'0': (8,)}, {'0': (5,)}]
     """
     specs = [check_spec(net, trace(net, example_inputs), example_inputs, seed=seed) for net in (wide, narrow)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     maps = {}
     for perm, other in common_units(*specs).items():
         units, fewer = specs[0].perm_shapes[perm][0], specs[1].perm_shapes[other][0]
