@@ -32,8 +32,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[
     str,
     typer.Option(
-        help="Of the trainings: auto (bfloat16 on a GPU, float32 on the CPU), float32, or bfloat16, in which some "
-        "processors train twice as fast."
+        help="Of the trainings: auto (bfloat16 on a GPU, float32 on the CPU), float32, or bfloat16, faster on "
+        "processors that multiply in it."
     ),
 ]
 Corrections = Annotated[

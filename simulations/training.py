@@ -89,7 +89,7 @@ def train(
     compile_model : bool
         Compile the network first: a minute that pays on a GPU in long trainings.
     precision : str
-        One of ``acceleration.PRECISIONS``: bfloat16 halves the time on processors that multiply in it.
+        One of ``acceleration.PRECISIONS``: bfloat16 is faster on processors that multiply in it.
     checkpoint : TrainCheckpoint, optional
         Where the training is kept between epochs, and from where it goes on; not with a proximal term, whose
         start is not kept.
