@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -79,9 +80,12 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     try:
         ways = _export(model, args, kwargs, training=False)
     except Exception as error:  # export raises kinds of its own for every way in which it can fail
+        check = "check that model(*example_inputs) runs"
+        if isinstance(error, NameError) and sys.version_info >= (3, 14):  # torch.export looks annotations up
+            check += ", put 'from __future__ import annotations' first in its file"
         raise TraceError(
             f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
-            f"({first_line(error)}); check that model(*example_inputs) runs, or hand over a spec written for this model"
+            f"({first_line(error)}); {check}, or hand over a spec written for this model"
         ) from error
     training, failure = Ways(), ""
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))

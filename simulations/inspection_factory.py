@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fedrebasin.errors import UsageError
+from fedrebasin.signatures import parameters_of
 
 #: arguments of common factories that would start a download, and what leaves it out
 _PRETRAINED = {"weights": None, "weights_backbone": None, "pretrained": False}
@@ -97,7 +97,7 @@ def build(factory: Any, kwargs: dict[str, Any]) -> nn.Module:
 
 def _no_download(factory: Callable[..., Any]) -> dict[str, Any]:
     try:
-        parameters = inspect.signature(factory).parameters
+        parameters = parameters_of(factory)
     except (TypeError, ValueError):  # some built-in callables have none
         return {}
     return {
