@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fedrebasin.errors import CalibrationError
-from fedrebasin.signatures import parameters_of
+from fedrebasin.signatures import positional_of
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -135,12 +135,7 @@ def count_inputs(model: nn.Module) -> int:
     >>> count_inputs(nn.Linear(2, 2))
     1
     """
-    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    needed = [
-        p
-        for p in parameters_of(model.forward).values()
-        if p.kind in positional and p.default is inspect.Parameter.empty
-    ]
+    needed = [one for one in positional_of(model.forward) if one.default is inspect.Parameter.empty]
     return max(1, len(needed))
 
 

@@ -15,7 +15,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 def mixed_precision(device: torch.device, precision: str = "auto") -> AbstractContextManager[Any]:
     """bfloat16 for matrix products, where ``precision``, one of ``PRECISIONS``, says so; weights stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_half(device, precision))
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 def fused(device: torch.device, precision: str = "auto") -> bool | None:
@@ -24,11 +25,7 @@ def fused(device: torch.device, precision: str = "auto") -> bool | None:
     >>> fused(torch.device("cpu")), fused(torch.device("cuda"))
     (None, True)
     """
-    return True if device.type == "cuda" or _half(device, precision) else None
-
-
-def _half(device: torch.device, precision: str) -> bool:
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return True if device.type == "cuda" or precision == "bfloat16" else None
 
 
 def compiled(model: nn.Module, *, wanted: bool) -> nn.Module:

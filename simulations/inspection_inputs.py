@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.errors import UsageError
-from fedrebasin.signatures import parameters_of
+from fedrebasin.signatures import positional_of
 
 _NAMES = "float32 float64 float16 bfloat16 complex64 complex128 int64 int32 int16 int8 uint8 bool"
 DTYPES = {name: getattr(torch, name) for name in _NAMES.split()}
@@ -125,8 +124,7 @@ def _draw(one: Input, bound: int, generator: torch.Generator) -> Tensor:
 
 
 def _positional_names(model: nn.Module, count: int) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [one.name for one in parameters_of(model.forward).values() if one.kind in kinds]
+    names = [one.name for one in positional_of(model.forward)]
     if len(names) < count:
         raise UsageError(f"--input: {type(model).__name__}.forward takes {len(names)} positional inputs; got {count}")
     return names[:count]

@@ -80,6 +80,7 @@ def measure_nearness(
     moved = {axis.name for axes in spec.tied.values() for axis in axes}
     if not moved:
         return [Nearness(math.inf, 1.0) for _ in replies]
+    # a seed of 64 bits stays one
     perms = [random_perms(spec, (seed * DRAWS + draw) % 2**63) for draw in range(DRAWS)]
     products = torch.zeros(len(replies), 1 + DRAWS, dtype=torch.float64)  # <R, M>, then <Q R, M> for each draw
     entries = torch.zeros(len(replies), dtype=torch.float64)

@@ -64,12 +64,12 @@ def check_option(name: str, value: object) -> None:
         raise UsageError(f"{name}: expected one of {', '.join(map(repr, VALUES[name]))}; got {value!r}")
 
 
-def check_options(reference: str, matching: str, correction: Correction, *, select: object, seed: int = 0) -> None:
+def check_options(reference: str, matching: str, correction: Correction, *, select: object, seed: int) -> None:
     """Refuse unknown values, what is no seed, and a reference that the matching cannot be used with.
 
     Examples
     --------
-    >>> check_options("auto", "magic", "default", select=None)  # doctest: +ELLIPSIS
+    >>> check_options("auto", "magic", "default", select=None, seed=0)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     fedrebasin.errors.UsageError: matching: expected one of 'weight', 'activation', ...; got 'magic'

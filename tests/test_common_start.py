@@ -13,7 +13,7 @@ from fedrebasin import permute, random_perms
 from fedrebasin.strategies.common_start import measure_nearness
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [*range(3), 2**63 - 1])
 def test_replies_trained_from_the_sent_model_are_near_and_others_are_not(seed: int) -> None:
     spec = strategy_around(FedAvg()).spec
     sent = fresh().state_dict()
