@@ -58,15 +58,16 @@ class BatchMaker:
 
 def flip_and_shift(x: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor:
     """Mirror half of the images and move each by up to ``reach`` pixels, zeros coming in at the border."""
-    n, _, height, width = x.shape
+    n, channels, height, width = x.shape
     flip = _flips(n, generator).to(x.device)
     x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-    shift = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator, device=generator.device).to(x.device)
-    rows = shift[0] + torch.arange(height, device=x.device)
-    columns = shift[1] + torch.arange(width, device=x.device)
-    which = torch.arange(n, device=x.device).view(-1, 1, 1)
-    padded = F.pad(x, (reach,) * 4).permute(0, 2, 3, 1)
-    return padded[which, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    down, across = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator, device=generator.device).to(x.device)
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, *(reach,) * 4))
+    # with the channels last a row of an image is one run of numbers, which its first pixel tells: copied whole
+    image = (height + 2 * reach) * torch.arange(n, device=x.device).view(-1, 1)
+    first = (image + down + torch.arange(height, device=x.device)) * (width + 2 * reach) + across
+    runs = padded.reshape(-1).unfold(0, width * channels, channels)
+    return runs[first].view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def flip_and_zoom(x: Tensor, generator: torch.Generator, low: float = 0.8, high: float = 1.2) -> Tensor:

@@ -154,14 +154,18 @@ def _part(settings: Settings, data: Dataset, nodes: int, seed: int) -> dict[str,
 def _run(
     settings: Settings, data: Dataset, nodes: int, site: Site, results_file: Path, on_event: Callable[[Event], None]
 ) -> None:
-    data_file, ends = site.folder / "data.safetensors", site.folder / "ends"
+    data_file = site.folder / "data.safetensors"
     hand_over(data, data_file)
-    ends.mkdir()
     actors = min(nodes, os.cpu_count() or 1)
     federation: dict[str, int | float] = {"client-resources-num-cpus": 1, "init-args-num-cpus": actors}
     if settings.device != "cpu":
         federation |= {"client-resources-num-gpus": round(1 / actors, 3), "init-args-num-gpus": 1}
-    paths = {"data-file": data_file, "ends-folder": ends, "progress-file": site.progress, "results-file": results_file}
+    paths = {
+        "data-file": data_file,
+        "trainings-folder": site.folder / "trainings",
+        "progress-file": site.progress,
+        "results-file": results_file,
+    }
     on_event({"event": "phase", "text": "starting Flower's simulation runtime"})
     run_app(
         APP,

@@ -1,13 +1,9 @@
-"""What one node does in a round: its rows, its start, its training, and the ends that strategies share."""
+"""What one node does in a round: its rows, its start, and its training."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedrebasin.simulations.data import Dataset
@@ -96,34 +92,6 @@ def train_round(
     )
     model.to("cpu")
     return loss
-
-
-def load_end(folder: str, seed: int, node: int) -> tuple[dict[str, Tensor], float] | None:
-    """The weights and training loss with which a node left round 1 apart, if an earlier strategy had them trained.
-
-    Nothing that a server sends enters such a training, so every strategy would get these same weights; they are
-    kept in the run's own folder and never outlive the run.
-    """
-    path = _end_path(folder, seed, node)
-    if not folder or not path.exists():
-        return None
-    state = load_file(path)
-    return state, float(state.pop("loss"))
-
-
-def save_end(folder: str, seed: int, node: int, state: dict[str, Tensor], loss: float) -> None:
-    """Keep a node's end for the strategies that follow; with an empty ``folder``, do nothing."""
-    if not folder:
-        return
-    path = _end_path(folder, seed, node)
-    partial = path.with_suffix(f".{os.getpid()}")
-    tensors = {key: value.contiguous() for key, value in state.items()}
-    save_file({**tensors, "loss": torch.tensor(loss, dtype=torch.float64)}, partial)
-    partial.replace(path)
-
-
-def _end_path(folder: str, seed: int, node: int) -> Path:
-    return Path(folder) / f"end-seed{seed}-node{node}.safetensors"
 
 
 def _seed(seed: int, purpose: int, owner: int, server_round: int) -> int:

@@ -27,7 +27,7 @@ def test_the_apps_own_config_is_the_commands_default() -> None:
     for name in (APP.name, project["project"]["name"]):
         assert "_" not in name
         assert len(name) <= 32
-    files = {"data-file", "ends-folder", "progress-file", "results-file"}
+    files = {"data-file", "trainings-folder", "progress-file", "results-file"}
     assert {key: config[key] for key in config if key not in files} == to_run_config(Settings())
     assert files <= set(config)
     assert from_run_config(config) == resolve(Settings())

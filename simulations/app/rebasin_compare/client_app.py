@@ -13,8 +13,9 @@ from fedrebasin.simulations.attendance import local_epochs, trains_apart
 from fedrebasin.simulations.events import emit
 from fedrebasin.simulations.handover import take_over
 from fedrebasin.simulations.settings import from_run_config
-from fedrebasin.simulations.silo import batches_of, initial_model, load_end, rows_of_nodes, save_end, train_round
+from fedrebasin.simulations.silo import batches_of, initial_model, rows_of_nodes, train_round
 from fedrebasin.simulations.training import select_device
+from fedrebasin.simulations.trainings import kept_in, train_once
 from fedrebasin.simulations.watch import ABOUT
 from fedrebasin.strategies import answer_queries
 
@@ -52,33 +53,30 @@ def train(message: Message, context: Context) -> Message:
             loss=loss,
         )
 
-    ends_folder = str(context.run_config["ends-folder"]) if apart else ""
-    known = load_end(ends_folder, seed, node)
-    if known is not None:
-        state, loss = known
-        model.load_state_dict(state)
-        report(epochs, loss)
-    else:
-        if not apart:
-            model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
-        loss = train_round(
-            model,
-            settings,
-            data,
-            rows,
+    if not apart:
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    # a client that starts apart has no global model to stay near
+    prox = 0.0 if apart else float(str(config.get("proximal-mu", 0.0)))
+
+    def train_here() -> float:
+        return train_round(
+            *(model, settings, data, rows),
             seed=seed,
             owner=node,
             server_round=server_round,
             epochs=epochs,
-            # a client that starts apart has no global model to stay near
-            prox=0.0 if apart else float(str(config.get("proximal-mu", 0.0))),
+            prox=prox,
             progress=report,
         )
-        save_end(ends_folder, seed, node, model.state_dict(), loss)
 
+    folder = kept_in(str(context.run_config["trainings-folder"]), seed)
+    name = f"node{node}-round{server_round}-epochs{epochs}-prox{prox}"
+    loss, reused = train_once(folder, name, model, train_here)
+    if reused:
+        report(epochs, loss)
     seconds = time.perf_counter() - started
     about = ConfigRecord({"node": node, "examples": len(rows), "train-loss": loss, "seconds": seconds})
-    about["reused"], about["apart"] = known is not None, apart
+    about["reused"], about["apart"] = reused, apart
     content = RecordDict(
         {
             "arrays": ArrayRecord(model.state_dict()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from fedrebasin.simulations.results import save_results
 from fedrebasin.simulations.settings import Settings, from_run_config
 from fedrebasin.simulations.silo import batches_of, initial_model, rows_of_nodes
 from fedrebasin.simulations.training import predict, select_device
+from fedrebasin.simulations.trainings import kept_in
 from fedrebasin.simulations.watch import WatchedGrid, partitions_of
 
 app = ServerApp()
@@ -49,6 +51,8 @@ def main(grid: Grid, context: Context) -> None:
             everything = background.submit(arena.alone.train)
             runs += [arena.play(grid, name) for name in settings.line_up]
             baselines.append(arena.baselines(everything))
+        if trainings := kept_in(str(context.run_config["trainings-folder"]), seed):
+            shutil.rmtree(trainings, ignore_errors=True)  # the next seed trains anew
         if results_file:  # after each seed: a run that is ended early keeps what it has
             results = {"settings": asdict(settings), "nodes": nodes, "runs": runs, "baselines": baselines}
             save_results(Path(results_file), results)
