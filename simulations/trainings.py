@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save, save_file
-from torch import nn
+from torch import Tensor, nn
 
 #: bytes of weights that are kept at most in one folder; what comes after is trained each time
 MOST_BYTES = 2**31
@@ -31,7 +31,8 @@ def train_once(
     """Train ``model`` in place, or give it the weights that the same training gave before.
 
     Strategies of one comparison often send a node the same weights, bit for bit: all of them in round 1, and those
-    that tie in every round. Where a node trains apart, nothing that the server sends matters.
+    that tie in every round. Where a node trains apart, nothing that the server sends matters. BatchNorm's counters of
+    batches, which strategies average differently, decide nothing: they are not looked at, and stay as they are.
 
     Parameters
     ----------
@@ -50,21 +51,24 @@ def train_once(
     """
     if folder is None:
         return train(), False
-    start = hashlib.sha256(save(dict(model.state_dict()))).hexdigest()
+    start = hashlib.sha256(save(_weights(model))).hexdigest()
     path = folder / f"{name}-{start}.safetensors"
     if path.exists():
         state = load_file(path)
         loss = float(state.pop("loss"))
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)
         return loss, True
     loss = train()
     folder.mkdir(parents=True, exist_ok=True)
     if _bytes_in(folder) < most:
         partial = path.with_suffix(f".{os.getpid()}")
-        tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file({**tensors, "loss": torch.tensor(loss, dtype=torch.float64)}, partial)
+        save_file({**_weights(model), "loss": torch.tensor(loss, dtype=torch.float64)}, partial)
         partial.replace(path)
     return loss, False
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in model.state_dict().items() if value.is_floating_point()}
 
 
 def _bytes_in(folder: Path) -> int:

@@ -35,7 +35,15 @@ def test_the_same_start_is_trained_once(tmp_path: Path) -> None:
     assert again.once(tmp_path / "seed0") == (0.1, True)
     assert (first.trainings, again.trainings) == (1, 0)
     for key, value in first.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[key], value)
+        assert torch.equal(again.model.state_dict()[key], value) is value.is_floating_point()
+
+
+def test_a_counter_of_batches_makes_no_other_start(tmp_path: Path) -> None:
+    Node(1.0).once(tmp_path)
+    further = Node(1.0)
+    further.model.num_batches_tracked.fill_(7)
+    assert further.once(tmp_path) == (0.1, True)
+    assert further.model.num_batches_tracked == 7
 
 
 def test_another_bit_of_the_start_another_name_and_no_folder_are_trained(tmp_path: Path) -> None:
