@@ -55,7 +55,7 @@ class Options:
 def compare(options: Options, *, on_event: Callable[[Event], None] = lambda event: None) -> Path:
     """Run the comparison and return the folder with ``results.json``, the plots and ``report.html``.
 
-    A node that several strategies send the same weights, bit for bit, trains them once in each seed.
+    A node that several strategies send the same weights, bit for bit, trains them once in each seed and recipe.
 
     Parameters
     ----------
