@@ -6,7 +6,6 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fedrebasin.errors import RebasinError
 from fedrebasin.stored import DTYPES
+from fedrebasin.whole_file import whole_file
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -56,9 +56,8 @@ def write_state(
     """
     path = Path(path)
     header, starts = _header(like, metadata or {})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb", buffering=0) as file:
+        with whole_file(path) as beside, beside.open("wb", buffering=0) as file:
             file.write(header)
             waiting = set(like)
             for name, tensor in tensors:
@@ -75,12 +74,8 @@ def write_state(
             if waiting:
                 raise RebasinError(f"tensors: expected all of the {len(like)} tensors; {min(waiting)!r} is missing")
             os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise RebasinError(f"{path}: cannot write the file ({error.strerror})") from error
-    finally:
-        with suppress(OSError):  # where it could not be made, it need not be missing: its folder may be a file
-            partial.unlink()
 
 
 def _header(like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

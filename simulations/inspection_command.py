@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from fedrebasin.simulations.inspection_inputs import parse_inputs
 from fedrebasin.simulations.inspection_page import write_page
 from fedrebasin.simulations.results import provenance
 from fedrebasin.spec import PermutationSpec
+from fedrebasin.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,8 @@ def inspect_request(request: Request) -> Inspection:
 def save_spec(spec: PermutationSpec, path: Path) -> None:
     """Save a spec, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        spec.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        spec.save(file)
 
 
 def check_target(path: Path | None, option: str, *, force: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.plot_scales import log_scale, nines_scale
+from fedrebasin.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,12 +128,8 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.4
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            figure.savefig(partial, format="png")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            figure.savefig(file, format="png")
 
 
 def _legend_columns(labels: Sequence[str], panels: int) -> int:

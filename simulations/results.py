@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fedrebasin.errors import UsageError
+from fedrebasin.whole_file import whole_file
 
 #: distributions whose version can change a number
 PACKAGES = ("fedrebasin", "torch", "numpy", "scipy", "flwr", "flwr-datasets", "scikit-learn")
@@ -117,12 +118,8 @@ def load_experiment(path: Path, experiment: str, dataset: str | None = None) -> 
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to a file beside ``path`` and move it there, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def summarise(values: Sequence[float | None]) -> tuple[float, float, int]:

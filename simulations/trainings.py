@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
+
+from fedrebasin.whole_file import whole_file
 
 #: bytes of weights that are kept at most in one folder; what comes after is trained each time
 MOST_BYTES = 2**31
@@ -61,9 +62,8 @@ def train_once(
     loss = train()
     folder.mkdir(parents=True, exist_ok=True)
     if _bytes_in(folder) < most:
-        partial = path.with_suffix(f".{os.getpid()}")
-        save_file({**_weights(model), "loss": torch.tensor(loss, dtype=torch.float64)}, partial)
-        partial.replace(path)
+        with whole_file(path) as file:
+            save_file({**_weights(model), "loss": torch.tensor(loss, dtype=torch.float64)}, file)
     return loss, False
 
 
