@@ -93,7 +93,7 @@ def rebasin_mod(
     other tensors or shapes than the received one, or a NaN: sent as it is, any of these would spoil the
     average of all. If the matching itself fails (a received model of NaN, a device out of memory), the reply goes as it
     was trained, with a warning. Clients that trained apart need a trained model to align to: a random one has no
-    order to offer, and costs them many points (``simulations/results/README.md``, under secure aggregation).
+    order to offer, and costs them many points (``simulations/results/server.md``).
 
     Examples
     --------

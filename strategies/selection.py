@@ -3,7 +3,7 @@
 Candidates are what the inner strategy made of the aligned replies, and in a round apart, or around FedAvg and FedProx,
 the average of the replies as they came; each as it is and with every correction. Where there are targets and a loss,
 each reply alone competes too, and has to be better beyond chance. The model that was sent does not: clients that train
-from it once more bring back much the same, and federations stopped there for good (``simulations/results/README.md``).
+from it once more bring back much the same, and federations stopped for good (``simulations/results/which-model.md``).
 
 Metrics: ``rebasin-selected``, the place of what is kept in ``Selector.names``, and ``rebasin-MEASURE-CANDIDATE`` for
 each candidate, where MEASURE is ``loss``, or without one ``distance`` (from the ensemble). A round holds its replies in

@@ -22,7 +22,8 @@ from fedrebasin.strategies.records import state_to_record
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 GUIDES = (ROOT / "strategies" / "README.md", ROOT / "fedrebasin" / "README.md")
-PAGES = {"readme": README, "flower": GUIDES[0], "pytorch": GUIDES[1], "results": ROOT / "simulations/results/README.md"}
+RESULTS = sorted((ROOT / "simulations" / "results").glob("*.md"))
+PAGES = {"readme": README, "flower": GUIDES[0], "pytorch": GUIDES[1], **{page.stem: page for page in RESULTS}}
 BLOCKS = [
     block
     for page in (README, *GUIDES)
