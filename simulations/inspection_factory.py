@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fedrebasin.errors import UsageError
+from fedrebasin.errors import UsageError, first_line
 from fedrebasin.signatures import parameters_of
 
 #: arguments of common factories that would start a download, and what leaves it out
@@ -58,7 +58,7 @@ def load_factory(target: str) -> Any:
             f"model: cannot import {module!r} ({error}); run the command in the folder that holds it, or install it"
         ) from error
     except Exception as error:  # the user's module may raise anything
-        raise UsageError(f"model: importing {module!r} raised {_said(error)}") from error
+        raise UsageError(f"model: importing {module!r} raised {first_line(error)}") from error
     try:
         factory = reduce(getattr, path.split("."), holder)
     except AttributeError as error:
@@ -89,7 +89,7 @@ def build(factory: Any, kwargs: dict[str, Any]) -> nn.Module:
     try:
         model = factory(**{**_no_download(factory), **kwargs})
     except Exception as error:  # the user's factory may raise anything
-        raise UsageError(f"model: {name}() raised {_said(error)}; give its arguments with --kwargs") from error
+        raise UsageError(f"model: {name}() raised {first_line(error)}; give its arguments with --kwargs") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: expected {name}() to return a torch.nn.Module; got a {type(model).__name__}")
     return model
@@ -103,10 +103,6 @@ def _no_download(factory: Callable[..., Any]) -> dict[str, Any]:
     return {
         name: value for name, value in _PRETRAINED.items() if name in parameters and parameters[name].default != value
     }
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 @contextmanager
