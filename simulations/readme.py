@@ -11,9 +11,10 @@ from typing import Any
 from fedrebasin.simulations.bench.tables import TABLES
 from fedrebasin.simulations.bench.tables_distance import attempts, distance
 from fedrebasin.simulations.competitors import label_of
-from fedrebasin.simulations.disjoint_numbers import ROWS, in_precision, per_seed, spread_text
+from fedrebasin.simulations.disjoint_numbers import ROWS, in_precision, number, per_seed, spread_text
 from fedrebasin.simulations.results import load_results, summarise, write_whole
 from fedrebasin.simulations.settings import join_round
+from fedrebasin.simulations.similarity_plot import LINES
 from fedrebasin.simulations.summary import baseline_rows, by_round, megabytes, percent, plain, strategies
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -28,11 +29,12 @@ inception_v3 swin_t convnext_tiny maxvit_t vit_b_16 vit_h_14
 def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
-    ``disjoint`` takes results of the disjoint experiment side by side, ``rounds`` those of comparisons below each
-    other, ``attendance`` all rounds of those where nodes come and go, ``federated`` first rounds side by side with the
-    bytes of queries, ``zoo`` some rows of ``fedrebasin inspect --zoo``, ``distance`` how far corrected merges are from
-    the ensemble, ``attempts`` what might bring them nearer, and each kind of ``bench/tables.py`` the runs of one
-    benchmark; every NAME is a folder of ``simulations/results/``.
+    ``disjoint`` takes results of the disjoint experiment side by side, ``similarity`` how alike their ends respond
+    layer by layer, ``rounds`` those of comparisons below each other, ``attendance`` all rounds of those where nodes
+    come and go, ``federated`` first rounds side by side with the bytes of queries, ``zoo`` some rows of ``fedrebasin
+    inspect --zoo``, ``distance`` how far corrected merges are from the ensemble, ``attempts`` what might bring them
+    nearer, and each kind of ``bench/tables.py`` the runs of one benchmark; every NAME is a folder of
+    ``simulations/results/``.
 
     Examples
     --------
@@ -64,6 +66,19 @@ def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:
             ours = row.startswith("aligned")
             rows.append([f"**{label}**" if ours else label, *(cell or "-" for cell in cells)])
     return _markdown(columns, rows)
+
+
+def _similarity(results: Sequence[Mapping[str, Any]]) -> str:
+    """How alike the ends respond, layer by layer; networks stand below each other, shallow ones leave columns empty."""
+    depth = max(len(one["seeds"][0]["similarity"]["cka"]) for one in results)
+    rows = []
+    for one in results:
+        pairs = [seed["similarity"] for seed in one["seeds"]]
+        for line, (label, _) in LINES.items():
+            cells = [spread_text([number(pair[line][layer]) for pair in pairs]) for layer in pairs[0][line]]
+            bold = f"**{label}**" if line == "aligned" else label
+            rows.append([_title(one["config"]), bold, *cells, *[""] * (depth - len(cells))])
+    return _markdown(["network", "alike", *(f"layer {place + 1}" for place in range(depth))], rows)
 
 
 def _title(config: Mapping[str, Any]) -> str:
@@ -176,6 +191,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 _KINDS: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "disjoint": _disjoint,
+    "similarity": _similarity,
     "rounds": _rounds,
     "attendance": _attendance,
     "ends": _ends,

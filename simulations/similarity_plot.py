@@ -16,7 +16,7 @@ Pair = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 #: layers that have a name under the axis; of more every second, third and so on
 _NAMED = 40
 #: line -> name in the legend, style
-_LINES = {
+LINES = {
     "aligned": ("unit with unit, aligned", 0),
     "plain": ("unit with unit, as they came", 1),
     "cka": ("layer with layer, whatever the order of units (CKA)", 2),
@@ -50,7 +50,7 @@ def similarity_panel(
     """
     layers = list(found[0]["plain"])
     series = []
-    for line, (label, style) in _LINES.items():
+    for line, (label, style) in LINES.items():
         points = [summarise([pair[line][layer] for pair in found]) for layer in layers]
         spread = [point[1] for point in points]
         series.append(Series(label, range(len(layers)), [point[0] for point in points], spread, style))
