@@ -29,12 +29,12 @@ inception_v3 swin_t convnext_tiny maxvit_t vit_b_16 vit_h_14
 def render(text: str, folder: Path = RESULTS) -> str:
     """Replace what stands between ``<!-- table: disjoint NAME ... -->`` and ``<!-- end -->`` by fresh tables.
 
-    ``disjoint`` takes results of the disjoint experiment side by side, ``similarity`` how alike their ends respond
-    layer by layer, ``rounds`` those of comparisons below each other, ``attendance`` all rounds of those where nodes
-    come and go, ``federated`` first rounds side by side with the bytes of queries, ``zoo`` some rows of ``fedrebasin
-    inspect --zoo``, ``distance`` how far corrected merges are from the ensemble, ``attempts`` what might bring them
-    nearer, and each kind of ``bench/tables.py`` the runs of one benchmark; every NAME is a folder of
-    ``simulations/results/``.
+    ``disjoint`` takes results of the disjoint experiment side by side, ``calibration-errors`` another of their
+    measures, ``similarity`` how alike their ends respond layer by layer, ``rounds`` those of comparisons below each
+    other, ``attendance`` all rounds of those where nodes come and go, ``federated`` first rounds side by side with the
+    bytes of queries, ``zoo`` some rows of ``fedrebasin inspect --zoo``, ``distance`` how far corrected merges are from
+    the ensemble, ``attempts`` what might bring them nearer, and each kind of ``bench/tables.py`` the runs of one
+    benchmark; every NAME is a folder of ``simulations/results/``.
 
     Examples
     --------
@@ -68,6 +68,18 @@ def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(columns, rows)
 
 
+def _calibration_errors(results: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row, label in ROWS.items():
+        if any(row in one["seeds"][0]["rows"] for one in results):
+            cells = [
+                spread_text(per_seed(one, row, "test", "ece")) if row in one["seeds"][0]["rows"] else "-"
+                for one in results
+            ]
+            rows.append([f"**{label}**" if row.startswith("aligned") else label, *cells])
+    return _markdown(["expected calibration error", *(_title(one["config"]) for one in results)], rows)
+
+
 def _similarity(results: Sequence[Mapping[str, Any]]) -> str:
     """How alike the ends respond, layer by layer; networks stand below each other, shallow ones leave columns empty."""
     depth = max(len(one["seeds"][0]["similarity"]["cka"]) for one in results)
@@ -94,18 +106,23 @@ def _cell(results: Mapping[str, Any], row: str) -> str:
 
 
 def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
-    columns = ["data, start", "strategy", *(f"round {number}" for number in _ROUNDS)]
+    columns = ["data, start", "strategy", *(f"round {number}" for number in _ROUNDS), "MB sent"]
     rows = []
     for one in results:
         where = f"{one['settings']['data']}, {one['settings']['start']}"
         for name in strategies(one):
             cells = [percent(by_round(one, name, "accuracy", number)) for number in _ROUNDS]
-            rows.append([where, _name(name), *cells])
+            rows.append([where, _name(name), *cells, _sent(one, name)])
         for label, accuracies, losses in baseline_rows(one):
             work = 1 if one["settings"]["start"] == "apart" else one["settings"]["rounds"]
             cells = [percent(accuracies) if number == work else "" for number in _ROUNDS]
-            rows.append([where, f"{label} (loss {plain(losses)})", *cells])
+            rows.append([where, f"{label} (loss {plain(losses)})", *cells, ""])
     return _markdown(columns, rows)
+
+
+def _sent(results: Mapping[str, Any], strategy: str) -> str:
+    sent = megabytes(results, strategy, results["settings"]["rounds"])
+    return f"{summarise(sent)[0]:.1f}" if sent else ""
 
 
 def _name(strategy: str) -> str:
@@ -125,10 +142,7 @@ def _attendance(results: Sequence[Mapping[str, Any]]) -> str:
         numbers = range(1, settings["rounds"] + 1)
         for name in strategies(one):
             cells = [percent(by_round(one, name, "accuracy", number)) for number in numbers]
-            sent = megabytes(one, name, settings["rounds"])
-            rows.append(
-                [where, _name(name), *cells, *[""] * (last - len(cells)), f"{summarise(sent)[0]:.1f}" if sent else ""]
-            )
+            rows.append([where, _name(name), *cells, *[""] * (last - len(cells)), _sent(one, name)])
         for label, accuracies, losses in baseline_rows(one):
             number = join_round(settings["start"]) if "joins" in label else settings["rounds"]
             cells = [percent(accuracies) if column == number else "" for column in range(1, last + 1)]
@@ -191,6 +205,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 _KINDS: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "disjoint": _disjoint,
+    "calibration-errors": _calibration_errors,
     "similarity": _similarity,
     "rounds": _rounds,
     "attendance": _attendance,
