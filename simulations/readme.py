@@ -109,15 +109,22 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
     columns = ["data, start", "strategy", *(f"round {number}" for number in _ROUNDS), "MB sent"]
     rows = []
     for one in results:
-        where = f"{one['settings']['data']}, {one['settings']['start']}"
+        settings = one["settings"]
+        where = f"{settings['data']}, {settings['start']}"
+        if not settings["partition"].startswith("biased"):
+            where += f", {settings['partition']}, {_epochs(settings)}"
         for name in strategies(one):
             cells = [percent(by_round(one, name, "accuracy", number)) for number in _ROUNDS]
             rows.append([where, _name(name), *cells, _sent(one, name)])
         for label, accuracies, losses in baseline_rows(one):
-            work = 1 if one["settings"]["start"] == "apart" else one["settings"]["rounds"]
+            work = 1 if settings["start"] == "apart" else settings["rounds"]
             cells = [percent(accuracies) if number == work else "" for number in _ROUNDS]
             rows.append([where, f"{label} (loss {plain(losses)})", *cells, ""])
     return _markdown(columns, rows)
+
+
+def _epochs(settings: Mapping[str, Any]) -> str:
+    return f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
 
 
 def _sent(results: Mapping[str, Any], strategy: str) -> str:
@@ -155,8 +162,7 @@ def _ends(results: Sequence[Mapping[str, Any]]) -> str:
     columns, rows = ["test accuracy after the last round, %"], dict[str, dict[int, str]]()
     for place, one in enumerate(results):
         settings = one["settings"]
-        epochs = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
-        columns.append(f"{settings['data']}, {settings['partition']}, {epochs}")
+        columns.append(f"{settings['data']}, {settings['partition']}, {_epochs(settings)}")
         for name in strategies(one):
             rows.setdefault(_name(name), {})[place] = percent(by_round(one, name, "accuracy", settings["rounds"]))
         for label, accuracies, _ in baseline_rows(one):
