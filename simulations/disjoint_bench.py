@@ -18,6 +18,7 @@ from fedrebasin.matching.methods import METHODS, MatchingSetting, find_matching
 from fedrebasin.simulations.data import Dataset
 from fedrebasin.simulations.ends import EndConfig, make_model
 from fedrebasin.simulations.measures import measure
+from fedrebasin.simulations.similarity_plot import similarities
 from fedrebasin.simulations.training import predict
 
 State = dict[str, Tensor]
@@ -100,12 +101,22 @@ class Bench:
         method = METHODS[self.effort.matching]
         batches: Any = None
         if method.inputs:
-            batches = [self.data.normalise(chunk) for chunk in torch.split(self.images["calibration"], self.batch)]
+            batches = self.calibration(self.effort.calibration_images)
         if method.targets:
             batches = list(zip(batches, torch.split(self.labels["calibration"], self.batch), strict=True))
         loss = F.cross_entropy if method.targets else None
         setting = MatchingSetting(self.spec, self.net, batches, loss=loss, seed=seed, device=self.device)
         return find_matching(self.effort.matching, setting, a, b)
+
+    def similarity(self, a: State, plain: State, aligned: State) -> dict[str, dict[str, float]]:
+        """How alike the layers of A and B respond to the path's calibration images, before and after alignment."""
+        batches = self.calibration(self.effort.curve_calibration_images)
+        return similarities(self.spec, self.net, (a, plain), (a, aligned), batches)
+
+    def calibration(self, images: int) -> list[Tensor]:
+        """The first ``images`` calibration images, in batches."""
+        chosen = self.images["calibration"][:images]
+        return [self.data.normalise(chunk) for chunk in torch.split(chosen, self.batch)]
 
     def measure(self, logits: Logits) -> dict[str, dict[str, float]]:
         """Measures on test and training images."""
@@ -116,9 +127,8 @@ class Bench:
         state = interpolate(a, b, lam)
         if not correction:
             return state
-        chosen = self.images["calibration"][:images]
-        calibration = [self.data.normalise(chunk) for chunk in torch.split(chosen, self.batch)]
-        setting = corrections.CorrectionSetting(self.net, calibration, [1 - lam, lam], device=self.device)
+        weights = [1 - lam, lam]
+        setting = corrections.CorrectionSetting(self.net, self.calibration(images), weights, device=self.device)
         return corrections.correct(CORRECTIONS[correction], setting, state, [a, b])
 
     def curve(self, a: State, b: State, correction: str) -> dict[str, Any]:

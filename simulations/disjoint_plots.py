@@ -10,13 +10,14 @@ from fedrebasin.simulations.disjoint_numbers import CURVES, DATASETS, ROWS, Resu
 from fedrebasin.simulations.plots import Panel, Series, save_lines
 from fedrebasin.simulations.report import Picture
 from fedrebasin.simulations.results import summarise
+from fedrebasin.simulations.similarity_plot import similarity_panel
 
 TICKS = (0, 0.25, 0.5, 0.75, 1)
 FEWEST_IMAGES = 20  # a reliability bin with fewer is noise and is not drawn
 
 
 def draw(results: Results, folder: Path) -> list[Picture]:
-    """Draw loss and accuracy along lam (the paper's Figures 5 and 10) and calibration (Figure 11) as PNG files."""
+    """Draw loss and accuracy along lam (the paper's Figures 5 and 10), calibration (11) and similarity as PNG files."""
     name = DATASETS[results["config"]["dataset"]]
     jobs = [
         ("test-loss.png", _along(results, "test", "loss", f"{name}: test loss between A and B", "cross-entropy")),
@@ -25,13 +26,21 @@ def draw(results: Results, folder: Path) -> list[Picture]:
         ("reliability.png", _reliability(results, f"{name}: are confident answers right?")),
     ]
     bands = " Bands: standard deviation over seeds." if len(results["seeds"]) > 1 else ""
-    captions = (
+    captions = [
         f"Test loss along the straight line from A to B (the paper's Figure 5).{bands}",
         "Top-1 accuracy along the same line (Figure 10).",
         "The same on training images of both halves.",
         "Share of right answers against confidence, on test images, averages at lam = 0.5 (Figure 11): above the "
         f"diagonal a model is less sure than it could be. Bins with fewer than {FEWEST_IMAGES} images are left out.",
-    )
+    ]
+    if all("similarity" in seed for seed in results["seeds"]):  # files of earlier versions do not know it
+        found = [seed["similarity"] for seed in results["seeds"]]
+        jobs.append(("similarity.png", similarity_panel(found, f"{name}: how alike A and B respond")))
+        captions.append(
+            "How alike what A and B compute is, on calibration images, before norms and nonlinearities: the mean "
+            "correlation of units with the same number, before and after alignment, and CKA, which does not see their "
+            "order."
+        )
     pictures = []
     for (file, panel), caption in zip(jobs, captions, strict=True):
         save_lines(folder / file, [panel])

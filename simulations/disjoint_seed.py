@@ -46,7 +46,7 @@ def measure_seed(
     -------
     dict
         ``rows``: measures of every model, on test and training images; ``curves``: the same along lam;
-        ``reliability``; ``matching``; ``temperatures``; ``seconds``.
+        ``reliability``; ``matching``; ``similarity`` of A's and B's layers; ``temperatures``; ``seconds``.
     """
     label = f"seed {end.seed}"
     bench = Bench(data, end, effort, device)
@@ -57,6 +57,7 @@ def measure_seed(
     a = bench.place(a)
 
     started = time.perf_counter()
+    similarity = bench.similarity(a, others["plain"], others["aligned"])
     logits = baselines(bench, states, rows)
     temperatures: dict[str, float] = {}
     for path, other in others.items():
@@ -87,6 +88,7 @@ def measure_seed(
             "moved-fraction": matching.moved_fraction,
             "log10-order": bench.spec.log10_order,
         },
+        "similarity": similarity,
         "seconds": {
             "matching": matching.seconds,
             "middle": middle_seconds,

@@ -26,8 +26,9 @@ from fedrebasin.simulations.merge_files import check_values, open_inputs
 from fedrebasin.simulations.merge_matching import Found, Plan, match, needs_data, plan_matching
 from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, streams
 from fedrebasin.simulations.merge_network import Network, check_fit, from_model, from_spec, sizes
-from fedrebasin.simulations.merge_plot import draw, similarities
 from fedrebasin.simulations.merge_request import Request, check_output, correction_of, metadata_of, numbers
+from fedrebasin.simulations.plots import save_lines
+from fedrebasin.simulations.similarity_plot import similarities, similarity_panel
 from fedrebasin.stored import StoredState
 from fedrebasin.stored_write import write_state
 
@@ -35,6 +36,7 @@ from fedrebasin.stored_write import write_state
 #: shadow that is trained on data, Adam's
 _JOINT_COPIES, _CORRECTION_COPIES, _SHADOW_COPIES = 4, 3, 2
 _LAMS = 11
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,12 @@ def merge_files(request: Request) -> Merged:
             keep_nothing_freed()
         request.on_phase("reading the files")
         digests = check_values(states, network.spec)
-        held: list[Mapping[str, Tensor]] = list(states) if streamed else [dict(state) for state in states]
+        held: list[State] = list(states) if streamed else [dict(state) for state in states]
         request.on_phase("matching")
         found = _match(plan, network, held, weights, batches, labelled=labelled, seed=request.seed)
         if request.plot is not None:
             request.on_phase("comparing the layers")
-            whole_states = [network.whole(state) for state in held]
-            sides = (network.full, _module(network), whole_states, found.perms, plan.reference, batches)
-            draw(request.plot, similarities(*sides))
+            _draw(request.plot, network, held, found.perms, plan.reference, batches)
         if request.dry_run:
             barriers = _barriers(plan, network, held, found.perms, batches, request.files) if labelled else {}
             return Merged(network, plan, found, needs, streamed, weights, barriers, None)
@@ -170,6 +170,20 @@ def _whole(plan: Plan, correction: str, *, data: bool) -> str:
     return "a run of the network on --calibration" if data else ""
 
 
+def _draw(
+    path: Path, network: Network, states: Sequence[State], perms: Sequence[Perms], reference: int, batches: Any
+) -> None:
+    """Draw how alike the layers of each model and the reference are, before and after alignment."""
+    whole = [network.whole(state) for state in states]
+    aligned = [permute(network.full, own, state) for own, state in zip(perms, whole, strict=True)]
+    found = [
+        similarities(network.full, _module(network), (whole[reference], before), (aligned[reference], after), batches)
+        for place, (before, after) in enumerate(zip(whole, aligned, strict=True))
+        if place != reference
+    ]
+    save_lines(path, [similarity_panel(found)])
+
+
 def _module(network: Network) -> nn.Module:
     if network.net is None:
         raise UsageError("--model: this run needs the network with its weights; leave --no-check out")
@@ -179,7 +193,7 @@ def _module(network: Network) -> nn.Module:
 def _match(
     plan: Plan,
     network: Network,
-    states: Sequence[Mapping[str, Tensor]],
+    states: Sequence[State],
     weights: Sequence[float],
     batches: list[Any] | None,
     *,
@@ -201,14 +215,14 @@ def _match(
 def _barriers(
     plan: Plan,
     network: Network,
-    states: Sequence[Mapping[str, Tensor]],
+    states: Sequence[State],
     perms: Sequence[Perms],
     batches: list[Any] | None,
     files: Sequence[Path],
 ) -> dict[str, tuple[float, float]]:
     net, aligned = _module(network), [permute(network.spec, own, s) for own, s in zip(perms, states, strict=True)]
 
-    def barrier(ends: Sequence[Mapping[str, Tensor]], place: int) -> float:
+    def barrier(ends: Sequence[State], place: int) -> float:
         pair = network.whole(ends[plan.reference]), network.whole(ends[place])
         path = loss_along_path(net, *pair, batches or [], loss=nn.functional.cross_entropy, lams=_LAMS)
         return loss_barrier(path)
@@ -222,7 +236,7 @@ def _corrected(
     setting: CorrectionSetting,
     network: Network,
     merged: Mapping[str, Tensor],
-    states: Sequence[Mapping[str, Tensor]],
+    states: Sequence[State],
     perms: Sequence[Perms],
 ) -> dict[str, Tensor]:
     ends = [network.whole(permute(network.spec, own, state)) for own, state in zip(perms, states, strict=True)]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations import disjoint, ends
@@ -18,10 +17,9 @@ from fedrebasin.simulations.disjoint import redraw, reproduce_disjoint
 from fedrebasin.simulations.disjoint_numbers import ROWS, headline, per_seed
 from fedrebasin.simulations.disjoint_options import DisjointOptions
 from fedrebasin.simulations.disjoint_page import answer
-from fedrebasin.simulations.ends import disjoint_halves
 from fedrebasin.simulations.results import load_results, save_results
 
-PICTURES = {"test-loss.png", "test-top1.png", "train-loss.png", "reliability.png"}
+PICTURES = {"test-loss.png", "test-top1.png", "train-loss.png", "reliability.png", "similarity.png"}
 TINY = DisjointOptions("digits", width=16, epochs=2, lams=3, seeds=(0, 1), calibration_images=100, device="cpu")
 
 
@@ -93,6 +91,25 @@ def test_the_barrier_is_the_largest_loss_above_the_mean_of_the_ends(finished):
             assert curve["lams"][losses.index(min(losses))] == curve["test"]["best-lam"]
 
 
+def test_alignment_makes_units_alike_and_leaves_what_the_network_computes(finished):
+    for seed in load_results(finished[0] / "results.json")["seeds"]:
+        aligned, plain, cka = (seed["similarity"][line] for line in ("aligned", "plain", "cka"))
+        *hidden, head = plain
+        assert list(aligned) == list(cka) == [*hidden, head] and len(hidden) == 3
+        assert aligned[hidden[0]] > plain[hidden[0]] + 0.05  # after two epochs the later layers have little in common
+        assert aligned[head] == pytest.approx(plain[head], abs=1e-5)
+        assert all(0 < value <= 1 for value in cka.values())
+
+
+def test_results_of_before_the_similarity_was_measured_are_drawn_without_it(finished, tmp_path):
+    results = load_results(finished[0] / "results.json")
+    for seed in results["seeds"]:
+        del seed["similarity"]
+    save_results(tmp_path / "results.json", results)
+    redraw(tmp_path / "results.json", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == PICTURES - {"similarity.png"}
+
+
 def test_a_temperature_changes_no_answer(finished):
     for seed in load_results(finished[0] / "results.json")["seeds"]:
         for path in ("plain", "aligned"):
@@ -107,7 +124,7 @@ def test_the_page_shows_the_numbers_of_the_results(finished):
     assert all(label in text for name, label in ROWS.items() if name in results["seeds"][0]["rows"])
     losses = per_seed(results, headline(results), "test", "loss")
     assert f"{sum(losses) / 2:.3f} ±" in text
-    assert "fedrebasin again" in text and text.count("data:image/png") == 4
+    assert "fedrebasin again" in text and text.count("data:image/png") == 5
 
 
 def test_a_second_run_trains_and_measures_nothing(finished, no_page, count_trainings, monkeypatch):
@@ -149,7 +166,7 @@ def test_the_page_can_be_drawn_again_from_the_results_alone(finished, tmp_path):
     save_results(tmp_path / "results.json", load_results(finished[0] / "results.json"))
     page = redraw(tmp_path / "results.json", tmp_path / "page")
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.html"} | PICTURES
-    assert page.read_text(encoding="utf-8").count("data:image/png") == 4
+    assert page.read_text(encoding="utf-8").count("data:image/png") == 5
 
 
 def test_without_jinja2_the_results_are_complete_and_one_line_says_what_is_missing(finished, tmp_path, monkeypatch):
@@ -179,38 +196,6 @@ def test_a_convolutional_network_gets_its_batch_norm_reset(tmp_path, no_page):
     assert headline(results) == "aligned+reset"
     assert results["seeds"][0]["curves"]["aligned+reset"]["lams"] == [0, 0.5, 1]
     assert results["config"]["corrected_lams"] == 3
-
-
-def test_the_halves_are_disjoint_complete_and_skewed_as_asked():
-    labels = torch.arange(10).repeat(100)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    a, b = disjoint_halves(labels, 10, 0.2)
-    assert sorted(torch.cat([a, b]).tolist()) == list(range(1000))
-    assert (len(a), int((labels[a] < 5).sum()), int((labels[b] < 5).sum())) == (500, 100, 400)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset": "imagenet"}, "data set: expected one of digits"),
-        ({"model": "cnn"}, "--model: expected one of mlp"),
-        ({"norm": "group"}, "--norm: expected one of batch, layer"),
-        ({"augment": "zoom"}, "--augment: digits is not augmented; leave --augment zoom out"),
-        ({"held": 1.0}, "--held: expected a share between 0 and 1"),
-        ({"lams": 1}, "--lams: expected at least 2; got 1"),
-        ({"epochs": 0}, "--epochs: expected at least 1; got 0"),
-        ({"width": -3}, "--width: expected at least 1; got -3"),
-        ({"calibration_images": 0}, "--calibration: expected at least 1"),
-        ({"seeds": ()}, "--seeds: expected at least one"),
-        ({"seeds": (0, -1)}, "--seeds: expected numbers from 0; got -1"),
-        ({"device": "tpux"}, "--device: expected auto"),
-        ({"dataset": "mnist", "path": "nowhere"}, "there is no folder nowhere"),
-    ],
-)
-def test_a_bad_option_is_refused_before_anything_is_written(tmp_path, changes, message):
-    folder = tmp_path / "out"
-    with pytest.raises(UsageError, match=message):
-        reproduce_disjoint(dataclasses.replace(TINY, output=folder, **changes), lambda line: None)
-    assert not folder.exists()
 
 
 def test_an_output_that_is_a_file_is_refused_before_any_training(tmp_path, count_trainings):

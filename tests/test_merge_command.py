@@ -218,12 +218,13 @@ def test_the_picture_shows_units_before_and_after(folder: Path, monkeypatch: pyt
     plant(folder, 3)
     np.save("images.npy", torch.randn(40, 3, 8, 8).numpy())
     drawn: list[Any] = []
-    original = merge_command.draw
-    monkeypatch.setattr(merge_command, "draw", lambda path, found: drawn.append(found) or original(path, found))
+    original = merge_command.similarity_panel
+    monkeypatch.setattr(merge_command, "similarity_panel", lambda found: drawn.extend(found) or original(found))
     line = f"a.safetensors b.safetensors c.safetensors {NET} --dry-run --calibration images.npy --plot out.png"
     assert run(line) == 0
     assert (folder / "out.png").read_bytes()[1:4] == b"PNG"
-    aligned, plain, cka = (found[0] for found in drawn[0].values())
+    assert len(drawn) == 2  # b and c against a
+    aligned, plain, cka = (drawn[0][line] for line in ("aligned", "plain", "cka"))
     assert list(plain) == ["body.0", "hidden", "head"]
     assert all(value == pytest.approx(1, abs=1e-3) for value in (*aligned.values(), *cka.values()))
     assert plain["body.0"] < 0.8 and plain["hidden"] < 0.8 and plain["head"] == pytest.approx(1, abs=1e-3)
