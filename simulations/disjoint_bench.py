@@ -110,13 +110,14 @@ class Bench:
 
     def similarity(self, a: State, plain: State, aligned: State) -> dict[str, dict[str, float]]:
         """How alike the layers of A and B respond to the path's calibration images, before and after alignment."""
-        batches = self.calibration(self.effort.curve_calibration_images)
+        # small batches on a GPU, too: of one all layers' activations are held, gigabytes each at the paper's width
+        batches = self.calibration(self.effort.curve_calibration_images, BATCH)
         return similarities(self.spec, self.net, (a, plain), (a, aligned), batches)
 
-    def calibration(self, images: int) -> list[Tensor]:
-        """The first ``images`` calibration images, in batches."""
+    def calibration(self, images: int, batch: int | None = None) -> list[Tensor]:
+        """The first ``images`` calibration images, in batches of ``batch``, by default the bench's."""
         chosen = self.images["calibration"][:images]
-        return [self.data.normalise(chunk) for chunk in torch.split(chosen, self.batch)]
+        return [self.data.normalise(chunk) for chunk in torch.split(chosen, batch or self.batch)]
 
     def measure(self, logits: Logits) -> dict[str, dict[str, float]]:
         """Measures on test and training images."""
