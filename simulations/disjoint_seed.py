@@ -56,8 +56,8 @@ def measure_seed(
     others = {"plain": bench.place(b), "aligned": bench.place(permute(bench.spec, matching.perms, b))}
     a = bench.place(a)
 
-    started = time.perf_counter()
     similarity = bench.similarity(a, others["plain"], others["aligned"])
+    started = time.perf_counter()
     logits = baselines(bench, states, rows)
     temperatures: dict[str, float] = {}
     for path, other in others.items():

@@ -58,26 +58,29 @@ def _joined(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _disjoint(results: Sequence[Mapping[str, Any]]) -> str:
-    columns = ["test loss / top-1 %", *(_title(one["config"]) for one in results)]
-    rows = []
-    for row, label in ROWS.items():
-        cells = [_cell(one, row) for one in results]
-        if any(cells):
-            ours = row.startswith("aligned")
-            rows.append([f"**{label}**" if ours else label, *(cell or "-" for cell in cells)])
-    return _markdown(columns, rows)
+    return _models("test loss / top-1 %", results, _loss_and_accuracy)
 
 
 def _calibration_errors(results: Sequence[Mapping[str, Any]]) -> str:
+    return _models(
+        "expected calibration error", results, lambda one, row: spread_text(per_seed(one, row, "test", "ece"))
+    )
+
+
+def _models(title: str, results: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any], str], str]) -> str:
+    """A row for each model of the disjoint experiment that one of the results has, a column for each of the results."""
     rows = []
     for row, label in ROWS.items():
-        if any(row in one["seeds"][0]["rows"] for one in results):
-            cells = [
-                spread_text(per_seed(one, row, "test", "ece")) if row in one["seeds"][0]["rows"] else "-"
-                for one in results
-            ]
-            rows.append([f"**{label}**" if row.startswith("aligned") else label, *cells])
-    return _markdown(["expected calibration error", *(_title(one["config"]) for one in results)], rows)
+        has = [row in one["seeds"][0]["rows"] for one in results]
+        if any(has):
+            name = f"**{label}**" if row.startswith("aligned") else label
+            rows.append([name, *(cell(one, row) if there else "-" for one, there in zip(results, has, strict=True))])
+    return _markdown([title, *(_title(one["config"]) for one in results)], rows)
+
+
+def _loss_and_accuracy(results: Mapping[str, Any], row: str) -> str:
+    loss = spread_text(per_seed(results, row, "test", "loss"))
+    return f"{loss} / {spread_text(per_seed(results, row, 'test', 'top1'), percent=True)}"
 
 
 def _similarity(results: Sequence[Mapping[str, Any]]) -> str:
@@ -96,13 +99,6 @@ def _similarity(results: Sequence[Mapping[str, Any]]) -> str:
 def _title(config: Mapping[str, Any]) -> str:
     named = f"{config['dataset']}, {config['model']} of width {config['width']}, {config['epochs']} epochs"
     return named + in_precision(config)
-
-
-def _cell(results: Mapping[str, Any], row: str) -> str:
-    if row not in results["seeds"][0]["rows"]:
-        return ""
-    loss = spread_text(per_seed(results, row, "test", "loss"))
-    return f"{loss} / {spread_text(per_seed(results, row, 'test', 'top1'), percent=True)}"
 
 
 def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
