@@ -173,7 +173,9 @@ def joint(result: Result) -> tuple[Sequence[str], Rows]:
                 line.append("-")
                 continue
             corrections = dict.fromkeys(row["correction"] for row in own)
-            parts = [_scores([row for row in own if row["correction"] == name]) for name in corrections]
+            by_correction = [[row for row in own if row["correction"] == name] for name in corrections]
+            seeds = max(map(len, by_correction))
+            parts = [_scores(few) + _of_seeds(len(few), seeds) for few in by_correction]
             if method:
                 parts.append(f"{statistics.mean(row['cpu-seconds'] for row in own):.2g} s")
             if "width" in own[0]:
@@ -184,6 +186,11 @@ def joint(result: Result) -> tuple[Sequence[str], Rows]:
         found = [[one["rows"][name] for one in result["references"] if _split(one) == column] for column in columns]
         rows.append([name, *map(_scores, found)])
     return ["average; corrected; CPU seconds", *(f"{clients} clients, {split}" for clients, split in columns)], rows
+
+
+def _of_seeds(measured: int, seeds: int) -> str:
+    """What a cell says that has fewer seeds than its neighbours (a network grown too wide to be corrected)."""
+    return f" ({measured} of {seeds} seeds)" if measured < seeds else ""
 
 
 def _split(row: Result) -> tuple[int, str]:
