@@ -17,7 +17,7 @@ from fedrebasin import PermutationSpec, merge, moved_fraction
 from fedrebasin.allocator import return_freed_memory
 from fedrebasin.permute import permute_tensor
 from fedrebasin.strategies.alignment import shares
-from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.inner import chain, read_attribute
 from fedrebasin.strategies.pairs import from_pairs, to_pairs
 from fedrebasin.strategies.records import (
     array_to_tensor,
@@ -117,8 +117,8 @@ def merge_round_apart(
 ) -> tuple[ArrayRecord, MetricRecord | None]:
     """Average the aligned replies and their metrics, outside the strategy that samples them.
 
-    A server optimizer, a median or a fair weighting would step from the model that was sent, which has no
-    relation to the replies.
+    A server optimizer or a fair weighting would step from the model that was sent, which has no relation to the
+    replies.
     """
     params = [{name: end[name] for name in trained} for end in ends]
     merged = merge(params, coefficients=shares(replies))

@@ -15,11 +15,13 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedrebasin import PermutationSpec
 from fedrebasin.strategies.account import Account
 from fedrebasin.strategies.beside import Beside
+from fedrebasin.strategies.checkpoint import hold_folder
 from fedrebasin.strategies.checkpointed import Checkpointed, EvaluateFn
 from fedrebasin.strategies.federated import TIMEOUT
 from fedrebasin.strategies.finish import Finish
+from fedrebasin.strategies.inner import chain, is_own, tell_passed_by
 from fedrebasin.strategies.metrics import screen_evaluation
-from fedrebasin.strategies.options import chain, is_own
+from fedrebasin.strategies.part import Trunk
 from fedrebasin.strategies.replies import ReplyScreen
 from fedrebasin.strategies.widths import Widths
 
@@ -31,6 +33,7 @@ class Around(Strategy):
     ----------
     strategy : Strategy
     checkpoint_dir : Path or None
+    reference : str
     spec : PermutationSpec
     seed : int
     device : torch.device or None
@@ -38,6 +41,7 @@ class Around(Strategy):
 
     strategy: Strategy
     checkpoint_dir: Path | None
+    reference: str
     spec: PermutationSpec
     seed: int
     device: torch.device | None
@@ -46,7 +50,9 @@ class Around(Strategy):
     _finish: Finish
     _screen: ReplyScreen
     _widths: Widths
+    _trunk: Trunk
     _timeout: float = TIMEOUT
+    _started: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.strategy!r})"
@@ -83,19 +89,24 @@ class Around(Strategy):
         Raises
         ------
         UsageError
-            If the folder cannot be written, or what lies in it cannot be read or is of another run.
+            If the folder cannot be written, another run writes to it, or what lies in it cannot be read or is of
+            another run.
         """
-        self._timeout = timeout
+        self._timeout, self._started = timeout, True
         self._sent = None  # the first round looks anew at which part of the model travels
         self._beside.forget()
         self._widths.forget()
-        if self._finish.queries is not None:
-            self._finish.queries.account = Account(self.checkpoint_dir)
+        if self.reference != "global":
+            tell_passed_by(self.strategy)
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
-        if self.checkpoint_dir is None:
-            return super().start(grid, initial_arrays, num_rounds, *rest)
-        kept: dict[str, Beside | Widths] = {"beside": self._beside, "widths": self._widths}
-        return Checkpointed(self, kept, self.checkpoint_dir).run(grid, initial_arrays, num_rounds, *rest)
+        with hold_folder(self.checkpoint_dir):
+            if self._finish.queries is not None:
+                self._finish.queries.account = Account(self.checkpoint_dir)
+            if self.checkpoint_dir is None:
+                return super().start(grid, initial_arrays, num_rounds, *rest)
+            kept: dict[str, Beside | Widths] = {"beside": self._beside, "widths": self._widths}
+            run = Checkpointed(self, kept, self.checkpoint_dir, self._trunk)
+            return run.run(grid, initial_arrays, num_rounds, *rest)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

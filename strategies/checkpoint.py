@@ -11,8 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,20 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder, and clear away what killed processes left half written; refuse one that cannot be written.
+@contextmanager
+def hold_folder(folder: Path | None) -> Iterator[None]:
+    """Make the folder, hold it for one run, and clear away what killed processes left half written.
+
+    The lock ends with the process, however that ends; Windows has none.
 
     Raises
     ------
     UsageError
-        If it cannot be made or written to.
+        If it cannot be made or written to, or another run holds it.
     """
+    if folder is None:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -68,8 +74,45 @@ def prepare_folder(folder: Path) -> None:
         raise UsageError(
             f"checkpoint_dir={str(folder)!r} cannot be written ({first_line(error)}); give a folder that can"
         ) from error
-    for partial in folder.glob(".round-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    with _locked(folder):
+        for partial in folder.glob(".round-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for file in folder.glob(".*.json.*.partial"):
+            file.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):  # Windows has no such locks, and opens no folder
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"checkpoint_dir: another run writes to {str(folder)!r}; wait for its end, or give a folder to each run"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_storable(arrays: ArrayRecord) -> None:
+    """Refuse a model that no checkpoint can hold before a round is lost by it."""
+    for name, array in arrays.items():
+        if array.dtype == "complex128":
+            raise UsageError(
+                f"checkpoint_dir: {name!r} is complex128, which safetensors files cannot hold; use a model in "
+                "complex64, or leave checkpoint_dir out"
+            )
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -16,13 +16,21 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedrebasin.errors import UsageError, first_line
 from fedrebasin.strategies.arrays import missing_and_extra
 from fedrebasin.strategies.beside import Beside
-from fedrebasin.strategies.checkpoint import Checkpoint, load_checkpoint, prepare_folder, save_checkpoint
-from fedrebasin.strategies.options import chain
+from fedrebasin.strategies.checkpoint import (
+    Checkpoint,
+    check_storable,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fedrebasin.strategies.inner import is_private
+from fedrebasin.strategies.noise import draw_anew, is_kept, keep_noise
+from fedrebasin.strategies.part import Trunk
 from fedrebasin.strategies.records import is_finite
 from fedrebasin.strategies.restored import check_moments, restore_strategies
 from fedrebasin.strategies.state import (
     decode,
     encode,
+    links_with_state,
     random_state,
     remember,
     restore_random,
@@ -47,19 +55,24 @@ class Checkpointed(Strategy):
     kept : mapping of str to Beside or Widths
         What it remembers itself, by name.
     folder : Path
+    trunk : Trunk
+        What of the model travels.
 
     Notes
     -----
     A resumed run ends with the same bits as one that was never interrupted if its clients depend on nothing but the
     message and the round's number, all nodes are sampled, and replies come in one order (``partition-id``, see
-    :class:`Rebasin`).
+    :class:`Rebasin`). Under differential privacy the round is saved before its model goes out to be evaluated, so that
+    neither its noise is drawn nor its release composed a second time (``noise.py``).
     """
 
-    def __init__(self, strategy: Strategy, kept: Mapping[str, Beside | Widths], folder: Path) -> None:
+    def __init__(self, strategy: Strategy, kept: Mapping[str, Beside | Widths], folder: Path, trunk: Trunk) -> None:
         self.strategy = strategy
         self.kept = kept
         self.folder = folder
-        self._links = list(chain(strategy))[1:]
+        self.trunk = trunk
+        self._private = is_private(strategy)
+        self._links = links_with_state(strategy)
         self._before = remember(self._links)
         self._told: set[tuple[int, str]] = set()
         self._done = 0
@@ -86,10 +99,9 @@ class Checkpointed(Strategy):
         Raises
         ------
         UsageError
-            If the folder cannot be written, or holds a checkpoint that cannot be read or is of another model or
-            other strategies.
+            If the folder holds a checkpoint that cannot be read or is of another model or other strategies.
         """
-        prepare_folder(self.folder)
+        check_storable(initial_arrays)
         found = load_checkpoint(self.folder)
         if found is not None:
             self._check(found, initial_arrays)
@@ -136,7 +148,13 @@ class Checkpointed(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the strategy configure the evaluation of the true round."""
-        return self.strategy.configure_evaluate(server_round + self._done, arrays, config, grid)
+        messages = self.strategy.configure_evaluate(server_round + self._done, arrays, config, grid)
+        if not self._private:
+            return messages
+        messages = list(messages)
+        if messages:
+            self._save(server_round + self._done, arrays)
+        return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the strategy aggregate the evaluation; keep the metrics."""
@@ -146,6 +164,8 @@ class Checkpointed(Strategy):
         return metrics
 
     def _check(self, found: Checkpoint, initial: ArrayRecord) -> None:
+        if found.model.keys() != initial.keys():  # from the first round on a trunk alone is aggregated
+            initial = self.trunk.cut(initial)
         wrong = missing_and_extra(found.model, initial) if found.model.keys() != initial.keys() else ""
         for name in [] if wrong else initial:
             kept, here = found.model[name], initial[name]
@@ -173,10 +193,14 @@ class Checkpointed(Strategy):
             "strategies": strategy_state(self._links, self._before, arrays, self._told),
             "random": random_state(arrays),
         }
+        kept: int | None = number
         try:
             save_checkpoint(self.folder, Checkpoint(number, model, arrays, facts))
         except OSError as error:
+            kept = None
             log(WARNING, "rebasin: round %d is not kept in %s (%s)", number, self.folder, first_line(error))
+        if self._private:
+            keep_noise(self.folder, kept)
 
     def _restore(self, found: Checkpoint) -> None:
         """Take up state, metrics and random numbers."""
@@ -190,6 +214,8 @@ class Checkpointed(Strategy):
                 self._metrics[name] = {int(number): MetricRecord(record) for number, record in kept}
             self._aggregated = bool(found.facts["aggregated"])
             restore_random(found.facts["random"], found.arrays)
+            if self._private and not is_kept(self.folder, found.round):
+                draw_anew(self.folder, found.round)
         except UsageError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from logging import WARNING
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
-from fedrebasin.strategies.options import PRIVACY, chain
+from fedrebasin.strategies.inner import PRIVACY, chain
 from fedrebasin.strategies.replies import Screened
 
 

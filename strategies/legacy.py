@@ -36,9 +36,9 @@ from torch import nn
 
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies import rebasin
+from fedrebasin.strategies.inner import chain, read_attribute
 from fedrebasin.strategies.legacy_arrays import Failure, Letter, NamedStrategy, to_record
 from fedrebasin.strategies.metrics import wrong_count
-from fedrebasin.strategies.options import chain, read_attribute
 from fedrebasin.strategies.pairs import from_pairs
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)

@@ -16,7 +16,7 @@ from flwr.server.strategy import Strategy as LegacyStrategy
 from flwr.serverapp.strategy import Strategy
 
 from fedrebasin.errors import UsageError
-from fedrebasin.strategies.options import chain, read_attribute
+from fedrebasin.strategies.inner import chain, read_attribute
 from fedrebasin.strategies.pairs import pairs_of
 from fedrebasin.strategies.records import DECODE_ERRORS
 

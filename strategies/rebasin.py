@@ -16,17 +16,12 @@ from fedrebasin.corrections.federated import FederatedOptions
 from fedrebasin.errors import UsageError
 from fedrebasin.strategies.beside import Beside, check_beside
 from fedrebasin.strategies.correction import has_running_statistics, names_running_statistics
+from fedrebasin.strategies.federated import TIMEOUT
 from fedrebasin.strategies.finish import build_finish
+from fedrebasin.strategies.inner import chain, check_strategy, guarded_by
 from fedrebasin.strategies.matcher import build_matcher, uses_loss
 from fedrebasin.strategies.network import Model, build_network, find_device
-from fedrebasin.strategies.options import (
-    Correction,
-    chain,
-    check_guarded,
-    check_options,
-    check_strategy,
-    guarded_by,
-)
+from fedrebasin.strategies.options import Correction, check_guarded, check_options
 from fedrebasin.strategies.part import Trunk, check_home, check_part
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.rounds import Rounds
@@ -154,6 +149,7 @@ class Rebasin(Rounds):
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
+        added = set(vars(self))  # by a class derived from this one, before it calls this
         check_strategy(strategy)
         if any(isinstance(link, Rebasin) for link in chain(strategy)):
             raise UsageError("strategy: it aligns already; give Rebasin the strategy inside")
@@ -215,4 +211,5 @@ class Rebasin(Rounds):
         self._widths = Widths(self.model, node_models, example_inputs, seed=seed, unfit=unfit, weighted_by_key=key)
         self._beside = Beside(check_beside(beside, self.arrayrecord_key, self.guard), send_perms)
         self._whole = self.spec, self._matcher
-        self._sent, self._messages = None, []
+        self._sent, self._messages, self._started, self._timeout = None, [], False, TIMEOUT
+        self.built_in = frozenset(vars(self)) - added | {"built_in"}

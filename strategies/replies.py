@@ -16,10 +16,17 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
 from fedrebasin import PermutationSpec
-from fedrebasin.strategies.arrays import Measured, explain_keys, find_huge, measure_arrays, missing_and_extra
+from fedrebasin.strategies.arrays import (
+    Measured,
+    explain_keys,
+    find_huge,
+    is_unchanged,
+    measure_arrays,
+    missing_and_extra,
+)
+from fedrebasin.strategies.inner import is_own, is_private, read_attribute
 from fedrebasin.strategies.messages import node_of_reply
 from fedrebasin.strategies.metrics import wrong_count
-from fedrebasin.strategies.options import is_own, read_attribute
 from fedrebasin.strategies.records import select_arrays
 from fedrebasin.strategies.reply import Reply, in_order, keep_common_metrics
 from fedrebasin.strategies.wire import name_of_arrays
@@ -50,6 +57,8 @@ class ReplyScreen:
         The tensors that are trained; running statistics are held to a bound of their own.
     reader : str
         The inner strategy's class, where it gets further records of the replies as well.
+    private : bool
+        No reply is measured by the others.
     equal : bool
         The inner strategy names no ``weighted_by_key``: where no reply of a round has it, all weigh the same.
     """
@@ -62,6 +71,7 @@ class ReplyScreen:
         parameters: Sequence[str],
         reader: str = "",
         *,
+        private: bool = False,
         equal: bool = False,
     ) -> None:
         self.arrayrecord_key = arrayrecord_key
@@ -69,6 +79,7 @@ class ReplyScreen:
         self.required_metrics = tuple(required_metrics)
         self.parameters = frozenset(parameters)
         self.reader = reader
+        self.private = private
         self.equal = equal
         self._explained = self._told = False
 
@@ -107,9 +118,11 @@ class ReplyScreen:
         for (place, reply), wrong in zip(found, sizes, strict=True):
             if isinstance(wrong, str):
                 bad[place] = f"node {reply.node} sent {wrong}"
+            elif self.private and is_unchanged(reply.arrays, sent, self.parameters):
+                bad[place] = f"node {reply.node} sent the model as it was, and Flower's clipping divides by the change"
             else:
                 measured[place] = wrong
-        for place, wrong in find_huge(measured, sent, self.parameters).items():
+        for place, wrong in find_huge(measured, sent, self.parameters, alone=self.private).items():
             bad[place] = f"node {dict(found)[place].node} sent {wrong}"
         kept = in_order([reply for place, reply in found if place not in bad])
         for place in sorted(bad):
@@ -225,5 +238,6 @@ def build_screen(strategy: Strategy, spec: PermutationSpec) -> ReplyScreen:
         [] if train_loss_key is None else [train_loss_key],
         spec.parameters,
         type(strategy).__name__ if is_own(strategy, "aggregate_train") else "",
+        private=is_private(strategy),
         equal=weighted_by_key is None,
     )

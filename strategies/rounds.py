@@ -30,9 +30,9 @@ from fedrebasin.strategies.alignment import Alignment, find_alignment, shares
 from fedrebasin.strategies.around import Around
 from fedrebasin.strategies.buffers import average_states
 from fedrebasin.strategies.equal_weights import is_accounted, take_equal
+from fedrebasin.strategies.inner import chain, check_not_wrapped_by_privacy, ignores_examples
 from fedrebasin.strategies.matcher import Matcher
 from fedrebasin.strategies.messages import names_of_weights, node_of_message, restore_buffers
-from fedrebasin.strategies.options import chain, check_not_wrapped_by_privacy
 from fedrebasin.strategies.pairs import to_pairs
 from fedrebasin.strategies.part import Trunk, narrow
 from fedrebasin.strategies.records import RecordView, select_arrays
@@ -72,6 +72,13 @@ class Rounds(Around):
         arrays = self._trunk.cut(arrays)
         if self._sent is None:
             check_not_wrapped_by_privacy()
+            if self.checkpoint_dir is not None and not self._started:
+                log(
+                    WARNING,
+                    "rebasin: nothing is kept in %s: checkpoints are written by %s.start, which a strategy around it "
+                    "runs the rounds without; let this strategy be the outermost",
+                    *(self.checkpoint_dir, type(self).__name__),
+                )
             self.spec, self._matcher = narrow(*self._whole, arrays, self._finish.runs_the_model, self.home)
         self._sent = arrays
         trained = to_pairs(select_arrays(arrays, names_of_weights(self.spec, arrays)))
@@ -105,7 +112,8 @@ class Rounds(Around):
             return None, None
         stepping = next((link for link in chain(self.strategy) if isinstance(link, legacy.Strategy)), self.strategy)
         screened, alignment = self._align(server_round, screened, sent, stepping)
-        outside = alignment.apart and alignment.moves
+        anew = alignment.apart and alignment.moves
+        outside = anew and not ignores_examples(self.strategy)  # a median steps from no model
         trained = names_of_weights(self.spec, sent)
         plain = []
         if self.select is not None:
@@ -126,13 +134,13 @@ class Rounds(Around):
             return None, metrics
         finished = Round(model, plain, aligned.ends, screened.replies)
         corrected, figures = self._finish.run(self._setting(coefficients), finished)
-        if outside or corrected is not None:
+        if anew or corrected is not None:
             model = model if corrected is None else corrected
-            adopt_model(self.strategy, model, trained, anew=outside)
+            adopt_model(self.strategy, model, trained, anew=anew)
         perms = alignment.perms
         if self._finish.took_plain(figures):
             perms = [identity_perms(self.spec)] * len(perms)
-        self._beside.settle(self.spec, perms, screened.replies, coefficients, anew=outside)
+        self._beside.settle(self.spec, perms, screened.replies, coefficients, anew=anew)
         metrics = MetricRecord() if metrics is None else metrics
         metrics["rebasin-moved-fraction"] = alignment.moved_fraction
         metrics["rebasin-objective-gain"] = alignment.objective_gain
@@ -149,6 +157,9 @@ class Rounds(Around):
         self._trunk.strip(replies, self.arrayrecord_key)
         self._widths.take(replies, self.arrayrecord_key, sent, nodes)
         screened = self._screen.screen(server_round, replies, sent, nodes, self._workers)
+        if ignores_examples(self.strategy):  # then a claimed number decides nothing here either
+            for reply in screened.replies:
+                reply.examples = 1.0
         accounted = is_accounted(self.strategy)
         if accounted:
             screened = take_equal(screened, server_round)
@@ -176,7 +187,8 @@ class Rounds(Around):
         screened, alignment = _without_failed(screened, alignment)
         share = 100 * alignment.moved_fraction
         log(INFO, "aggregate_train: aligned to %s; %.1f%% of the units moved", alignment.how, share)
-        if alignment.apart and not alignment.moves and not only_averages(stepping):
+        steps = not (only_averages(stepping) or ignores_examples(self.strategy))
+        if alignment.apart and not alignment.moves and steps:
             log(
                 WARNING,
                 "rebasin: no reply of round %d is near the model that was sent, and all have one order: %s steps from "

@@ -2,13 +2,14 @@
 
 Of each strategy in the chain (``Rebasin``'s inner one, the one that it wraps, ...) are kept: the attributes that hold
 arrays, tensors or an object with a ``state_dict`` (FedAdam's moments, FedAvgM's momentum, a privacy accountant), and
-the numbers and texts that are no longer what they were when the run began (an adaptive clipping norm). Settings do not
-change, so that a resumed run takes them from the user's code. What may have changed and cannot be kept is named in the
-log.
+the numbers, texts and lists of them that are no longer what they were when the run began (an adaptive clipping norm);
+so is what a class derived from Rebasin adds. Settings do not change, so that a resumed run takes them from the user's
+code. What may have changed and cannot be kept is named in the log.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedrebasin.strategies.inner import chain
 from fedrebasin.strategies.network import find_device
 
 Arrays = dict[str, np.ndarray]
@@ -120,9 +122,32 @@ def decode(facts: Facts, arrays: Mapping[str, np.ndarray]) -> Any:
     raise ValueError(f"{kind!r} is no kind of value")
 
 
+def links_with_state(strategy: Strategy) -> list[Strategy]:
+    """The strategies whose attributes are kept: those inside, and the outermost where its class adds some."""
+    outer, *inside = chain(strategy)
+    return [*([outer] if _attributes(outer) else []), *inside]
+
+
+def _attributes(link: Strategy) -> dict[str, Any]:
+    """Without those of Rebasin's own, which it makes or keeps itself."""
+    built_in: frozenset[str] = getattr(link, "built_in", frozenset())
+    return {key: value for key, value in vars(link).items() if key not in built_in}
+
+
 def remember(links: Sequence[Strategy]) -> list[dict[str, Any]]:
     """What the attributes are now, to be told from what they will be (:func:`strategy_state`)."""
-    return [dict(vars(link)) for link in links]
+    return [{key: _snapshot(value) for key, value in _attributes(link).items()} for link in links]
+
+
+def _snapshot(value: Any) -> Any:
+    """The value; of a list or dict of plain values a copy."""
+    return copy.deepcopy(value) if _is_nested(value) else value
+
+
+def _is_nested(value: object) -> bool:
+    if isinstance(value, dict) and all(isinstance(key, _PLAIN) for key in value):
+        value = list(value.values())
+    return isinstance(value, list | tuple) and all(isinstance(one, _PLAIN) or _is_nested(one) for one in value)
 
 
 def strategy_state(
@@ -135,9 +160,10 @@ def strategy_state(
     states = []
     for place, (link, old) in enumerate(zip(links, before, strict=True)):
         state = {}
-        for key, value in vars(link).items():
-            same = key in old and (old[key] is value or (isinstance(value, _PLAIN) and old[key] == value))
-            if isinstance(value, Strategy) or (same and isinstance(value, _PLAIN)):
+        for key, value in _attributes(link).items():
+            plain = isinstance(value, _PLAIN) or _is_nested(value)
+            same = key in old and (old[key] is value or (plain and type(old[key]) is type(value) and old[key] == value))
+            if isinstance(value, Strategy) or (same and plain):
                 continue
             try:
                 state[key] = encode(value, f"strategy/{place}/{key}", arrays)

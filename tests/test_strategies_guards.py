@@ -104,6 +104,72 @@ def test_a_start_of_its_own_is_warned_of(warnings: list[str]) -> None:
     assert "Saving.start is not called" in warnings[-1]
 
 
+def test_a_guard_is_found_under_any_name_that_a_wrapper_gives_it(warnings: list[str]) -> None:
+    class Logging(Strategy):
+        def __init__(self, inner: Strategy) -> None:
+            self.inner = inner
+
+        def configure_train(self, *args: Any) -> Any:
+            return self.inner.configure_train(*args)
+
+        def aggregate_train(self, *args: Any) -> Any:
+            return self.inner.aggregate_train(*args)
+
+        def configure_evaluate(self, *args: Any) -> Any:
+            return self.inner.configure_evaluate(*args)
+
+        def aggregate_evaluate(self, *args: Any) -> Any:
+            return self.inner.aggregate_evaluate(*args)
+
+        def summary(self) -> None:
+            self.inner.summary()
+
+    strategy = Rebasin(Logging(dp(FedAvg())), model=small_net(norm=False), example_inputs=INPUTS)
+    assert strategy.guard == "DifferentialPrivacyServerSideFixedClipping"
+    assert any("the reference is the global model" in line for line in warnings)
+    sent = small_net(norm=False).state_dict()
+    apart = [small_net(norm=False, seed=seed).state_dict() for seed in (1, 2)]
+    arrays, _ = play_round(strategy, sent, apart)
+    assert arrays is not None and strategy.strategy.inner.current_arrays.keys() == sent.keys()  # it has aggregated
+
+
+@pytest.mark.parametrize("reference", ["auto", "global"])
+def test_an_aggregate_train_that_a_round_apart_passes_by_is_warned_of_before_anything_is_sent(
+    reference: str, warnings: list[str]
+) -> None:
+    class Noisy(FedAvg):
+        def aggregate_train(self, *args: Any) -> Any:
+            return super().aggregate_train(*args)
+
+    grid = MemoryGrid({1: lambda message: message, 2: lambda message: message})
+    initial = state_to_record(small_net().state_dict())
+    FedRebasin(spec=spec_of()).start(grid=grid, initial_arrays=initial, num_rounds=0)
+    assert not warnings
+    Rebasin(Noisy(), spec=spec_of(), reference=reference).start(grid=grid, initial_arrays=initial, num_rounds=0)
+    assert sum("does not pass through Noisy.aggregate_train" in line for line in warnings) == (reference == "auto")
+
+
+def test_under_privacy_no_reply_decides_whether_another_takes_part() -> None:
+    sent = small_net().state_dict()
+    ordinary = [trained_copy(sent, seed) for seed in range(3)]
+    large = {name: 4000 * values if name == "0.weight" else values for name, values in ordinary[2].items()}
+    wide = {name: 3e4 * values if name.endswith("running_var") else values for name, values in ordinary[2].items()}
+    left_out = []
+    for replies in ([*ordinary[:2], large], [ordinary[0], large, large], [*ordinary[:2], wide], [wide, wide, large]):
+        _, metrics = play_round(Rebasin(dp(FedAvg()), model=small_net(), example_inputs=INPUTS), sent, replies)
+        assert metrics is not None
+        left_out.append(metrics["rebasin-left-out"])
+    assert left_out == [1, 2, 0, 1]
+
+
+def test_under_privacy_a_reply_that_is_the_sent_model_costs_itself_and_not_the_run(warnings: list[str]) -> None:
+    strategy = Rebasin(dp(FedAvg()), model=small_net(norm=False), example_inputs=INPUTS)
+    sent: State = small_net(norm=False).state_dict()
+    arrays, metrics = play_round(strategy, sent, [trained_copy(sent, 1), trained_copy(sent, 2), sent])
+    assert arrays is not None and metrics is not None and metrics["rebasin-left-out"] == 1
+    assert any("node 3 sent the model as it was" in line for line in warnings)
+
+
 def test_under_an_accountant_an_unequal_number_of_examples_costs_the_round_and_not_the_run(warnings: list[str]) -> None:
     strategy, count = accounted()
     sent: State = small_net().state_dict()

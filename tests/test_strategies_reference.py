@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from flower_messages import State, play_round, small_net, trained_copy, warnings
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, QFedAvg, Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, QFedAvg, Strategy
 from test_strategies_exact import same_bytes
 from test_strategies_legacy import INPUTS, PAIRS, SENT, play, to_parameters
 from trained_replies import accuracy, data, fresh, nearest, strategy_around, trained
@@ -99,10 +99,9 @@ def test_straight_through_many_learns_from_labels_in_a_round() -> None:
         lambda: FedAdam(eta=0.1),
         lambda: FedYogi(eta=0.1),
         lambda: FedAdagrad(eta=0.1),
-        FedMedian,
         lambda: QFedAvg(client_learning_rate=0.1),
     ],
-    ids=["FedAdam", "FedYogi", "FedAdagrad", "FedMedian", "QFedAvg"],
+    ids=["FedAdam", "FedYogi", "FedAdagrad", "QFedAvg"],
 )
 def test_a_round_apart_is_a_weighted_average_outside_the_inner_strategy(
     inner: Callable[[], Strategy], reference: str

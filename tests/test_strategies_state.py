@@ -149,3 +149,15 @@ def test_flowers_own_strategies_hold_nothing_that_is_lost(warnings: list[str]) -
     links = [FedAdam(), FedAvg()]
     strategy_state(links, remember(links), {}, set())
     assert warnings == []
+
+
+def test_lists_that_a_run_has_not_changed_come_from_the_users_code_and_others_from_the_run() -> None:
+    old, new = Own(), Own()
+    old.rates, old.seen = [0.1, {"warm": 2}], [1]  # type: ignore[attr-defined]
+    new.rates, new.seen = [0.5, {"warm": 3}], [0]  # type: ignore[attr-defined]
+    arrays: dict[str, np.ndarray] = {}
+    before = remember([old])
+    old.seen.append(2)  # type: ignore[attr-defined]
+    facts = json.loads(json.dumps(strategy_state([old], before, arrays, set())))
+    restore_strategies([new], facts, arrays)
+    assert new.rates == [0.5, {"warm": 3}] and new.seen == [1, 2]  # type: ignore[attr-defined]
