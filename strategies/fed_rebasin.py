@@ -19,6 +19,18 @@ from fedrebasin.strategies.rebasin import Rebasin
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
 
 
+def _setting(name: str, *, fixed: bool = False) -> Any:
+    """A setting of the average inside, to be read here as in FedAvg, and set where it is read when it is used."""
+
+    def read(self: Rebasin) -> Any:
+        return getattr(self.strategy, name)
+
+    def write(self: Rebasin, value: Any) -> None:
+        setattr(self.strategy, name, value)
+
+    return property(read, None if fixed else write)
+
+
 class FedRebasin(Rebasin):
     """Federated averaging of aligned models.
 
@@ -45,9 +57,19 @@ class FedRebasin(Rebasin):
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> strategy = FedRebasin(model=net, example_inputs=(torch.randn(2, 4),), min_available_nodes=4)
-    >>> strategy.strategy.min_available_nodes
+    >>> strategy.min_available_nodes
     4
     """
+
+    fraction_train = _setting("fraction_train")
+    fraction_evaluate = _setting("fraction_evaluate")
+    min_train_nodes = _setting("min_train_nodes")
+    min_evaluate_nodes = _setting("min_evaluate_nodes")
+    min_available_nodes = _setting("min_available_nodes")
+    configrecord_key = _setting("configrecord_key")
+    weighted_by_key = _setting("weighted_by_key", fixed=True)  # the screen of the replies holds it too
+    train_metrics_aggr_fn = _setting("train_metrics_aggr_fn")
+    evaluate_metrics_aggr_fn = _setting("evaluate_metrics_aggr_fn")
 
     def __init__(
         self,

@@ -214,3 +214,12 @@ def test_the_summary_is_a_tree_of_the_settings_and_of_the_inner_strategys() -> N
     ]
     assert any("eta (0.25)" in line for line in lines)
     assert lines[-1] == "\t\t└── ConfigRecord key: 'config'"
+
+
+def test_settings_of_fedavg_are_read_and_set_on_fedrebasin_as_there() -> None:
+    here, there = FedRebasin(spec=spec_of(), fraction_evaluate=0.25), FedAvg(fraction_evaluate=0.25)
+    assert {name: getattr(here, name) for name in vars(there)} == vars(there)
+    here.fraction_train = 0.5
+    assert len(configure(here, small_net().state_dict(), 8)) == 4
+    with pytest.raises(AttributeError):
+        here.weighted_by_key = "other"
