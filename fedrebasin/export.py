@@ -25,6 +25,7 @@ from fedrebasin.batches import split_inputs
 from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
+from fedrebasin.idle import drop_idle
 from fedrebasin.memory import identity
 from fedrebasin.modules import mode_of, unwrapped, without_cache
 from fedrebasin.packed import packed_as_padded
@@ -194,11 +195,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         ):
             warnings.simplefilter("ignore")  # about attributes that it sets and puts back (nn.LSTM, old weight norm)
             try:
-                program = torch.export.export(model, args, kwargs, strict=False)
+                ways = Ways([torch.export.export(model, args, kwargs, strict=False)])
             except ASKED:
-                return export_ways(model, args, kwargs)
-            settle_sizes(program, args, kwargs)
-            return Ways([program])
+                ways = export_ways(model, args, kwargs)
+            else:
+                settle_sizes(ways.programs[0], args, kwargs)
+            for program in ways.programs:
+                drop_idle(program)
+            return ways
     finally:
         logging.disable(before)
 

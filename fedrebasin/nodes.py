@@ -11,6 +11,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fedrebasin.errors import TraceError
 
+#: Ops that run a graph of their own in another mode.
+WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
+
 
 def module_path(node: torch.fx.Node) -> str:
     """The name of the module that calls the op; empty for the model itself."""

@@ -18,13 +18,10 @@ from fedrebasin.coefficients import wide_type
 from fedrebasin.decompose import decompose
 from fedrebasin.errors import UnsupportedOpError
 from fedrebasin.memory import identity
-from fedrebasin.nodes import masks_of, module_path, outs_of, shapes_of, used_outputs
+from fedrebasin.nodes import WRAPPERS, masks_of, module_path, outs_of, shapes_of, used_outputs
 from fedrebasin.rules import RULES, NotCoveredError, Traced, Value, op_name
 from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.uniform import may_be_written, stays_uniform
-
-#: Ops that run a graph of their own in another mode.
-_WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
 
 #: Why a tensor that a graph makes of nothing is fixed.
 _CONSTANT = "constant"
@@ -105,7 +102,7 @@ class Walk:
         for value in values_in((args, kwargs)):
             if value.name:
                 self.uses.setdefault(value.name, f"{op or name} in {where or 'the model'}")
-        if name in _WRAPPERS:
+        if name in WRAPPERS:
             index = next(i for i, item in enumerate(args) if isinstance(item, torch.fx.GraphModule))
             return self._graph(args[index].graph, _bound(args[index].graph, args[index + 1 :]), op, where)
         shapes = shapes_of(node, f"{op or name} in {where or 'the model'}")
