@@ -33,6 +33,12 @@ def to_record(parameters: Parameters, names: Sequence[str]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in zip(names, values, strict=True)})
 
 
+def _plain(value: Any) -> Any:
+    """A truth value or a number of NumPy's as a number of Python's, which a MetricRecord takes alone."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, bool) else value
+
+
 @dataclass
 class Letter:
     """One client's result in the form of a message, as far as a message is read."""
@@ -46,12 +52,9 @@ class Letter:
     def of(cls, client: ClientProxy, result: FitRes, names: Sequence[str]) -> Letter:
         """A result whose arrays cannot be named is left as an empty letter, to be left out."""
         content = RecordDict()
-        numbers = {
-            key: int(value) if isinstance(value, bool) else value  # a MetricRecord takes no bool
-            for key, value in result.metrics.items()
-            if isinstance(value, int | float)
-        }
-        content["metrics"] = MetricRecord({**numbers, "num-examples": result.num_examples})
+        metrics = {key: _plain(value) for key, value in result.metrics.items()}
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        content["metrics"] = MetricRecord({**numbers, "num-examples": _plain(result.num_examples)})
         try:
             content["arrays"] = to_record(result.parameters, names)
         except DECODE_ERRORS:  # UsageError is a ValueError

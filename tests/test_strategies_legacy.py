@@ -194,8 +194,9 @@ def test_clients_that_are_sent_one_model_share_its_bytes(make: Callable[[], lega
     assert len(instructions) == 4 and len({id(one.parameters) for _, one in instructions}) == 1
 
 
-def test_a_truth_value_among_the_metrics_is_a_number() -> None:
-    result = FitRes(OK, to_parameters(SENT), 10, {"converged": True, "kind": "small"})
+@pytest.mark.parametrize("kind", [int, np.int64, np.float32])
+def test_a_truth_value_among_the_metrics_is_a_number_and_numpys_are_pythons(kind: Callable[[int], int]) -> None:
+    result = FitRes(OK, to_parameters(SENT), kind(10), {"converged": True, "kind": "small"})
     letter = Letter.of(Client("1", dict, 10), result, list(SENT))
     assert dict(letter.content["metrics"]) == {"converged": 1, "num-examples": 10}
 
