@@ -102,8 +102,9 @@ class Rebasin(Rounds):
     Notes
     -----
     A round apart (``alignment.py``) is a weighted average outside the inner strategy, which starts from its result in
-    the next round (FedMedian and FedTrimmedAvg, which ask for no examples, aggregate it themselves). Buffers never enter the inner strategy. Replies are taken in the order of a metric
-    ``partition-id`` if all have one, so that sums do not depend on who was first. Metrics of every round:
+    the next round (FedMedian and FedTrimmedAvg, which go by no examples, aggregate it themselves). Buffers never enter
+    the inner strategy. Replies are taken in the order of a metric ``partition-id`` if all have one, so that sums do not
+    depend on who was first. Metrics of every round:
     ``rebasin-moved-fraction`` (share of the hidden units that changed place, mean over the replies),
     ``rebasin-objective-gain`` (of the inner product of weights; data may choose to lower it; mean over matchings),
     ``rebasin-seconds`` (without the inner strategy's), ``rebasin-left-out`` (replies),
