@@ -23,6 +23,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fedrebasin.batches import split_inputs
 from fedrebasin.branches import ASKED, Ways, deciding_nodes, export_ways
+from fedrebasin.by_mode import differs_in_training
 from fedrebasin.copies import followers
 from fedrebasin.errors import TraceError, first_line
 from fedrebasin.idle import drop_idle
@@ -47,10 +48,12 @@ class Exported:
     """A model's graphs and what they leave out; made by :func:`export_model`, read by :func:`spec_of`.
 
     Those of training mode are among the ``programs`` (``training``) only if some parameter, or a buffer that training
-    writes, is not used in evaluation mode; if they were needed and could not be made, ``failure`` says why. ``written``
+    writes, is not used in evaluation mode, or if the model's code gives something else there (``by_mode.py``); if they
+    were needed and could not be made, ``failure`` says why. ``written``
     names the buffers that a forward pass in training mode writes: all of them or, where no graph shows what some go
     with, none. ``unused`` names parameters that are in no graph, but for modules that look like copies, which
-    ``followers`` maps to their originals. ``more_ways``: other inputs may take a way that is in no graph.
+    ``followers`` maps to their originals. ``more_ways``: other inputs may take a way that is in no graph. ``differs``:
+    all are used in evaluation, but training gives something else.
     """
 
     programs: tuple[ExportedProgram, ...]
@@ -63,6 +66,7 @@ class Exported:
     followers: dict[str, str]
     more_ways: bool
     inputs: int
+    differs: bool = False
 
 
 @alone()
@@ -92,7 +96,8 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     written = written_buffers(model, args, kwargs)
     unused = _unused(ways.programs, state).intersection(parameters | written)
-    if unused:
+    differs = not unused and differs_in_training(model, args, kwargs)
+    if unused or differs:
         try:
             training = _export(model, args, kwargs, training=True)
             unused &= _unused(training.programs, state)
@@ -116,6 +121,7 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         followers=found,
         more_ways=ways.cut or training.cut or ways.mixed or training.mixed,
         inputs=len(args),
+        differs=differs,
     )
 
 

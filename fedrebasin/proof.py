@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedrebasin.batches import split_inputs, tensors
+from fedrebasin.by_mode import NothingDropped
 from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.modules import deep_copy, mode_of, unwrapped, without_cache
 from fedrebasin.perms import Perms, identity_perms, random_perms
@@ -115,7 +116,7 @@ class Proof:
         """The outputs, and the state after training, in copies or with ``write`` in ``state`` itself."""
         own: dict[str, Tensor] = {}
         outputs: list[Tensor] = []
-        with _NothingDropped() as mode, torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
+        with NothingDropped() as mode, torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
             for inputs in self.inputs:  # functional_call writes into the dict that it is given
                 outputs += self._call(dict(state), inputs, training=False)
             if self.spec.training:
@@ -187,20 +188,6 @@ def _vary(inputs: Any) -> bool:
 
 def _finite(outputs: list[Tensor]) -> bool:
     return all(bool(output.isfinite().all()) for output in outputs)
-
-
-class _NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
-    """Makes dropout and stochastic depth keep everything, as they do on average; sees if truth values are taken."""
-
-    supports_higher_order_operators = True
-    branched = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.branched = self.branched or args[0].dtype is torch.bool or args[0].is_floating_point()
-        if func is torch.ops.aten.bernoulli_.float:
-            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
-        return func(*args, **(kwargs or {}))
 
 
 class _NarrowSteps(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above

@@ -39,7 +39,13 @@ def trace_notes(
             f"an axis is tied to a part of itself, or is twice in one axis, in {looped[0]!r}{more} (used by {user}): "
             "what would have to move in two ways at once stays fixed"
         )
-    if exported.failure:
+    if exported.failure and exported.differs:
+        yield (
+            "forward gives something else in training mode, and cannot be exported there "
+            f"({exported.failure}): further training may see permuted what is none of evaluation's outputs; fix its "
+            "axes by spec.fix, or let forward give the same in both modes"
+        )
+    elif exported.failure:
         yield (
             "some parameters, or buffers that training writes, are not used in evaluation mode, and the model cannot "
             f"be exported in training mode ({exported.failure}): they stay fixed, and further training may see them "
