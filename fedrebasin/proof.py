@@ -19,7 +19,7 @@ from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.modules import deep_copy, mode_of, unwrapped, without_cache
 from fedrebasin.perms import Perms, identity_perms, random_perms
 from fedrebasin.permute import permute, permute_tensor
-from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs
+from fedrebasin.redraw import Calibration, Keep, redraw, redraw_inputs, telling_tables
 from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
@@ -57,11 +57,15 @@ class Proof:
                 "build the model on the CPU for the proof"
             )
         # a forward with float32 tensors or masks in its code does not run in float64, one that looks up floating inputs
-        # as numbers of categories only on whole numbers, one that asserts a range only on numbers in it
-        for keep, dtype in product(_KEEP if _vary((args, kwargs)) else _KEEP[:1], (torch.float64, torch.float32)):
+        # as numbers of categories only on whole numbers, one that asserts a range only on numbers in it, one that takes
+        # roots of a table only on the table's own numbers
+        keeps = _KEEP if _vary((args, kwargs)) else _KEEP[:1]
+        own = frozenset(telling_tables(model, spec))
+        drawn = (frozenset[str](), own) if own else (own,)
+        for tables, keep, dtype in product(drawn, keeps, (torch.float64, torch.float32)):
             cause: Exception | None = None
             try:
-                after = self._draw(model, (args, kwargs), dtype, keep)
+                after = self._draw(model, (args, kwargs), dtype, keep, tables)
             except Exception as error:  # noqa: BLE001 - whatever the model raises
                 cause = error
             if not cause and self.outputs and _finite(self.outputs):
@@ -85,17 +89,19 @@ class Proof:
             if not torch.equal(one, self.state[name])
         }
 
-    def _draw(self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Keep) -> dict[str, Tensor]:
+    def _draw(
+        self, model: nn.Module, inputs: Any, dtype: torch.dtype, keep: Keep, tables: frozenset[str]
+    ) -> dict[str, Tensor]:
         """Draw weights and inputs, set ``outputs``, and return the state after a forward pass in training mode."""
         self.model = deep_copy(model, "cpu").cpu()
         self.model = self.model.double() if dtype is torch.float64 else self.model.float()
         for parameter in self.model.parameters():
             if parameter.is_complex():  # which these leave as they are
                 parameter.data = parameter.data.to(torch.promote_types(dtype, torch.complex64))
-        self.state = redraw(self.model.state_dict(), self.spec.parameters, self.generator)
+        self.state = redraw(self.model.state_dict(), self.spec.parameters, self.generator, tables)
         self.inputs = [redraw_inputs(inputs, dtype, self.generator, keep)]
         self.tolerance = _TOLERANCE[dtype]
-        with Calibration(self.state):
+        with Calibration({name: tensor for name, tensor in self.state.items() if name not in tables}):
             self._run(self.state, write=True)
         self.outputs, after = self._run(self.state)
         if self.branched and keep != "all":

@@ -12,15 +12,17 @@ The idea is that of Mishkin and Matas (2016), "All you need is a good init".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from fedrebasin.layout import Fixed, leaves
 from fedrebasin.memory import identity
+from fedrebasin.spec import PermutationSpec
 
 #: Linear ops that are left when torch runs a model: bias, input and weight by position (None where there is no bias),
 #: and the axis of the output's units.
@@ -37,12 +39,19 @@ _LINEAR = {
 #: A buffer with values below stands for minus infinity in places, as attention's masks do: drawn anew it may hide all.
 _MASKED = -1e4
 
+#: How running statistics end.
+_STATISTICS = ("running_mean", "running_var")
+
 #: Which floating inputs are not drawn anew.
 Keep = Literal["none", "whole", "all"]
 
 
-def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: torch.Generator) -> dict[str, Tensor]:
+def redraw(
+    state: Mapping[str, Tensor], parameters: Iterable[str], generator: torch.Generator, tables: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Draw every floating tensor anew: matrices about zero, vectors and all that is no parameter in [0.5, 1.5].
+
+    Those that ``tables`` names keep their values.
 
     >>> drawn = redraw({"weight": torch.zeros(3, 4), "steps": torch.tensor(7)}, ["weight"], torch.Generator())
     >>> drawn["weight"].count_nonzero().item(), drawn["steps"].item()
@@ -55,7 +64,7 @@ def redraw(state: Mapping[str, Tensor], parameters: Iterable[str], generator: to
         alias = first.setdefault(identity(tensor), name)
         if alias != name:
             drawn[name] = drawn[alias]
-        elif not _can_be_drawn(tensor, is_parameter=name in parameters):
+        elif name in tables or not _can_be_drawn(tensor, is_parameter=name in parameters):
             drawn[name] = tensor.clone()
         elif name not in parameters or tensor.ndim <= 1:
             drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
@@ -81,6 +90,19 @@ def _can_be_drawn(tensor: Tensor, *, is_parameter: bool) -> bool:
     if not tensor.is_floating_point():
         return is_parameter and tensor.is_complex()
     return is_parameter or not tensor.numel() or bool(tensor.amin() > _MASKED)
+
+
+def telling_tables(model: nn.Module, spec: PermutationSpec) -> Iterator[str]:
+    """Buffers that stay and differ along every axis: a spec that is wrong about them shows on their own values.
+
+    Running statistics are none: a fresh network's are all alike, and a trained one's are not these.
+    """
+    for name, buffer in model.named_buffers():
+        fixed = name in spec.axes and all(isinstance(end, Fixed) for axis in spec.axes[name] for end in leaves(axis))
+        if not fixed or name not in spec.buffers or name.endswith(_STATISTICS) or not buffer.is_floating_point():
+            continue
+        if all(torch.unique(buffer, dim=dim).shape[dim] == size for dim, size in enumerate(buffer.shape)):
+            yield name
 
 
 def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, keep: Keep = "none") -> Any:
