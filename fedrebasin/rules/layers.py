@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fedrebasin import axes
-from fedrebasin.axes import Node, leaf
+from fedrebasin.axes import Node
 from fedrebasin.rules.registry import NotCoveredError, Traced, Value, rule
+from fedrebasin.rules.windows import SPATIAL, apart, positions
 
 
 @rule("linear")
@@ -32,8 +34,8 @@ def convolution(
     groups: int = 1,
 ) -> Value:
     """``weight`` is (out, in / groups, *kernel); groups and the channels within each group may be permuted."""
-    del stride, padding, dilation
-    return _convolve(traced, x, weight, bias, groups, out_dim=0)
+    del dilation
+    return _convolve(traced, x, weight, bias, groups, 0, apart(weight.shape[2:], stride, padding))
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -49,14 +51,15 @@ def transposed_convolution(
     dilation: Any = 1,
 ) -> Value:
     """``weight`` is (in, out / groups, *kernel)."""
-    del stride, padding, output_padding, dilation
+    del dilation
+    kept = apart(weight.shape[2:], stride, padding, output_padding)
     if groups == 1:
-        return _convolve(traced, x, weight, bias, groups, out_dim=1)
+        return _convolve(traced, x, weight, bias, groups, 1, kept)
     into, inner = weight.axes[:2]
     traced.tie(into, x.axes[len(x.axes) - len(weight.axes) + 1])
     parts = traced.split(into, [groups, into.size // groups])
     axes.depend(inner, parts[:1])
-    return _with_output(traced, x, weight, bias, axes.product([parts[0], inner]))
+    return _with_output(traced, x, weight, bias, axes.product([parts[0], inner]), kept)
 
 
 @rule("torchvision.deform_conv2d")
@@ -68,31 +71,33 @@ def deformable_convolution(
     if offset_groups != 1:
         raise NotCoveredError
     for axis in (*offset.axes[1:], *mask.axes[1:]):
-        axes.fix(axis, "kernel or spatial")
-    return _convolve(traced, x, weight, bias, groups, out_dim=0)
+        axes.fix(axis, SPATIAL)
+    return _convolve(traced, x, weight, bias, groups, 0, [False, False])
 
 
-def _convolve(traced: Traced, x: Value, weight: Value, bias: Value | None, groups: int, out_dim: int) -> Value:
-    spatial = len(weight.axes) - 2
-    channel = len(x.axes) - spatial - 1
+def _convolve(
+    traced: Traced, x: Value, weight: Value, bias: Value | None, groups: int, out_dim: int, kept: Sequence[bool]
+) -> Value:
+    channel = len(x.axes) - len(kept) - 1
     out, into = weight.axes[out_dim], weight.axes[1 - out_dim]
     if groups == 1:
         traced.tie(into, x.axes[channel])
-        traced.within([*x.axes[:channel], into, out])
+        alone = [axis for axis, stays in zip(x.axes[channel + 1 :], kept, strict=True) if stays]
+        traced.within([*x.axes[: channel + 1], out, *alone])
     else:
         from_groups = traced.split(x.axes[channel], [groups, into.size])
         to_groups = traced.split(out, [groups, out.size // groups])
         traced.tie(from_groups[0], to_groups[0])
         traced.tie(from_groups[1], into)
-    return _with_output(traced, x, weight, bias, out)
+    return _with_output(traced, x, weight, bias, out, kept)
 
 
-def _with_output(traced: Traced, x: Value, weight: Value, bias: Value | None, out: Node) -> Value:
-    """The output with the channels ``out``; kernels and positions stay."""
-    channel = len(x.axes) - len(weight.axes) + 1
+def _with_output(traced: Traced, x: Value, weight: Value, bias: Value | None, out: Node, kept: Sequence[bool]) -> Value:
+    """The output with the channels ``out``; kernels stay, and positions but where they are ``kept`` apart."""
+    channel = len(x.axes) - len(kept) - 1
     if bias is not None:
         traced.tie(out, bias.axes[0])
-    for axis in (*weight.axes[2:], *x.axes[channel + 1 :]):
-        axes.fix(axis, "kernel or spatial")
-    positions = traced.output_shapes[0][channel + 1 :]
-    return Value([*x.axes[:channel], out, *(leaf(size, "kernel or spatial") for size in positions)])
+    for axis in weight.axes[2:]:
+        axes.fix(axis, SPATIAL)
+    found = positions(x.axes[channel + 1 :], traced.output_shapes[0][channel + 1 :], kept)
+    return Value([*x.axes[:channel], out, *found])
