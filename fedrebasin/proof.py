@@ -25,6 +25,7 @@ from fedrebasin.spec import PermutationSpec
 
 _KEEP: tuple[Keep, ...] = ("none", "whole", "all")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_NARROW = (torch.float16, torch.bfloat16)
 #: Drawn orders of so few units are often equal.
 _FEW = 4
 
@@ -72,10 +73,17 @@ class Proof:
                 break
         else:
             if cause:
+                remedy = (
+                    "check that model(*example_inputs) runs, and let them vary: on equal numbers alone nothing is seen"
+                )
+                if narrow := [str(one.dtype) for one in model.parameters() if one.dtype in _NARROW]:
+                    remedy = (
+                        f"proofs are made in float64 and float32: where forward casts to {narrow[0]}, let it cast to "
+                        "the weights' own type, x.to(self.weight.dtype)"
+                    )
                 raise InvalidSpecError(
                     "model: expected to run on random weights and on inputs like example_inputs; got "
-                    f"{first_line(cause)}, so the spec cannot be proved; check that model(*example_inputs) runs, and "
-                    "let them vary: on equal numbers alone nothing is seen"
+                    f"{first_line(cause)}, so the spec cannot be proved; {remedy}"
                 ) from cause
             raise InvalidSpecError(
                 "model: expected finite floating outputs on random weights; got "

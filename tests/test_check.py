@@ -192,3 +192,21 @@ def test_inputs_that_hide_all_that_is_permuted_are_told_of() -> None:
         [note] = check_spec(net, spec, inputs).notes
         assert "the proof has seen nothing" in note
         assert check_spec(net, replace(spec, notes=(note,)), (torch.zeros(2, 4), shown)).notes == ()
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_cast_to_a_narrow_type_is_named_and_a_cast_to_the_weights_own_is_proved(narrow: torch.dtype) -> None:
+    class Net(nn.Module):
+        def __init__(self, dtype: torch.dtype | None) -> None:
+            super().__init__()
+            self.first, self.last, self.dtype = nn.Linear(4, 6).to(narrow), nn.Linear(6, 2).to(narrow), dtype
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.last(self.first(x.to(self.dtype or self.first.weight.dtype)).relu())
+            return found
+
+    inputs = (torch.randn(3, 4),)
+    spec = trace(Net(narrow), inputs)
+    with pytest.raises(InvalidSpecError, match=rf"where forward casts to {narrow}, let it cast to the weights' own"):
+        check_spec(Net(narrow), spec, inputs)
+    assert check_spec(Net(None), spec, inputs).perm_shapes == {"first": (6,)}
