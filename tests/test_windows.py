@@ -53,6 +53,16 @@ class Places(nn.Module):
         return F.max_pool2d(x, (3, 1), return_indices=True)[1].to(x.dtype)
 
 
+MODES = ["nearest", "nearest-exact", "bilinear", "bicubic"]
+
+
+def _resized(mode: str, **options: Any) -> Any:
+    def make() -> Any:
+        return lambda x: F.interpolate(x, mode=mode, **options)
+
+    return IMAGES, make
+
+
 FREE = {
     "a window of 1": _case(ROWS, nn.Conv1d, 1),
     "dilated": _case(ROWS, nn.Conv1d, 1, dilation=3),
@@ -73,6 +83,10 @@ FREE = {
     "power": (IMAGES, lambda: nn.LPPool2d(2, (2, 1))),
     "adaptive": (IMAGES, lambda: nn.AdaptiveAvgPool2d((1, None))),
     "adaptive of one": (ROWS, lambda: nn.AdaptiveAvgPool1d(6)),
+    **{f"{mode} by factors": _resized(mode, scale_factor=(2.0, 1.0)) for mode in MODES},
+    **{f"{mode} to a size": _resized(mode, size=(5, 6)) for mode in MODES},
+    **{f"{mode} from end to end": _resized(mode, size=(12, 6), align_corners=True) for mode in MODES[2:]},
+    **{f"{mode} smoothed": _resized(mode, size=(3, 6), antialias=True) for mode in MODES[2:]},
     "reflected at the ends of the other": (IMAGES, lambda: nn.ReflectionPad2d((0, 0, 1, 2))),
 }
 
@@ -92,6 +106,8 @@ FIXED = {
     "maximum, moved by 2": (IMAGES, lambda: nn.MaxPool2d(1, 2)),
     "maximum along the units": (ROWS, lambda: nn.MaxPool1d(3, 1, 1)),
     "places of the maximum": (IMAGES, lambda: Places()),
+    **{f"{mode} by factors": _resized(mode, scale_factor=(1.0, 2.0)) for mode in MODES},
+    **{f"{mode} by a factor near 1": _resized(mode, scale_factor=(1.0, 1.1)) for mode in MODES},
     "reflected": (IMAGES, lambda: nn.ReflectionPad2d((0, 1, 0, 0))),
     "adaptive along the units": (IMAGES, lambda: nn.AdaptiveAvgPool2d((None, 4))),
 }

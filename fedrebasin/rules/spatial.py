@@ -21,12 +21,12 @@ def _fixed(sizes: Sequence[int]) -> list[Node]:
     return [leaf(size, SPATIAL) for size in sizes]
 
 
-def _positions(spatial: int | None) -> Rule:
-    """The rule for an op over the last ``spatial`` axes, or over all after (batch, channel)."""
+def _positions(spatial: int) -> Rule:
+    """The rule for an op over the last ``spatial`` axes."""
 
     def over_all(traced: Traced, x: Value, *_: Any, **__: Any) -> Any:
         """Values and, from some pools, positions, each (*batch, channel, *spatial)."""
-        kept = 2 if spatial is None else len(x.axes) - spatial
+        kept = len(x.axes) - spatial
         for axis in x.axes[kept:]:
             axes.fix(axis, SPATIAL)
         results = [Value([*x.axes[:kept], *_fixed(shape[kept:])]) for shape in traced.output_shapes]
@@ -66,9 +66,24 @@ for _spatial in (1, 2, 3):
         rule(_kind.format(_spatial))(_positions(_spatial))
     for _kind in ("replication_pad{}d", "reflection_pad{}d"):
         rule(_kind.format(_spatial))(_positions(_spatial))
-    rule(f"upsample_nearest{_spatial}d", f"_upsample_nearest_exact{_spatial}d")(_positions(None))
-rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")(_positions(None))
-rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(_positions(None))
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
+@rule("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
+@rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+@rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+def resampled(traced: Traced, x: Value, size: Any, *more: Any) -> Value:
+    """(batch, channel, *spatial), by ``size`` or by factors, the last argument; the same size keeps every entry.
+
+    A factor near 1 may give the same size and other entries.
+    """
+    shape = traced.output_shapes[0]
+    factors = more[-1] if more and isinstance(more[-1], list | tuple) else [1.0] * (len(shape) - 2)
+    told = not any(isinstance(one, float) for one in more)
+    pairs = zip(shape[2:], x.axes[2:], factors, strict=True)
+    kept = [told and new == axis.size and factor == 1 for new, axis, factor in pairs]
+    del size
+    return Value([*x.axes[:2], *positions(x.axes[2:], shape[2:], kept)])
 
 
 def _unpool(spatial: int) -> Rule:
