@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from fedrebasin import check_spec, trace
 from fedrebasin.layout import Fixed
@@ -45,6 +46,23 @@ def _case(given: Tensor, layer: Callable[..., nn.Module], *sizes: Any, **options
     return given, lambda: layer(4, 4, *sizes, **options)
 
 
+class Places(nn.Module):
+    """Where each maximum is: the number of its place in the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, (3, 1), return_indices=True)[1].to(x.dtype)
+
+
+MODES = ["nearest", "nearest-exact", "bilinear", "bicubic"]
+
+
+def _resized(mode: str, **options: Any) -> Any:
+    def make() -> Any:
+        return lambda x: F.interpolate(x, mode=mode, **options)
+
+    return IMAGES, make
+
+
 FREE = {
     "a window of 1": _case(ROWS, nn.Conv1d, 1),
     "dilated": _case(ROWS, nn.Conv1d, 1, dilation=3),
@@ -57,6 +75,19 @@ FREE = {
     "three axes": _case(VOLUMES, nn.Conv3d, (3, 2, 1), padding=(1, 0, 0), groups=2),
     "transposed": _case(ROWS, nn.ConvTranspose1d, 1),
     "transposed groups": _case(IMAGES, nn.ConvTranspose2d, (3, 1), stride=(2, 1), output_padding=(1, 0), groups=2),
+    "mean": (IMAGES, lambda: nn.AvgPool2d((3, 1))),
+    "mean, overlapping": (IMAGES, lambda: nn.AvgPool2d((3, 1), (2, 1), (1, 0), ceil_mode=True)),
+    "maximum": (IMAGES, lambda: nn.MaxPool2d((3, 1))),
+    "maximum, overlapping": (VOLUMES, lambda: nn.MaxPool3d((3, 2, 1), (2, 1, 1), (1, 1, 0))),
+    "maximum of one": (ROWS, lambda: nn.MaxPool1d(1)),
+    "power": (IMAGES, lambda: nn.LPPool2d(2, (2, 1))),
+    "adaptive": (IMAGES, lambda: nn.AdaptiveAvgPool2d((1, None))),
+    "adaptive of one": (ROWS, lambda: nn.AdaptiveAvgPool1d(6)),
+    **{f"{mode} by factors": _resized(mode, scale_factor=(2.0, 1.0)) for mode in MODES},
+    **{f"{mode} to a size": _resized(mode, size=(5, 6)) for mode in MODES},
+    **{f"{mode} from end to end": _resized(mode, size=(12, 6), align_corners=True) for mode in MODES[2:]},
+    **{f"{mode} smoothed": _resized(mode, size=(3, 6), antialias=True) for mode in MODES[2:]},
+    "reflected at the ends of the other": (IMAGES, lambda: nn.ReflectionPad2d((0, 0, 1, 2))),
 }
 
 FIXED = {
@@ -69,11 +100,21 @@ FIXED = {
     "transposed of 3": _case(ROWS, nn.ConvTranspose1d, 3, padding=1),
     "transposed and cut": _case(IMAGES, nn.ConvTranspose2d, 1, padding=(0, 1)),
     "transposed and added to": _case(ROWS, nn.ConvTranspose1d, 1, dilation=2, output_padding=1),
+    "mean along the units": (IMAGES, lambda: nn.AvgPool2d((1, 3))),
+    "mean, every second": (IMAGES, lambda: nn.AvgPool2d((3, 1), (3, 2))),
+    "mean, every third, as wide as a window": (IMAGES, lambda: nn.AvgPool2d(3)),
+    "maximum, moved by 2": (IMAGES, lambda: nn.MaxPool2d(1, 2)),
+    "maximum along the units": (ROWS, lambda: nn.MaxPool1d(3, 1, 1)),
+    "places of the maximum": (IMAGES, lambda: Places()),
+    **{f"{mode} by factors": _resized(mode, scale_factor=(1.0, 2.0)) for mode in MODES},
+    **{f"{mode} by a factor near 1": _resized(mode, scale_factor=(1.0, 1.1)) for mode in MODES},
+    "reflected": (IMAGES, lambda: nn.ReflectionPad2d((0, 1, 0, 0))),
+    "adaptive along the units": (IMAGES, lambda: nn.AdaptiveAvgPool2d((None, 4))),
 }
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_an_axis_along_which_a_convolution_sees_one_position_is_free(name: str) -> None:
+def test_an_axis_along_which_a_window_holds_one_position_is_free(name: str) -> None:
     x, make = FREE[name]
     net = Net(make()).double()
     assert check_spec(net, trace(net, (x,), strict=True), (x,)).perm_shapes["first"] == (6,)
@@ -81,7 +122,7 @@ def test_an_axis_along_which_a_convolution_sees_one_position_is_free(name: str) 
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_an_axis_along_which_a_convolution_mixes_leaves_out_or_adds_is_fixed(name: str) -> None:
+def test_an_axis_along_which_a_window_mixes_leaves_out_or_adds_is_fixed(name: str) -> None:
     x, make = FIXED[name]
     net = Net(make()).double()
     net.last = nn.Linear(net.between(net.first(x)).shape[-1], 2).double()
@@ -138,3 +179,21 @@ def test_all_channels_share_one_order_of_positions_and_all_positions_one_of_chan
     net, inputs = Rows(last=last), (torch.randn(3, 5),)
     spec = check_spec(net, trace(net, inputs, strict=True), inputs)
     assert sorted(spec.perm_shapes.values()) == [(3,), (4,), (6,)]
+
+
+@pytest.mark.parametrize("mix", [nn.Conv2d(4, 4, (3, 1)), nn.AvgPool2d((2, 1)), nn.AdaptiveAvgPool2d((1, None))])
+def test_rows_that_are_mixed_share_one_order_of_columns(mix: nn.Module) -> None:
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mix, self.out = nn.Linear(5, 96), mix, nn.LazyLinear(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.out(self.mix(self.first(x).tanh().view(-1, 4, 4, 6)).relu().flatten(1))
+            return found
+
+    net, inputs = Grid(), (torch.randn(3, 5),)
+    net(*inputs)
+    spec = check_spec(net, trace(net, inputs, strict=True), inputs)
+    columns = (6,) if isinstance(mix, nn.Conv2d) else (4, 6)  # a pool keeps channels apart
+    assert columns in spec.perm_shapes.values() and not any(shape[:-1] == (4, 4) for shape in spec.perm_shapes.values())

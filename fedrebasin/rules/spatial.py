@@ -14,38 +14,76 @@ from fedrebasin.axes import Node, leaf
 from fedrebasin.rules.parts import narrow
 from fedrebasin.rules.pointwise import pointwise
 from fedrebasin.rules.registry import NotCoveredError, Rule, Traced, Value, rule
-
-_SPATIAL = "kernel or spatial"
+from fedrebasin.rules.windows import SPATIAL, apart, each, positions
 
 
 def _fixed(sizes: Sequence[int]) -> list[Node]:
-    return [leaf(size, _SPATIAL) for size in sizes]
+    return [leaf(size, SPATIAL) for size in sizes]
 
 
-def _positions(spatial: int | None) -> Rule:
-    """The rule for an op over the last ``spatial`` axes, or over all after (batch, channel)."""
+def _positions(spatial: int) -> Rule:
+    """The rule for an op over the last ``spatial`` axes."""
 
-    def positions(traced: Traced, x: Value, *_: Any, **__: Any) -> Any:
+    def over_all(traced: Traced, x: Value, *_: Any, **__: Any) -> Any:
         """Values and, from some pools, positions, each (*batch, channel, *spatial)."""
-        kept = 2 if spatial is None else len(x.axes) - spatial
+        kept = len(x.axes) - spatial
         for axis in x.axes[kept:]:
-            axes.fix(axis, _SPATIAL)
+            axes.fix(axis, SPATIAL)
         results = [Value([*x.axes[:kept], *_fixed(shape[kept:])]) for shape in traced.output_shapes]
         return results[0] if len(results) == 1 else tuple(results)
 
-    return positions
+    return over_all
+
+
+def _pool(spatial: int) -> Rule:
+    """The rule for a pool of values over the last ``spatial`` axes."""
+
+    def pool(traced: Traced, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, *_: Any, **__: Any) -> Value:
+        """(*batch, channel, *spatial); an axis along which the window holds one position is a batch axis."""
+        windows, before = each(kernel, spatial), len(x.axes) - spatial
+        kept = apart(windows, stride or windows, padding)
+        return Value([*x.axes[:before], *positions(x.axes[before:], traced.output_shapes[0][before:], kept)])
+
+    return pool
+
+
+def _adaptive(spatial: int) -> Rule:
+    """The rule for a mean over as many windows as asked for: where these are all positions, each holds one."""
+
+    def adaptive(traced: Traced, x: Value, *_: Any) -> Value:
+        """(*batch, channel, *spatial)."""
+        before, shape = len(x.axes) - spatial, traced.output_shapes[0]
+        kept = [size == axis.size for size, axis in zip(shape[before:], x.axes[before:], strict=True)]
+        return Value([*x.axes[:before], *positions(x.axes[before:], shape[before:], kept)])
+
+    return adaptive
 
 
 for _spatial in (1, 2, 3):
-    for _kind in ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d"):
-        rule(_kind.format(_spatial))(_positions(_spatial))
-    for _kind in ("adaptive_avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_max_pool{}d"):
+    rule(f"max_pool{_spatial}d", f"avg_pool{_spatial}d")(_pool(_spatial))
+    rule(f"adaptive_avg_pool{_spatial}d", f"_adaptive_avg_pool{_spatial}d")(_adaptive(_spatial))
+    for _kind in ("max_pool{}d_with_indices", "adaptive_max_pool{}d"):  # these number the positions of all axes
         rule(_kind.format(_spatial))(_positions(_spatial))
     for _kind in ("replication_pad{}d", "reflection_pad{}d"):
         rule(_kind.format(_spatial))(_positions(_spatial))
-    rule(f"upsample_nearest{_spatial}d", f"_upsample_nearest_exact{_spatial}d")(_positions(None))
-rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")(_positions(None))
-rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(_positions(None))
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
+@rule("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
+@rule("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d")
+@rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+def resampled(traced: Traced, x: Value, size: Any, *more: Any) -> Value:
+    """(batch, channel, *spatial), by ``size`` or by factors, the last argument; the same size keeps every entry.
+
+    A factor near 1 may give the same size and other entries.
+    """
+    shape = traced.output_shapes[0]
+    factors = more[-1] if more and isinstance(more[-1], list | tuple) else [1.0] * (len(shape) - 2)
+    told = not any(isinstance(one, float) for one in more)
+    pairs = zip(shape[2:], x.axes[2:], factors, strict=True)
+    kept = [told and new == axis.size and factor == 1 for new, axis, factor in pairs]
+    del size
+    return Value([*x.axes[:2], *positions(x.axes[2:], shape[2:], kept)])
 
 
 def _unpool(spatial: int) -> Rule:
@@ -90,8 +128,10 @@ def pad(traced: Traced, x: Value, amounts: Sequence[int], mode: str = "constant"
         return constant_pad(traced, x, amounts)
     result = list(x.axes)
     for back in range(1, len(amounts) // 2 + 1):
-        axes.fix(result[-back], _SPATIAL)
-        result[-back] = leaf(traced.output_shapes[0][-back], _SPATIAL)
+        if not any(amounts[2 * back - 2 : 2 * back]):
+            continue
+        axes.fix(result[-back], SPATIAL)
+        result[-back] = leaf(traced.output_shapes[0][-back], SPATIAL)
     return Value(result)
 
 
@@ -100,7 +140,7 @@ def pixel_shuffle(traced: Traced, x: Value, factor: int) -> Value:
     """(*batch, channel x factor x factor, height, width) to (*batch, channel, height x factor, width x factor)."""
     channel, *offsets = traced.split(x.axes[-3], [x.axes[-3].size // factor**2, factor, factor])
     for axis in (*offsets, *x.axes[-2:]):
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     return Value([*x.axes[:-3], channel, *_fixed(traced.output_shapes[0][-2:])])
 
 
@@ -108,7 +148,7 @@ def pixel_shuffle(traced: Traced, x: Value, factor: int) -> Value:
 def pixel_unshuffle(traced: Traced, x: Value, factor: int) -> Value:
     """The inverse of ``pixel_shuffle``."""
     for axis in x.axes[-2:]:
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     channel = axes.product([x.axes[-3], *_fixed([factor, factor])])
     return Value([*x.axes[:-3], channel, *_fixed(traced.output_shapes[0][-2:])])
 
@@ -124,7 +164,7 @@ def channel_shuffle(traced: Traced, x: Value, groups: int) -> Value:
 def windows_to_columns(traced: Traced, x: Value, kernel: Sequence[int], *_: Any, **__: Any) -> Value:
     """(*batch, channel, height, width) to (*batch, channel x kernel, windows)."""
     for axis in x.axes[-2:]:
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     window = axes.product([x.axes[-3], *_fixed([math.prod(kernel)])])
     return Value([*x.axes[:-3], window, *_fixed(traced.output_shapes[0][-1:])])
 
@@ -135,7 +175,7 @@ def columns_to_image(traced: Traced, x: Value, size: Any, kernel: Sequence[int],
     del size
     channel, window = traced.split(x.axes[-2], [x.axes[-2].size // math.prod(kernel), math.prod(kernel)])
     for axis in (window, x.axes[-1]):
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     return Value([*x.axes[:-2], channel, *_fixed(traced.output_shapes[0][-2:])])
 
 
@@ -146,16 +186,16 @@ def unfold(traced: Traced, x: Value, dim: int, size: int, step: int) -> Value:
     if not x.axes:
         raise NotCoveredError
     dim %= len(x.axes)
-    axes.fix(x.axes[dim], _SPATIAL)
+    axes.fix(x.axes[dim], SPATIAL)
     return Value([*x.axes[:dim], *_fixed([traced.output_shapes[0][dim]]), *x.axes[dim + 1 :], *_fixed([size])])
 
 
 @rule("torchvision.roi_align", "torchvision.roi_pool")
 def regions(traced: Traced, x: Value, boxes: Value, *_: Any, **__: Any) -> Any:
     """(batch, channel, *spatial) read within boxes is (box, channel, *positions), from ``roi_pool`` twice."""
-    traced.fix(boxes, _SPATIAL)
+    traced.fix(boxes, SPATIAL)
     for axis in (x.axes[0], *x.axes[2:]):
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     results = [Value([*_fixed(shape[:1]), x.axes[1], *_fixed(shape[2:])]) for shape in traced.output_shapes]
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -164,7 +204,7 @@ def regions(traced: Traced, x: Value, boxes: Value, *_: Any, **__: Any) -> Any:
 def grid_sampler(traced: Traced, x: Value, grid: Value, *_: Any, **__: Any) -> Value:
     """(batch, channel, *spatial) read at (batch, *points, coordinate) is (batch, channel, *points)."""
     for axis in (*x.axes[2:], grid.axes[-1]):
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     return Value([traced.tie(x.axes[0], grid.axes[0]), x.axes[1], *grid.axes[1:-1]])
 
 
@@ -172,5 +212,5 @@ def grid_sampler(traced: Traced, x: Value, grid: Value, *_: Any, **__: Any) -> V
 def affine_grid(traced: Traced, theta: Value, *_: Any, **__: Any) -> Value:
     """A matrix for each of the batch gives (batch, *points, coordinate)."""
     for axis in theta.axes[1:]:
-        axes.fix(axis, _SPATIAL)
+        axes.fix(axis, SPATIAL)
     return Value([theta.axes[0], *_fixed(traced.output_shapes[0][1:])])
