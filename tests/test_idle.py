@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch_version import sets_attributes
 
 from fedrebasin import check_spec, trace
 from fedrebasin.layout import Free
@@ -160,6 +161,7 @@ class Beside(nn.Module):
         return found
 
 
+@sets_attributes
 @pytest.mark.filterwarnings("ignore:The tensor attribute self.loss was assigned")
 def test_a_layer_that_only_a_kept_loss_reads_moves_with_the_units_that_it_reads() -> None:
     spec = trace(Beside(), X, strict=True)
