@@ -77,7 +77,7 @@ def bias_normalisation(
     with torch.no_grad(), _NoNorm():
         model(*args, **kwargs)
     args, kwargs = copied(split_inputs(example_inputs), where)  # the model may have written into the first
-    seen = watch(model, args, kwargs)
+    seen = watch(model, args, kwargs, computed=True)
     result, depths, done = extract(model, merged), list[int](), set[str]()
     for call in seen.calls:
         depths.append((not call.norm) + max((depths[place] for place in call.after), default=0))
