@@ -29,6 +29,16 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
+def copied(batch: Any, device: torch.device | str | None = None) -> Any:
+    """A batch whose tensors are its own, on ``device`` or where they were: a model may write into what it is given.
+
+    >>> batch = (torch.zeros(2), {"mask": torch.ones(2)})
+    >>> copied(batch)[0].add_(1), batch[0]
+    (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), batch)
+
+
 @dataclass(frozen=True)
 class AsCalled:
     """Batches for a model that is called with so many positional inputs, optional ones among them; 0: with keywords.
@@ -50,7 +60,7 @@ def as_called(batches: Iterable[Any], example_inputs: Any) -> Iterable[Any]:
 
 
 class Batches:
-    """A re-iterable collection of batches, moved to a device one by one.
+    """A re-iterable collection of batches, copied to a device one by one: a model may write into its inputs.
 
     A batch is what the model is called with: a tensor, a tuple or list of inputs, or a dict of keywords; or one
     item longer, its last the target (a labelled DataLoader).
@@ -104,16 +114,13 @@ class Batches:
         """Yield positional inputs, keywords and the target (``None`` without one) of batches that hold examples."""
         empty, got = True, "none"
         for batch in self._batches:
-            args, kwargs, target = self._moved(self._parted(batch))
+            args, kwargs, target = copied(self._parted(batch), self.device)
             if count_examples(args, kwargs, target):
                 empty = False
                 yield args, kwargs, target
             got = "none with examples"
         if empty:
             raise CalibrationError(f"{self._name}: expected at least one batch; got {got}")
-
-    def _moved(self, parts: Any) -> Any:
-        return parts if self.device is None else tree_map_only(Tensor, lambda tensor: tensor.to(self.device), parts)
 
     def _parted(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         args, kwargs = split_inputs(batch)

@@ -74,7 +74,7 @@ def split_calibration(
     held_total = min(total - 1, max(1, round(share * total)))
     generator = generator_of(seed)
     # whole batches in a drawn order, so that of many batches with a row each not every fourth is held out
-    order = torch.randperm(len(batches), generator=generator).tolist()
+    order = torch.randperm(len(batches), generator=generator, device="cpu").tolist()
     taken = _spread(held_total, [sizes[place] for place in order])
     counts = dict(zip(order, taken, strict=True))
     piece = max(1, held_total // _PIECES)
@@ -85,7 +85,7 @@ def split_calibration(
         if count in (0, size) and not (by_rows and count):
             (held_out if count else fit).append(batch)
             continue
-        drawn = torch.randperm(size, generator=generator)
+        drawn = torch.randperm(size, generator=generator, device="cpu")
         if count < size:
             fit.append(_take(batch, drawn[count:].sort().values))
         held_out += [_take(batch, rows) for rows in torch.split(drawn[:count].sort().values, piece)]
@@ -157,7 +157,7 @@ def _rows_are_examples(net: nn.Module, parsed: tuple[Any, Any, Any], batch: Any)
         found = tensors(model(*split_inputs(here[0])[0], **here[1]))
         return found[0] if found else None
 
-    whole, some = torch.arange(min(rows, 8)), torch.arange(0, min(rows, 8), 2)
+    whole, some = torch.arange(min(rows, 8), device="cpu"), torch.arange(0, min(rows, 8), 2, device="cpu")
     try:
         outputs, part = run(whole), run(some)
     except Exception as error:  # the user's model may raise anything

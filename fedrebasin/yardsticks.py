@@ -36,7 +36,7 @@ class ByLoss:
     def __call__(self, model: nn.Module) -> Tensor:
         """One number for each batch, float64; lower is better."""
         found = [float(self.loss(model(*args, **kwargs), target)) for args, kwargs, target in self.batches]
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 class ByAgreement:
@@ -109,7 +109,7 @@ def mean_over_batches(values: Tensor, sizes: Sequence[int]) -> float:
     >>> mean_over_batches(torch.tensor([1.0, 4.0]), [2, 1])
     2.0
     """
-    weights = torch.tensor(sizes, dtype=torch.float64)
+    weights = torch.tensor(sizes, dtype=torch.float64, device=values.device)
     return float((values * weights).sum() / weights.sum())
 
 
@@ -124,7 +124,8 @@ def is_better(values: Tensor, others: Tensor, sizes: Sequence[int]) -> bool:
     count = len(sizes)
     if count < 2:
         return False
-    gains, weights = (others - values).double(), torch.tensor(sizes, dtype=torch.float64)
+    gains = (others - values).double()
+    weights = torch.tensor(sizes, dtype=torch.float64, device=gains.device)
     weights = weights / weights.sum()
     mean = float((weights * gains).sum())
     error = math.sqrt(count / (count - 1) * float((weights * (gains - mean)).square().sum()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from corrections_ends import State, check_keeps_form, random_ends, run
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from fedrebasin import RebasinError, bias_normalisation, closed_form, merge, repair, rescale, reshift
 from fedrebasin.batches import Batches
@@ -195,6 +196,15 @@ def test_every_layer_counts_for_the_depth_and_biases_that_stay_averaged_are_name
     said = "bias normalisation: %r stays averaged: it is not the bias of one layer, used once"
     assert sorted(caplog.messages) == [said % name for name in ("shift", "twice.bias")]
     assert all(torch.equal(found[name], merged[name]) for name in ("shift", "twice.bias"))
+
+
+def test_a_layer_whose_weight_is_computed_counts_for_the_depth_as_well() -> None:
+    net = nn.Sequential(weight_norm(nn.Linear(2, 4)), nn.ReLU(), spectral_norm(nn.Linear(4, 4)), nn.ReLU()).double()
+    net.append(nn.Linear(4, 1).double())
+    ends = random_ends(net)
+    found = bias_normalisation(net, merge(ends), ends, torch.zeros(1, 2, dtype=torch.float64))
+    for depth, key in enumerate(("0.bias", "2.bias", "4.bias"), 1):
+        torch.testing.assert_close(found[key], 0.5**depth * (ends[0][key] + ends[1][key]), rtol=1e-12, atol=0)
 
 
 def test_networks_that_are_the_same_but_for_disjoint_units_come_out_scaled_by_the_powers() -> None:

@@ -81,7 +81,7 @@ def correct_sites(
     budget = Memory(memory)
     work = begin_at_sites(net, merged, ends, calibration, coefficients, device)
     model, batches = work.model, work.batches
-    goals = goals_of(model, ends, work.weights, batches, work.sites)
+    goals = goals_of(model, ends, work.weights, batches, work.sites, stacklevel=6)
     load(model, merged)
     measured = {} if sequential else all_moments(model, batches, work.sites)
     held = hold(batches, budget) if sequential else None
@@ -125,7 +125,13 @@ def apply_affine(model: nn.Module, site: Site, moments: Moments, goal: tuple[Ten
 
 
 def goals_of(
-    model: nn.Module, ends: Sequence[Mapping[str, Tensor]], weights: list[float], batches: Batches, sites: list[Site]
+    model: nn.Module,
+    ends: Sequence[State],
+    weights: list[float],
+    batches: Batches,
+    sites: list[Site],
+    *,
+    stacklevel: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     means: dict[str, Tensor] = {}
     stds: dict[str, Tensor] = {}
@@ -135,7 +141,7 @@ def goals_of(
         load(model, end)
         found = output_moments(model, batches, sites)
         few = min(moments.count for moments in found.values())
-        warn_of_few(few, "observations per channel make noisy statistics", stacklevel=5)
+        warn_of_few(few, "observations per channel make noisy statistics", stacklevel=stacklevel)
         for name, moments in found.items():
             means[name] = means.get(name, 0.0) + weight * moments.mean
             stds[name] = stds.get(name, 0.0) + weight * moments.std

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import held_out_rows, steps_of
-from fedrebasin.corrections.normal_equations import NormalEquations, gram_product
+from fedrebasin.corrections.normal_equations import NormalEquations, gram_product, single
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, goals_of
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.solution import check_finite, check_ridge, choose_ridge, solve_layer
@@ -20,6 +20,7 @@ from fedrebasin.corrections.working import begin, extract, warn_of_few, working_
 LOGGER = logging.getLogger("fedrebasin")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def best_end(
     net: nn.Module,
@@ -99,13 +100,13 @@ def best_end(
     candidates = [_Candidate(Runner(one, steps, Memory(0), keep=False), alike=same) for one in models]
     seen = 0
     for number, (args, kwargs, _) in enumerate(batches):
-        said = [one.runner.output(len(steps) - 1, number, (args, kwargs)) for one in candidates]
+        said = [single(one.runner.output(len(steps) - 1, number, (args, kwargs))) for one in candidates]
         mean, goal = (goals_of(name, said, shares) for name in ("pre-activations", goals))
         held = held_out_rows(seen, mean)
         seen += len(held)
         for one, output in zip(candidates, said, strict=True):
             one.add(mean - output, goal - output, held)
-    warn_of_few(seen, "examples are few for best_end", stacklevel=4)
+    warn_of_few(seen, "examples are few for best_end", stacklevel=5)
     errors = [one.error(last, ridge) for one in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     LOGGER.info("best end: %d of %d; mean squared errors %s", best, len(errors), ", ".join(f"{e:.4g}" for e in errors))
@@ -125,7 +126,7 @@ class _Candidate:
     def add(self, lacking: Tensor, wanted: Tensor, held: Tensor) -> None:
         """Add what the outputs of the batch that the runner saw last lack."""
         for place, mask in enumerate((~held, held)):
-            X = self.runner.last_input[mask].T
+            X = single(self.runner.last_input[mask]).T
             gram = gram_product(X)
             self.choice[place].add(X, lacking[mask].T, gram)
             if self.wanted is not self.choice:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedrebasin.batches import split_inputs
+from fedrebasin.batches import copied, split_inputs
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.watch import watch
 from fedrebasin.corrections.working import extract, working_copy
@@ -22,6 +22,7 @@ LOGGER = logging.getLogger("fedrebasin")
 _NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.rms_norm, F.normalize}
 
 
+@torch.inference_mode(False)
 def bias_normalisation(
     net: nn.Module,
     merged: Mapping[str, Tensor],
@@ -72,12 +73,11 @@ def bias_normalisation(
     used = [(end, weight) for end, weight in zip(ends, weights, strict=True) if weight]
     model = working_copy(net, merged, device)
     where = next(iter(model.state_dict().values())).device
-    args, kwargs = split_inputs(example_inputs)
-    args = tuple(x.to(where) if isinstance(x, Tensor) else x for x in args)
-    kwargs = {name: x.to(where) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+    args, kwargs = copied(split_inputs(example_inputs), where)
     with torch.no_grad(), _NoNorm():
         model(*args, **kwargs)
-    seen = watch(model, args, kwargs)
+    args, kwargs = copied(split_inputs(example_inputs), where)  # the model may have written into the first
+    seen = watch(model, args, kwargs, computed=True)
     result, depths, done = extract(model, merged), list[int](), set[str]()
     for call in seen.calls:
         depths.append((not call.norm) + max((depths[place] for place in call.after), default=0))

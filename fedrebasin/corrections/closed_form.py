@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches
+from fedrebasin.batches import Batches, copied
 from fedrebasin.corrections.affine import Affine, apply_affine, begin_at_sites, goals_of
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.passes import not_reached
@@ -17,6 +17,7 @@ from fedrebasin.corrections.taps import tap
 from fedrebasin.corrections.working import extract, working_copy
 
 
+@torch.inference_mode(False)
 def closed_form(
     net: nn.Module,
     merged: Mapping[str, Tensor],
@@ -54,7 +55,8 @@ def closed_form(
         working_copy(net, end, work.batches.device) for end, weight in zip(ends, work.weights, strict=True) if weight
     ]
     expected = average_moments(models, shares, work.batches, work.sites)
-    goals = goals_of(working_copy(net, merged, device), ends, work.weights, work.batches, work.sites)
+    other = working_copy(net, merged, device)
+    goals = goals_of(other, ends, work.weights, work.batches, work.sites, stacklevel=5)
     for site in work.sites:
         apply_affine(work.model, site, expected[site.name], goals[site.name], affine)
     return extract(work.model, merged)
@@ -79,7 +81,8 @@ def average_moments(
         total.clear()
         for model, weight in zip(models, weights, strict=True):
             with tap(model, sites, add(weight)):
-                model(*args, **kwargs)
+                own_args, own_kwargs = copied((args, kwargs))
+                model(*own_args, **own_kwargs)
         for site in sites:
             if site.name not in total:
                 raise not_reached(site.name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from fedrebasin.batches import tensors
+from fedrebasin.batches import copied, tensors
 from fedrebasin.coefficients import wide_type
 from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.passes import Batch
@@ -24,6 +24,7 @@ from fedrebasin.seeds import generator_of
 _STALE = 0.02
 
 
+@torch.inference_mode(False)
 def distill(
     net: nn.Module,
     merged: Mapping[str, Tensor],
@@ -106,7 +107,7 @@ def distill(
         for parameter in model.parameters():
             parameter.requires_grad_(wide_type(parameter) is not None)
     lesson = _Reread(model, ends, weights, batches) if reread else _Held(model, ends, weights, batches, seed)
-    warn_of_few(lesson.examples, "examples are few for distill", stacklevel=3)
+    warn_of_few(lesson.examples, "examples are few for distill", stacklevel=4)
     load(model, merged)
     for module in model.modules():
         module.train(isinstance(module, _BatchNorm))
@@ -175,7 +176,7 @@ class _Held:
         return self._inputs
 
     def epoch(self) -> Iterator[tuple[Batch, Tensor]]:
-        for place in torch.randperm(self.steps, generator=self._generator).tolist():
+        for place in torch.randperm(self.steps, generator=self._generator, device="cpu").tolist():
             yield self._inputs[place], self._goals[place]
 
 
@@ -199,13 +200,15 @@ class _Reread:
 
 
 def _logits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = tensors(model(*args, **kwargs))[0]
-    if found.ndim < 2 or found.shape[1] < 2:
+    args, kwargs = copied((args, kwargs))
+    found = tensors(model(*args, **kwargs))
+    if not found or found[0].ndim < 2 or found[0].shape[1] < 2:
+        came = f"outputs of shape {tuple(found[0].shape)}" if found else "no floating output"
         raise RebasinError(
-            f"net: distill needs logits of two or more classes on axis 1; got outputs of shape {tuple(found.shape)}; "
+            f"net: distill needs logits of two or more classes on axis 1; got {came}; "
             "for numbers, or one logit, use least_squares or repair"
         )
-    return found
+    return found[0]
 
 
 @torch.no_grad()

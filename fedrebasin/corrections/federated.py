@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+
 from fedrebasin.corrections import federated_least_squares as _least_squares
 from fedrebasin.corrections import federated_regmean as _regmean
 from fedrebasin.corrections import federated_repair as _repair
@@ -33,6 +35,7 @@ _RELEASES: dict[str, Callable[[About], int]] = {
 }
 
 
+@torch.inference_mode(False)
 def answer(kind: str, about: About, node: Node) -> Answer:
     """Answer a query as a node does.
 
@@ -86,6 +89,7 @@ def count_releases(kind: str, about: About) -> int:
     return _RELEASES[kind](about)
 
 
+@torch.inference_mode(False)
 def correct_federated(name: str, case: Case, data: Sequence[Iterable[Any]], *, privacy: Privacy | None = None) -> State:
     """Run a federated correction where all data is at hand, by the very functions that server and nodes run.
 

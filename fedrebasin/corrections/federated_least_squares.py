@@ -17,6 +17,7 @@ from fedrebasin.corrections.linear_maps import LinearMap, read_map, write_map
 from fedrebasin.corrections.moments import Moments
 from fedrebasin.corrections.noised_sums import read_noise, solve_noised
 from fedrebasin.corrections.normal_equations import NormalEquations, pack, unpack
+from fedrebasin.corrections.output_goals import output_of
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.privacy import ClippedMoments
 from fedrebasin.corrections.private_sums import ClippedEquations
@@ -121,7 +122,7 @@ def federated_least_squares(case: Case) -> Correction:
         else:
             solve_layer(model, step, fit, check, ridge)
     text = "samples of a layer, of all nodes, are few for federated least squares"
-    warn_of_few(min(samples), text, name="data", stacklevel=5)
+    warn_of_few(min(samples), text, name="data", stacklevel=6)
     return extract(model, case.merged)
 
 
@@ -231,7 +232,6 @@ def _gives_the_output(case: Case, model: nn.Module, steps: list[Step]) -> bool:
     args, kwargs, _ = next(iter(case.example()))
     if not isinstance(steps[-1], Layer) or steps[-1].norm is not None:
         return False
-    with torch.no_grad():
-        output = model(*args, **kwargs)
+    output = output_of(model, args, kwargs)
     last = Runner(model, steps, Memory(0), keep=False).output(len(steps) - 1, 0, (args, kwargs))
     return isinstance(output, Tensor) and output.shape == last.shape and bool(torch.allclose(output, last))

@@ -99,7 +99,7 @@ def federated_repair(case: Case) -> Correction:
             goals = {place: theirs for place, (_, theirs) in answers.items()}
             few = min(sum(theirs[site.name].count for theirs in goals.values()) for site in sites)
             text = "observations per channel, of all nodes, make noisy statistics"
-            warn_of_few(few, text, name="data", stacklevel=5)
+            warn_of_few(few, text, name="data", stacklevel=6)
         shares = case.shares(answers)
         for site in group:
             ours = {place: measured[site.name] for place, (measured, _) in answers.items()}

@@ -127,7 +127,7 @@ def _leading(symmetric: Tensor, rank: int) -> Tensor:
     if not rank:
         return symmetric.new_zeros(size, 0)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, min(size, rank + _SPARE), generator=generator, dtype=symmetric.dtype)
+    start = torch.randn(size, min(size, rank + _SPARE), generator=generator, device="cpu", dtype=symmetric.dtype)
     basis = torch.linalg.qr(start.to(symmetric.device)).Q
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(symmetric @ basis).Q

@@ -15,7 +15,7 @@ from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
 from fedrebasin.corrections.linear_maps import behind, chunks, columns, outputs, per_channel
 from fedrebasin.corrections.moments import Moments
-from fedrebasin.corrections.normal_equations import NormalEquations
+from fedrebasin.corrections.normal_equations import NormalEquations, single
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.privacy import Privacy
@@ -31,6 +31,7 @@ LOGGER = logging.getLogger("fedrebasin")
 _HELD = 5
 
 
+@torch.inference_mode(False)
 def least_squares(
     net: nn.Module,
     merged: Mapping[str, Tensor],
@@ -189,14 +190,15 @@ def layer_equations(
     fit, check = new_equations(privacy), new_equations(privacy)
     seen = 0
     for number, batch in enumerate(source):
-        z = ours.output(index, number, batch, final=False)
-        x, examples = ours.last_input, examples_in(batch)
+        z = single(ours.output(index, number, batch, final=False))
+        x, examples = single(ours.last_input), examples_in(batch)
         if probabilities:
-            lacking = logits_of_mean_probabilities([one.output(index, number, batch) for one in theirs], shares).sub_(z)
+            said = [single(one.output(index, number, batch)) for one in theirs]
+            lacking = logits_of_mean_probabilities(said, shares).sub_(z)
         else:
             lacking = torch.addcmul(per_channel(layer, constant, z), z, per_channel(layer, -scale, z))
             for runner, share, factor, _ in terms:
-                z = runner.output(index, number, batch)
+                z = single(runner.output(index, number, batch))
                 lacking.addcmul_(z, per_channel(layer, share * factor, z))
         if not kernel and x.ndim == 3 and len(x) != examples == x.shape[1]:
             x, lacking = x.transpose(0, 1), lacking.transpose(0, 1)  # attention has put positions first
@@ -211,7 +213,7 @@ def layer_equations(
                 else:
                     sums.add(X, E, unfolded_gram(layer, X, kernel, z.shape[2:] if kernel else ()))
     if index == 0:
-        warn_of_few(seen, "examples are few for least squares", stacklevel=5)
+        warn_of_few(seen, "examples are few for least squares", stacklevel=6)
     return fit, check
 
 

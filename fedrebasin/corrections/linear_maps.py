@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -152,4 +153,4 @@ def per_channel(layer: Layer, values: Tensor, z: Tensor) -> Tensor:
 
 
 def _product(sizes: tuple[int, ...]) -> int:
-    return int(torch.tensor(sizes, dtype=torch.int64).prod()) if sizes else 1
+    return math.prod(sizes)

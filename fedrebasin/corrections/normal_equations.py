@@ -18,6 +18,15 @@ Noise = tuple[float, float, float, float]
 EXACT: Noise = (0.0, 0.0, 0.0, 0.0)
 
 
+def single(x: Tensor) -> Tensor:
+    """Half-precision numbers in float32, others as they are: sums of products do not fit into half precision.
+
+    >>> single(torch.ones(1).half()).dtype, single(torch.ones(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def gram_product(X: Tensor) -> Tensor:
     """``X @ X.T``.
 
@@ -73,7 +82,7 @@ class InputSums:
     def __init__(self) -> None:
         self.count = 0
         self.noise = EXACT
-        self.gram = self.x = torch.zeros((), dtype=torch.float64)
+        self.gram = self.x = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add_inputs(self, X: Tensor, gram: Tensor | None = None) -> None:
         """Add samples; ``gram`` is their ``X X^T`` if it is known."""
@@ -117,7 +126,7 @@ class NormalEquations(InputSums):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cross = self.e = torch.zeros((), dtype=torch.float64)
+        self.cross = self.e = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, X: Tensor, E: Tensor, gram: Tensor | None = None) -> None:
         """Add samples; ``gram`` is their ``X X^T`` if it is known."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
-from fedrebasin.batches import Batches, tensors
+from fedrebasin.batches import Batches, copied, tensors
 from fedrebasin.corrections.layers import Layer, Step
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.errors import RebasinError
@@ -66,6 +68,20 @@ def check_goals(goals: str) -> None:
 
 
 @torch.no_grad()
+def output_of(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a model returns, to the last bit as in the passes that see its layers.
+
+    Transformers' encoders of torch compute by one fused function, and round otherwise, unless a mode sees their calls.
+
+    >>> output_of(nn.Identity(), (torch.ones(2),), {})
+    tensor([1., 1.])
+    """
+    args, kwargs = copied((args, kwargs))
+    with BaseTorchFunctionMode():
+        return model(*args, **kwargs)
+
+
+@torch.no_grad()
 def check_last_layer(
     asked: str, model: nn.Module, steps: Sequence[Step], batches: Batches, *, instead: str = "another correction"
 ) -> Layer:
@@ -77,7 +93,12 @@ def check_last_layer(
         What needs it, and what to use where it is not so.
     """
     last, (args, kwargs, _) = steps[-1], next(iter(batches))
-    output = tensors(model(*args, **kwargs))[0]
+    outputs = tensors(output_of(model, args, kwargs))
+    if not outputs:
+        raise RebasinError(
+            f"{asked} needs a network that ends in a linear layer; this one returns no floating tensor; use {instead}"
+        )
+    output = outputs[0]
     if isinstance(last, Layer) and last.norm is None and not last.stride and output.ndim == 2:
         seen = Runner(model, steps, Memory(0), keep=False).output(len(steps) - 1, 0, (args, kwargs))
         if torch.equal(seen.nan_to_num(), output.nan_to_num()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from fedrebasin.batches import Batches
+from fedrebasin.batches import Batches, copied
 from fedrebasin.corrections.calls import arguments_of, attention_inside, key_of, leaves, names_of_tensors
 from fedrebasin.corrections.layers import Norm, Step
 from fedrebasin.corrections.sites import Site
@@ -81,7 +81,7 @@ class Runner:
 
     def _run(self, index: int, number: int, batch: Batch, *, output: bool, final: bool = True) -> Tensor:
         mode = _Pass(self, index, number, output=output, final=final)
-        args, kwargs = batch
+        args, kwargs = copied(batch)
         try:
             with torch.no_grad(), suppress(Stop), mode:
                 self.model(*args, **kwargs)

@@ -99,7 +99,7 @@ def source_of_noise(seed: int | None) -> Callable[[Tensor], Tensor]:
     generator = generator_of(secrets.randbits(63) if seed is None else seed)
 
     def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+        return torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float64).to(like.device)
 
     return draw
 

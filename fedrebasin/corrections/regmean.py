@@ -12,7 +12,7 @@ from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
-from fedrebasin.corrections.normal_equations import InputSums, NormalEquations
+from fedrebasin.corrections.normal_equations import InputSums, NormalEquations, single
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations
@@ -24,6 +24,7 @@ from fedrebasin.errors import CalibrationError, RebasinError
 Grams = dict[str, Tensor]
 
 
+@torch.inference_mode(False)
 def regmean(
     net: nn.Module,
     merged: Mapping[str, Tensor],
@@ -109,7 +110,7 @@ def regmean(
             left[key] = left.get(key, torch.zeros_like(own)) + own @ shrunk
             right[key] = right.get(key, torch.zeros_like(gram)) + shrunk
     name = "calibration" if grams is None else "grams"
-    warn_of_few(round(min(samples.values())), "samples of a layer are few for regmean", name=name, stacklevel=3)
+    warn_of_few(round(min(samples.values())), "samples of a layer are few for regmean", name=name, stacklevel=4)
     for layer in layers:
         start = read_map(model, layer)
         W = _divide(left[layer.weight], right[layer.weight], torch.cat([start.matrix, start.shift.unsqueeze(1)], 1))
@@ -118,6 +119,7 @@ def regmean(
     return extract(model, merged)
 
 
+@torch.inference_mode(False)
 def input_grams(
     net: nn.Module,
     state: Mapping[str, Tensor],
@@ -174,7 +176,7 @@ def input_sums(
             if not isinstance(step, Layer):
                 continue
             z = runner.output(index, 0, (args, kwargs))
-            x = runner.last_input
+            x = single(runner.last_input)
             kernel = tuple(model.state_dict()[step.weight].shape[2:])
             places = z.shape[2:] if kernel else ()
             for part in chunks(step, x, kernel):

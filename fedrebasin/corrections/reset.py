@@ -21,6 +21,7 @@ from fedrebasin.finite import first_not_finite
 LOGGER = logging.getLogger("fedrebasin")
 
 
+@torch.inference_mode(False)
 def reset_batchnorm(
     net: nn.Module,
     merged: Mapping[str, Tensor],
@@ -91,7 +92,7 @@ def reset_batchnorm(
         renew_statistics(model, norms, inputs())
     for name in by_hand.found:
         LOGGER.info("reset_batchnorm: %r stays averaged: no BatchNorm module holds it; use repair", name)
-    warn_of_few(seen, "examples are few for reset_batchnorm", stacklevel=3)
+    warn_of_few(seen, "examples are few for reset_batchnorm", stacklevel=4)
     result = extract(model, merged)
     odd = first_not_finite(result, merged)
     if odd is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedrebasin.corrections.affine import Affine, correct_sites
 
 
+@torch.inference_mode(False)
 def reshift(
     net: nn.Module,
     merged: Mapping[str, Tensor],

@@ -158,7 +158,7 @@ def _dim_by_hand(again: Callable[..., Tensor], weight: Tensor, bias: Tensor, **_
     """The axis along which a norm's output follows its weight and bias; ``None`` where it does not, as with a ReLU."""
     if bias.shape != weight.shape:
         return None
-    before, steps = again({}), torch.linspace(0, 1, len(weight)).to(weight)
+    before, steps = again({}), torch.linspace(0, 1, len(weight), device=weight.device).to(weight)
     size = before.abs().mean() + 1
     gain, shift = 1 + steps, (2 * steps - 1) * size
     after = again({"weight": weight * gain, "bias": bias * gain + shift})

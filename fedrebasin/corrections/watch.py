@@ -19,7 +19,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fedrebasin.corrections.calls import (
+    CONVOLUTIONS,
     NORMS,
+    TRANSPOSED,
     address_of,
     arguments_of,
     attention_inside,
@@ -60,15 +62,15 @@ class Call:
         return self.module is not None or self.func in NORMS
 
 
-def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watch:
-    """Run the model once.
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, computed: bool = False) -> Watch:
+    """Run the model once; with ``computed`` a layer's call is one whose weight is computed, too (``weight_norm``).
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> seen = watch(net, (torch.zeros(4, 2),), {})
     >>> [seen.names[id(call.given["weight"])] for call in seen.calls], seen.calls[1].after
     (['0.weight', '2.weight'], frozenset({0}))
     """
-    found = Watch(model, (args, kwargs))
+    found = Watch(model, (args, kwargs), computed=computed)
     with torch.no_grad(), found.hooks(), found:
         found.outputs = list(leaves(model(*args, **kwargs)))
     return found
@@ -93,9 +95,9 @@ class Watch(TorchFunctionMode):
         Of the model.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, *, computed: bool = False) -> None:
         super().__init__()
-        self._model, self.names = model, names_of_tensors(model)
+        self._model, self.names, self._computed = model, names_of_tensors(model), computed
         self.calls: list[Call] = []
         self.normed: set[tuple[int, int, int]] = set()
         self.read: set[tuple[int, int]] = set()
@@ -148,7 +150,9 @@ class Watch(TorchFunctionMode):
                 return attention_inside(*args, **kwargs)
         read, given = list(leaves((args, kwargs))), arguments_of(func, args, kwargs)
         contents = [content_of(x) for x in read]
-        ours = given is not None and id(key_of(func, given)) in self.names
+        ours = given is not None and (
+            id(key_of(func, given)) in self.names or (self._computed and func in (F.linear, *CONVOLUTIONS, *TRANSPOSED))
+        )
         sources = self._sources_of(read)
         norm = given is not None and ours and func in NORMS
         if given is not None and norm:

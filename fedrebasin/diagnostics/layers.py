@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches
+from fedrebasin.batches import Batches, copied
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.diagnostics.measures import MEASURES, Measure
 from fedrebasin.errors import CalibrationError, RebasinError
@@ -127,6 +127,7 @@ def _written(spec: PermutationSpec, net: nn.Module, args: Any, kwargs: Any) -> l
             kept = activations.clone()  # the network may write over it
             seen.append((_layer(name.removesuffix(_WRITES)), kept if kept.ndim > 1 else kept.unsqueeze(1)))
 
+    args, kwargs = copied((args, kwargs))  # the batch goes through both networks
     with Watch(net, spec, see):
         getattr(net, "_orig_mod", net)(*args, **kwargs)
     return seen

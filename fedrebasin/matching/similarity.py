@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedrebasin.batches import Batches
+from fedrebasin.batches import Batches, copied
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import CalibrationError
 from fedrebasin.layout import Layout
@@ -92,6 +92,7 @@ def measure_similarity(
 
 
 def _run(spec: PermutationSpec, net: nn.Module, args: Any, kwargs: Any, see: See) -> None:
+    args, kwargs = copied((args, kwargs))  # the batch goes through both models
     with Watch(net, spec, see):
         getattr(net, "_orig_mod", net)(*args, **kwargs)  # a compiled model is run as it was before
 
