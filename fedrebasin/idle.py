@@ -48,6 +48,9 @@ def _places(graph: Graph) -> list[Node]:
 
 def _drop(graph: Graph, held: set[Node]) -> None:
     """Erase what is idle; ``held`` are the placeholders of tensors of the state dict."""
+    for node in graph.nodes:  # around autocast, export leaves out some of those that use a node
+        for given in node.all_input_nodes:
+            given.users.setdefault(node)
     for node in graph.nodes:
         place = _NO_VALUES_OF.get(op_name(node)) if node.op == "call_function" else None
         if place is not None:  # the walk reads the shape off the result
