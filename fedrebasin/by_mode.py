@@ -122,7 +122,7 @@ class NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its
         return func(*args, **(kwargs or {}))
 
 
-class _Means(NothingDropped):
+class _Means(NothingDropped):  # type: ignore[no-untyped-call]  # as above
     """Makes normal and uniform random numbers their means, too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
