@@ -1,4 +1,4 @@
-"""Averaging weights."""
+"""Averaging weights, and the types that sums are taken in."""
 
 from __future__ import annotations
 
@@ -38,3 +38,12 @@ def wide_type(tensor: Tensor) -> torch.dtype | None:
     if tensor.is_complex():
         return torch.complex128
     return torch.float64 if tensor.is_floating_point() else None
+
+
+def single(x: Tensor) -> Tensor:
+    """Half-precision numbers in float32, others as they are: sums of products do not fit into half precision.
+
+    >>> single(torch.ones(1).half()).dtype, single(torch.ones(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

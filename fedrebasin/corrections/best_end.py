@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.coefficients import single
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import held_out_rows, steps_of
-from fedrebasin.corrections.normal_equations import NormalEquations, gram_product, single
+from fedrebasin.corrections.normal_equations import NormalEquations, gram_product
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, goals_of
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.solution import check_finite, check_ridge, choose_ridge, solve_layer

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedrebasin.batches import Batches
+from fedrebasin.coefficients import single
 from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.layers import Layer, Norm, Step, find_steps
 from fedrebasin.corrections.linear_maps import behind, chunks, columns, outputs, per_channel
 from fedrebasin.corrections.moments import Moments
-from fedrebasin.corrections.normal_equations import NormalEquations, single
+from fedrebasin.corrections.normal_equations import NormalEquations
 from fedrebasin.corrections.output_goals import check_goals, check_last_layer, logits_of_mean_probabilities
 from fedrebasin.corrections.passes import Batch, Memory, Runner, hold
 from fedrebasin.corrections.privacy import Privacy

@@ -18,15 +18,6 @@ Noise = tuple[float, float, float, float]
 EXACT: Noise = (0.0, 0.0, 0.0, 0.0)
 
 
-def single(x: Tensor) -> Tensor:
-    """Half-precision numbers in float32, others as they are: sums of products do not fit into half precision.
-
-    >>> single(torch.ones(1).half()).dtype, single(torch.ones(1).double()).dtype
-    (torch.float32, torch.float64)
-    """
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def gram_product(X: Tensor) -> Tensor:
     """``X @ X.T``.
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedrebasin.coefficients import single
 from fedrebasin.corrections.calls import examples_in
 from fedrebasin.corrections.layers import Layer
 from fedrebasin.corrections.least_squares import steps_of
 from fedrebasin.corrections.linear_maps import LinearMap, chunks, columns, read_map, write_map
-from fedrebasin.corrections.normal_equations import InputSums, NormalEquations, single
+from fedrebasin.corrections.normal_equations import InputSums, NormalEquations
 from fedrebasin.corrections.passes import Memory, Runner
 from fedrebasin.corrections.privacy import Privacy
 from fedrebasin.corrections.private_sums import ClippedEquations, new_equations

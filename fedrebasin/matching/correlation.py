@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedrebasin.coefficients import single
 from fedrebasin.layout import Free, Layout, Sum, leaves, units, unknown_outers
 from fedrebasin.spec import PermutationSpec
 
@@ -35,8 +36,7 @@ class Part:
         """A matrix with a row for each unit, at least float32; its memory may be the activations' own."""
         if not torch.equal(self.index, torch.arange(len(activations))):
             activations = activations.index_select(0, self.index.to(activations.device))
-        found = activations.reshape(self.units, -1)
-        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+        return single(activations.reshape(self.units, -1))
 
     def order(self, spec: PermutationSpec, perms: Mapping[str, Tensor]) -> Tensor:
         """Which row comes where when the network is permuted: ``rows(permuted)[i] = rows(original)[order[i]]``."""

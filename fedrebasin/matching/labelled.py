@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedrebasin.batches import Batches, mean_loss
+from fedrebasin.coefficients import single
 from fedrebasin.corrections.working import load, working_copy
 from fedrebasin.errors import RebasinError
 from fedrebasin.matching.numbers import refuse_complex
@@ -42,11 +43,7 @@ class LabelledNet:
 
     def prepared(self, state: State) -> dict[str, Tensor]:
         """A state on the network's device, narrow types widened."""
-        narrow = (torch.float16, torch.bfloat16)
-        return {
-            name: tensor.detach().to(self.where, torch.float32 if tensor.dtype in narrow else tensor.dtype)
-            for name, tensor in state.items()
-        }
+        return {name: single(tensor.detach().to(self.where)) for name, tensor in state.items()}
 
     def put(self, state: State) -> None:
         """Set the network's weights."""
