@@ -63,9 +63,9 @@ def parse_strategies(text: str) -> list[str]:
         if name in FLOWER:
             continue
         match = _NAME.fullmatch(name)
-        inner, correction = (match["inner"], match["correction"]) if match else (None, None)
-        known = correction is None or correction in CORRECTIONS[1 if match and match["rounds"] else 0 :]
-        if match is None or (inner and inner not in FLOWER) or not known:
+        inner, correction, rounds = match.group("inner", "correction", "rounds") if match else (None, None, None)
+        known = CORRECTIONS[1:] if rounds else CORRECTIONS
+        if match is None or (inner and inner not in FLOWER) or (correction and correction not in known):
             raise UsageError(
                 f"--strategies: expected {', '.join(FLOWER)}, fedrebasin or rebasin:NAME, these two also with "
                 f"+CORRECTION or +CORRECTION@ROUNDS (as @1+5), one of {', '.join(CORRECTIONS[1:])}; got {name!r}"
@@ -112,8 +112,14 @@ def corrections_of(name: str, correction: str) -> list[str]:
     >>> corrections_of("fedrebasin+repair", "regmean"), corrections_of("fedrebasin", "repair,regmean")
     (['repair'], ['repair', 'regmean'])
     """
-    chosen = name.partition("@")[0].partition("+")[2] or correction
+    chosen = _parts(name)[1] or correction
     return [one for one in chosen.split(",") if one != "none"]
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A strategy's name without its correction, and that, without what follows the ``@``."""
+    plain, _, correction = name.partition("@")[0].partition("+")
+    return plain, correction
 
 
 def rounds_of(name: str) -> list[int] | None:
@@ -134,7 +140,7 @@ def label_of(name: str) -> str:
     """
     if name == COMMON_START:
         return "FedAvg, common start"
-    plain, _, correction = name.partition("@")[0].partition("+")
+    plain, correction = _parts(name)
     if plain in FLOWER:
         label = FLOWER[plain]
     elif plain == "fedrebasin":
@@ -177,7 +183,7 @@ def make_strategy(
     server_lr : float
         FedAdam's, FedYogi's and FedAdagrad's eta.
     """
-    plain = name.removesuffix("@common").partition("+")[0]
+    plain, _ = _parts(name)
     if plain in FLOWER:
         return _flower(plain, nodes, server_lr, proximal_mu)
     from fedrebasin.strategies import FedRebasin, Rebasin
