@@ -8,16 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from fedrebasin.batches import copied, tensors
 from fedrebasin.modules import deep_copy, mode_of, without_cache
 
+#: How libraries name layers that drop units, or a block of residuals, and divide by the share that is kept.
+_DROPS = ("Dropout", "DropPath", "StochasticDepth")
+
+#: The means of random numbers that depend on no argument.
+_MEANS = {"aten::rand": 0.5, "aten::rand_like": 0.5, "aten::randn": 0.0, "aten::randn_like": 0.0}
+
 
 def differs_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Run a copy in both modes and compare; torch's own layers stay in evaluation mode, and dropout keeps everything.
+    """Run a copy in both modes and compare; layers that mix or drop in training as usual stay in evaluation mode.
 
+    Dropout keeps everything, and random numbers are their means: noise is no difference that an output could show.
     False where no code of the model's speaks of ``training``, and where it does not run in training mode: it may want
     other inputs there (detectors want targets).
 
@@ -35,7 +43,7 @@ def differs_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         with torch.no_grad(), without_cache(copy), mode_of(copy, training=False):
             before = _outputs(copy, args, kwargs)
             for module in copy.modules():
-                module.training = not _is_torchs(module)
+                module.training = not _as_usual(module)
             return not _same(before, _outputs(copy, args, kwargs))
     except Exception:  # noqa: BLE001 - any error of a model's
         return False
@@ -77,14 +85,17 @@ def _names(code: CodeType) -> Iterator[str]:
             yield constant
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+def _as_usual(module: nn.Module) -> bool:
+    """Whether a layer is torch's, takes a batch's statistics, or has nothing of its own and drops by its name."""
+    kind = type(module)
+    drops = kind.__name__.endswith(_DROPS) and not [*module.parameters()]
+    return drops or kind.__module__.startswith("torch.nn.") or isinstance(module, _NormBase)
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     args, kwargs = copied((args, kwargs), device)
-    with NothingDropped(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
+    with _Means(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
         torch.manual_seed(0)
         found = model(*args, **kwargs)
     return tensors(found), tree_flatten(found)[1]
@@ -109,3 +120,20 @@ class NothingDropped(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its
         if func is torch.ops.aten.bernoulli_.float:
             return args[0].fill_(args[1] if len(args) > 1 else 0.5)
         return func(*args, **(kwargs or {}))
+
+
+class _Means(NothingDropped):  # type: ignore[no-untyped-call]  # as above
+    """Makes normal and uniform random numbers their means, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name if hasattr(func, "_schema") else ""  # torch.cond and its like have none
+        if name in _MEANS:
+            return drawn.fill_(_MEANS[name])
+        if name == "aten::normal":
+            return drawn.zero_().add_(args[0])
+        if name == "aten::normal_":
+            return drawn.fill_(args[1] if len(args) > 1 else 0.0)
+        if name == "aten::uniform_":
+            return drawn.fill_(sum(args[1:3]) / 2 if len(args) > 2 else (1 + sum(args[1:2])) / 2)
+        return drawn

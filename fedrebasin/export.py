@@ -88,6 +88,8 @@ def export_model(model: nn.Module, example_inputs: Any) -> Exported:
         check = "check that model(*example_inputs) runs"
         if isinstance(error, NameError) and sys.version_info >= (3, 14):  # torch.export looks annotations up
             check += ", put 'from __future__ import annotations' first in its file"
+        if "'NoneType'" in str(error):  # transformers make no mask of ones while a model is exported
+            check += ", give it what it makes itself where nothing is given (an attention_mask of ones)"
         raise TraceError(
             f"model: torch.export cannot export {type(model).__name__} with these example_inputs "
             f"({first_line(error)}); {check}, or hand over a spec written for this model"

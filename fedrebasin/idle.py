@@ -28,11 +28,11 @@ def drop_idle(program: ExportedProgram) -> None:
     The way to and from a tensor of the state dict that nothing else reads stays: it may be what a model keeps beside
     its outputs (a loss that it leaves in an attribute), and shows what that tensor goes with.
 
-    >>> class Keeps(torch.nn.Linear):
+    >>> class Ones(torch.nn.Linear):
     ...     def forward(self, x):
-    ...         self.last = (h := super().forward(x))[:, :1].detach()
+    ...         h = super().forward(x)
     ...         return h * torch.ones_like(h[:, :1])
-    >>> program = torch.export.export(Keeps(2, 4), (torch.zeros(3, 2),), strict=False)
+    >>> program = torch.export.export(Ones(2, 4), (torch.zeros(3, 2),), strict=False)
     >>> drop_idle(program)
     >>> [op_name(node) for node in program.graph.nodes if node.op == "call_function"]
     ['linear', 'ones_like', 'mul']
@@ -48,6 +48,9 @@ def _places(graph: Graph) -> list[Node]:
 
 def _drop(graph: Graph, held: set[Node]) -> None:
     """Erase what is idle; ``held`` are the placeholders of tensors of the state dict."""
+    for node in graph.nodes:  # around autocast, export leaves out some of those that use a node
+        for given in node.all_input_nodes:
+            given.users.setdefault(node)
     for node in graph.nodes:
         place = _NO_VALUES_OF.get(op_name(node)) if node.op == "call_function" else None
         if place is not None:  # the walk reads the shape off the result

@@ -26,7 +26,7 @@ def compare(
         str,
         typer.Option(
             help="With commas between: fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad, fedmedian, fedrebasin, "
-            "rebasin:NAME; the last two also with +CORRECTION."
+            "rebasin:NAME; the last two also with +CORRECTION, or +CORRECTION@ROUNDS (as @1+5) for these rounds alone."
         ),
     ] = "fedavg,fedrebasin",
     nodes: Annotated[int, typer.Option(min=2, help="Number of clients.")] = 2,

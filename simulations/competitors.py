@@ -38,11 +38,15 @@ VARIANTS = {
 }
 CORRECTIONS = ("none", *correction_methods.CORRECTIONS, *FEDERATED, *VARIANTS)
 SELECTS = ("none", "calibration", "clients")
-_NAME = re.compile(r"(?P<kind>fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+))?")
+_NAME = re.compile(
+    r"(fedrebasin|rebasin:(?P<inner>[a-z]+))(\+(?P<correction>[a-z-]+)(@(?P<rounds>[1-9]\d*(\+[1-9]\d*)*))?)?"
+)
 
 
 def parse_strategies(text: str) -> list[str]:
-    """Read the names of strategies: FedAvg's kin, ``fedrebasin`` and ``rebasin:NAME``, both also with ``+CORRECTION``.
+    """Read the names of strategies: FedAvg's kin, ``fedrebasin`` and ``rebasin:NAME``.
+
+    The last two also with ``+CORRECTION``, or ``+CORRECTION@ROUNDS`` if it is to follow those rounds alone.
 
     Raises
     ------
@@ -51,8 +55,8 @@ def parse_strategies(text: str) -> list[str]:
 
     Examples
     --------
-    >>> parse_strategies("fedavg,fedrebasin,rebasin:fedadam,fedrebasin+repair")
-    ['fedavg', 'fedrebasin', 'rebasin:fedadam', 'fedrebasin+repair']
+    >>> parse_strategies("fedavg,fedrebasin,rebasin:fedadam,fedrebasin+repair,fedrebasin+repair@1+5")
+    ['fedavg', 'fedrebasin', 'rebasin:fedadam', 'fedrebasin+repair', 'fedrebasin+repair@1+5']
     """
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -60,10 +64,11 @@ def parse_strategies(text: str) -> list[str]:
             continue
         match = _NAME.fullmatch(name)
         inner, correction = (match["inner"], match["correction"]) if match else (None, None)
-        if match is None or (inner and inner not in FLOWER) or (correction and correction not in CORRECTIONS):
+        known = correction is None or correction in CORRECTIONS[1 if match and match["rounds"] else 0 :]
+        if match is None or (inner and inner not in FLOWER) or not known:
             raise UsageError(
                 f"--strategies: expected {', '.join(FLOWER)}, fedrebasin or rebasin:NAME, these two also with "
-                f"+CORRECTION, one of {', '.join(CORRECTIONS[1:])}; got {name!r}"
+                f"+CORRECTION or +CORRECTION@ROUNDS (as @1+5), one of {', '.join(CORRECTIONS[1:])}; got {name!r}"
             )
     if len(set(names)) < len(names):
         raise UsageError(f"--strategies: expected each name once; got {text!r}")
@@ -107,25 +112,39 @@ def corrections_of(name: str, correction: str) -> list[str]:
     >>> corrections_of("fedrebasin+repair", "regmean"), corrections_of("fedrebasin", "repair,regmean")
     (['repair'], ['repair', 'regmean'])
     """
-    chosen = name.partition("+")[2] or correction
+    chosen = name.partition("@")[0].partition("+")[2] or correction
     return [one for one in chosen.split(",") if one != "none"]
+
+
+def rounds_of(name: str) -> list[int] | None:
+    """The rounds that a strategy's own correction follows, ``None`` where that is all.
+
+    >>> rounds_of("fedrebasin+repair@1+5"), rounds_of("fedrebasin+repair")
+    ([1, 5], None)
+    """
+    match = _NAME.fullmatch(name)
+    return sorted({int(one) for one in match["rounds"].split("+")}) if match and match["rounds"] else None
 
 
 def label_of(name: str) -> str:
     """How tables and plots call a strategy.
 
-    >>> label_of("fedprox"), label_of("fedrebasin+repair"), label_of("rebasin:fedadam")
-    ('FedProx', 'FedRebasin + repair', 'Rebasin(FedAdam)')
+    >>> label_of("fedprox"), label_of("fedrebasin+repair@1+5"), label_of("rebasin:fedadam")
+    ('FedProx', 'FedRebasin + repair in rounds 1 and 5', 'Rebasin(FedAdam)')
     """
     if name == COMMON_START:
         return "FedAvg, common start"
-    plain, _, correction = name.partition("+")
+    plain, _, correction = name.partition("@")[0].partition("+")
     if plain in FLOWER:
         label = FLOWER[plain]
     elif plain == "fedrebasin":
         label = "FedRebasin"
     else:
         label = f"Rebasin({FLOWER[plain.removeprefix('rebasin:')]})"
+    rounds = rounds_of(name)
+    if rounds is not None:
+        *others, last = map(str, rounds)
+        correction += f" in rounds {', '.join(others)} and {last}" if others else f" in round {last}"
     return f"{label} + {correction}" if correction else label
 
 
@@ -170,6 +189,7 @@ def make_strategy(
         "matching": matching,
         "seed": seed,
         "device": device,
+        "correction_rounds": rounds_of(name),
     }
     corrections = corrections_of(name, correction)
     on_server = any(one not in FEDERATED and one not in VARIANTS for one in corrections)

@@ -101,7 +101,7 @@ def _title(config: Mapping[str, Any]) -> str:
     return named + in_precision(config)
 
 
-def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
+def _rounds(results: Sequence[Mapping[str, Any]], *, baselines: bool = True) -> str:
     columns = ["data, start", "strategy", *(f"round {number}" for number in _ROUNDS), "MB sent"]
     rows = []
     for one in results:
@@ -112,7 +112,7 @@ def _rounds(results: Sequence[Mapping[str, Any]]) -> str:
         for name in strategies(one):
             cells = [percent(by_round(one, name, "accuracy", number)) for number in _ROUNDS]
             rows.append([where, _name(name), *cells, _sent(one, name)])
-        for label, accuracies, losses in baseline_rows(one):
+        for label, accuracies, losses in baseline_rows(one) if baselines else ():
             work = 1 if settings["start"] == "apart" else settings["rounds"]
             cells = [percent(accuracies) if number == work else "" for number in _ROUNDS]
             rows.append([where, f"{label} (loss {plain(losses)})", *cells, ""])
@@ -210,6 +210,7 @@ _KINDS: dict[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "calibration-errors": _calibration_errors,
     "similarity": _similarity,
     "rounds": _rounds,
+    "strategies": lambda results: _rounds(results, baselines=False),
     "attendance": _attendance,
     "ends": _ends,
     "federated": _federated,

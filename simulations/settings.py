@@ -8,7 +8,7 @@ from typing import Any
 
 from fedrebasin.errors import UsageError
 from fedrebasin.simulations.commands import MOST_SEED
-from fedrebasin.simulations.competitors import COMMON_START, check_words, parse_strategies
+from fedrebasin.simulations.competitors import COMMON_START, check_words, parse_strategies, rounds_of
 from fedrebasin.simulations.data import CATALOGUE
 from fedrebasin.simulations.models import DEFAULT_WIDTHS
 from fedrebasin.simulations.partition import parse_partition
@@ -152,6 +152,9 @@ def resolve(settings: Settings) -> Settings:
     parse_partition(settings.partition)
     parse_seeds(settings.seeds)
     strategies = parse_strategies(settings.strategies)
+    for name in strategies:
+        if max(rounds_of(name) or [0]) > settings.rounds:
+            raise UsageError(f"--strategies: expected rounds up to the last, {settings.rounds}; got {name!r}")
     check_words(settings.reference, settings.matching, settings.correction, settings.select, strategies)
     chosen = settings.model or model
     return replace(

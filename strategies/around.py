@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ class Around(Strategy):
     def summary(self) -> None:
         """Log the settings, then the inner strategy's."""
         log(INFO, "\t├──> Rebasin settings:")
-        for name in ("reference", "matching", "correction", "select"):
+        for name in ("reference", "matching", "correction", "correction_rounds", "select"):
             log(INFO, "\t│\t├── %s: %s", name, getattr(self, name))
         log(INFO, "\t│\t├── spec: %d perms, log10_order %.0f", len(self.spec.perm_shapes), self.spec.log10_order)
         log(INFO, "\t│\t├── seed: %s", self.seed)
@@ -98,6 +98,9 @@ class Around(Strategy):
         self._widths.forget()
         if self.reference != "global":
             tell_passed_by(self.strategy)
+        late = [number for number in self._finish.rounds or () if number > num_rounds]
+        if late:
+            log(WARNING, "rebasin: correction_rounds: %s: the run ends after round %d", sorted(late), num_rounds)
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         with hold_folder(self.checkpoint_dir):
             if self._finish.queries is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class FedRebasin(Rebasin):
         reference: str = "auto",
         matching: str = "weight",
         correction: Correction = "default",
+        correction_rounds: Collection[int] | None = None,
         federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
@@ -125,6 +126,7 @@ class FedRebasin(Rebasin):
             reference=reference,
             matching=matching,
             correction=correction,
+            correction_rounds=correction_rounds,
             federated=federated,
             select=select,
             loss=loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from logging import WARNING
 from typing import Any
@@ -36,12 +36,24 @@ class Finish:
     selector : Selector, optional
     queries : Queries, optional
         Where nodes are asked: for a federated correction, or to choose.
+    rounds : collection of int, optional
+        Those that end with it; in all others the aggregate stays as it is.
     """
 
     correction: Correction
     calibration: Any = None
     selector: Selector | ClientSelector | None = None
     queries: Queries | None = None
+    rounds: Collection[int] | None = None
+
+    def of_round(self, server_round: int) -> Finish:
+        """What a round ends with.
+
+        >>> finish = Finish("repair", rounds=[1])
+        >>> finish.of_round(1).correction, finish.of_round(2).correction
+        ('repair', None)
+        """
+        return self if self.rounds is None or server_round in self.rounds else Finish(None)
 
     @property
     def single(self) -> str | None:
@@ -97,7 +109,7 @@ def build_finish(
     --------
     >>> nothing = dict(federated=None, loss=None, inputs=1, example_inputs=None, guarded=False, seed=0, device=None)
     >>> build_finish("default", None, nn.Linear(2, 1), None, **nothing)
-    Finish(correction=None, calibration=None, selector=None, queries=None)
+    Finish(correction=None, calibration=None, selector=None, queries=None, rounds=None)
     """
     default = correction == "default"
     if default:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral
 
 from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS
@@ -59,6 +60,29 @@ def check_options(reference: str, matching: str, correction: Correction, *, sele
         if not isinstance(correction, str | None):
             names_of(correction, several=select is not None, known=[*CORRECTIONS, *FEDERATED])
     check_joint(matching, reference)
+
+
+def check_rounds(rounds: Collection[int] | None, correction: Correction, select: str | None) -> frozenset[int] | None:
+    """The rounds that end with a correction, each once.
+
+    Examples
+    --------
+    >>> check_rounds([1, 5, 5], "repair", None) == {1, 5}
+    True
+    >>> check_rounds(3, "repair", None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    fedrebasin.errors.UsageError: correction_rounds: expected a collection of round numbers from 1, as [1], ...; got 3
+    """
+    if rounds is None:
+        return None
+    if not (isinstance(rounds, Collection) and rounds and all(isinstance(one, Integral) and one > 0 for one in rounds)):
+        raise UsageError(
+            f"correction_rounds: expected a collection of round numbers from 1, as [1], or None for all; got {rounds!r}"
+        )
+    if correction is None and select is None:
+        raise UsageError(f"correction_rounds={rounds!r}: nothing is corrected; give correction= or select=, too")
+    return frozenset(map(int, rounds))
 
 
 def check_guarded(guard: str, reference: str, correction: Correction, select: str | None = None) -> None:

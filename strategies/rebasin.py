@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fedrebasin.strategies.finish import build_finish
 from fedrebasin.strategies.inner import chain, check_strategy, guarded_by
 from fedrebasin.strategies.matcher import build_matcher, uses_loss
 from fedrebasin.strategies.network import Model, build_network, find_device
-from fedrebasin.strategies.options import Correction, check_guarded, check_options
+from fedrebasin.strategies.options import Correction, check_guarded, check_options, check_rounds
 from fedrebasin.strategies.part import Trunk, check_home, check_part
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.rounds import Rounds
@@ -58,6 +59,9 @@ class Rebasin(Rounds):
         ``None`` too where the model has no layer that repair can correct.
         A name of ``FEDERATED`` asks the clients, which register ``answer_queries``, about their own data instead.
         Several names with ``select``.
+    correction_rounds : collection of int, optional
+        Numbers, from 1, of the rounds that end with the correction, or the selection; by default all do. From a common
+        start a correction in the first round, or in the last, can be worth more than in every one.
     federated : FederatedOptions, optional
         How a federated correction works.
     select : {None, "calibration", "clients"}
@@ -137,6 +141,7 @@ class Rebasin(Rounds):
         reference: str = "auto",
         matching: str = "weight",
         correction: Correction = "default",
+        correction_rounds: Collection[int] | None = None,
         federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
@@ -172,6 +177,8 @@ class Rebasin(Rounds):
             seed=seed,
             device=self.device,
         )
+        rounds = check_rounds(correction_rounds, self._finish.correction, select)
+        self._finish = replace(self._finish, rounds=rounds)
         calibration = self._finish.calibration
         if select == "calibration" and not uses_loss(matching, reference):  # it is the selection's alone
             loss = None
@@ -197,6 +204,7 @@ class Rebasin(Rounds):
         self.reference = reference
         self.matching = matching
         self.correction = self._finish.correction
+        self.correction_rounds = None if rounds is None else sorted(rounds)
         self.select = select
         self.seed = seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)

@@ -48,7 +48,6 @@ class Rounds(Around):
     calibration: Any
     example_inputs: Any
     reference: str
-    select: str | None
     home: str
     arrayrecord_key: str
     guard: str
@@ -87,8 +86,9 @@ class Rounds(Around):
         self._beside.attach(messages)
         self._widths.attach(messages, self.arrayrecord_key)
         self._messages = messages
-        if self._finish.queries is not None:
-            self._finish.queries.prepare(server_round, grid, messages, self._timeout)
+        queries = self._finish.of_round(server_round).queries
+        if queries is not None:
+            queries.prepare(server_round, grid, messages, self._timeout)
         return messages
 
     def configure_evaluate(
@@ -115,10 +115,10 @@ class Rounds(Around):
         anew = alignment.apart and alignment.moves
         outside = anew and not ignores_examples(self.strategy)  # a median steps from no model
         trained = names_of_weights(self.spec, sent)
-        plain = []
-        if self.select is not None:
+        finish, plain = self._finish.of_round(server_round), []
+        if finish.selector is not None:
             plain = plain_replies(screened.replies, stepping, moves=alignment.moves, outside=outside)
-        keep_ends = outside or self._finish.keeps_ends
+        keep_ends = outside or finish.keeps_ends
         aligned = rewrite_replies(self.spec, alignment.perms, screened.replies, trained, keep_ends=keep_ends)
         coefficients = shares(screened.replies)
         seconds = time.perf_counter() - started
@@ -133,12 +133,12 @@ class Rounds(Around):
             log(WARNING, "rebasin: the aggregate of round %d %s; the model stays", server_round, wrong)
             return None, metrics
         finished = Round(model, plain, aligned.ends, screened.replies)
-        corrected, figures = self._finish.run(self._setting(coefficients), finished)
+        corrected, figures = finish.run(self._setting(coefficients), finished)
         if anew or corrected is not None:
             model = model if corrected is None else corrected
             adopt_model(self.strategy, model, trained, anew=anew)
         perms = alignment.perms
-        if self._finish.took_plain(figures):
+        if finish.took_plain(figures):
             perms = [identity_perms(self.spec)] * len(perms)
         self._beside.settle(self.spec, perms, screened.replies, coefficients, anew=anew)
         metrics = MetricRecord() if metrics is None else metrics

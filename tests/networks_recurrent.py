@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_version import TORCH
 
 STEPS = (torch.zeros(2, 7, 5),)
 # torch 2.9 exports an LSTM's last states with one axis too many, and one that reads them keeps its units fixed
-LAST_STATES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+LAST_STATES = TORCH >= (2, 10)
 LSTM = {"batch_first": True}
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_version import TORCH
 
 from fedrebasin import InvalidSpecError, PermutationSpec, TraceError, check_spec, trace
 
 X = (torch.linspace(-1, 1, 20).view(5, 4),)
 Step = Callable[["Net", Tensor], Tensor]
-numbers = pytest.mark.skipif(torch.__version__ < "2.14", reason="torch takes wrong numbers out of tensors")
+numbers = pytest.mark.skipif(TORCH < (2, 14), reason="torch takes wrong numbers out of tensors")
 
 
 class Net(nn.Module):

@@ -84,6 +84,24 @@ SAME: dict[str, Callable[[Net, Tensor], Any]] = {
         logits.sum(-1) + (logits * torch.empty(6, 1).bernoulli_(0.3) / 0.3 if net.training else logits).sum(-1)
     ),
     "nothing": lambda _, logits: logits.sum(-1),
+    "noise": lambda net, logits: (logits + torch.randn_like(logits) if net.training else logits).sum(-1),
+    "noise about one": lambda net, logits: (
+        logits * torch.empty_like(logits).uniform_(0.9, 1.1) if net.training else logits
+    ).sum(-1),
+    "noise of a distribution": lambda net, logits: (
+        torch.distributions.Normal(logits, torch.ones_like(logits), validate_args=False).rsample()
+        if net.training
+        else logits
+    ).sum(-1),
+    "noise in place": lambda net, logits: (
+        logits + torch.empty_like(logits).normal_(0, 0.1) + torch.empty(5).normal_() if net.training else logits
+    ).sum(-1),
+    "uniform noise": lambda net, logits: (
+        logits + torch.rand(6, 5) - torch.empty(5).uniform_() if net.training else logits
+    ).sum(-1),
+    "layers left out": lambda net, logits: (
+        logits if net.training and torch.rand([]) < 0.2 else logits + logits.sin()
+    ).sum(-1),
 }
 
 
@@ -93,6 +111,36 @@ def test_dropping_alone_is_no_difference_and_costs_no_graph(give: Callable[[Net,
     assert not differs_in_training(net, X, {})
     spec = check_spec(net, trace(net, X), X)
     assert spec.perm_shapes == {"trunk": (8,), "head": (5,)} and not spec.training
+
+
+class BatchNormAct(nn.BatchNorm1d):
+    """With its activation, and a forward pass of its own, as in timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, 0.1, self.eps).relu()
+
+
+class OwnDropPath(nn.Module):
+    """Stochastic depth as in transformers: by rounding, and what is kept is larger."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 0.9 * (0.9 + torch.rand(len(x), 1)).floor() if self.training else x
+
+
+@pytest.mark.parametrize("layer", [BatchNormAct(8), OwnDropPath()])
+def test_layers_that_mix_or_drop_as_usual_are_no_difference(layer: nn.Module) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 5))
+    assert not differs_in_training(net, X, {})
+    spec = check_spec(net, trace(net, X), X)
+    assert spec.perm_shapes == {"0": (8,)} and not spec.training
+
+
+def test_a_network_that_has_dropout_in_its_name_may_give_something_else() -> None:
+    class NetWithDropout(Net):
+        pass
+
+    assert differs_in_training(NetWithDropout(GIVES["energy"]), X, {})
 
 
 def test_a_training_mode_that_cannot_be_exported_is_noted_and_one_that_wants_other_inputs_is_not() -> None:

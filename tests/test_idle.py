@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch_version import sets_attributes
 
 from fedrebasin import check_spec, trace
+from fedrebasin.idle import drop_idle
 from fedrebasin.layout import Free
+from fedrebasin.rules import op_name
 
 X = (torch.randn(3, 4),)
 ORDER = torch.tensor([3, 0, 5, 1, 2, 4])
@@ -160,6 +163,7 @@ class Beside(nn.Module):
         return found
 
 
+@sets_attributes
 @pytest.mark.filterwarnings("ignore:The tensor attribute self.loss was assigned")
 def test_a_layer_that_only_a_kept_loss_reads_moves_with_the_units_that_it_reads() -> None:
     spec = trace(Beside(), X, strict=True)
@@ -191,3 +195,38 @@ class Counted(nn.Module):
 def test_running_statistics_of_an_output_that_nothing_uses_are_tied() -> None:
     net = Counted()
     assert list(check_spec(net, trace(net, X, strict=True), X).perm_shapes.values()) == [(6,)]
+
+
+class ByAutocast(nn.Module):
+    """As vit-pytorch's RvT: what only lends its type goes into a module of its own that turns autocast off."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scales", torch.linspace(1.0, 5.0, 8))
+
+        @torch.autocast("cuda", enabled=False)
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.linspace(-1.0, 1.0, x.shape[1]).unsqueeze(-1)
+            return (steps * self.scales.to(x)).sin()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.steps, self.out = nn.Linear(4, 8), self.Steps(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([x[:, :1], x], 1)
+        found: Tensor = self.out(self.into(h)[:, 1:] * self.steps(h[:, 1:]).sum(-1, keepdim=True))
+        return found
+
+
+def test_an_idle_node_that_its_giver_does_not_know_of_goes() -> None:
+    inputs = (torch.randn(2, 5, 4),)
+    program = torch.export.export(ByAutocast(), inputs, strict=False)
+    (giver,) = [node for node in program.graph.nodes if op_name(node) == "cat"]
+    idle = next(node for node in program.graph.nodes if op_name(node) == "slice" and giver in node.all_input_nodes)
+    giver.users.pop(idle, None)
+    drop_idle(program)
+    assert idle not in program.graph.nodes
+    net = ByAutocast()
+    assert check_spec(net, trace(net, inputs, strict=True), inputs).perm_shapes == {"into": (8,)}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from networks_recurrent import LAST_STATES
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
+from torch_version import sets_attributes
 
 from fedrebasin import InvalidSpecError, TraceError, check_spec, merge_modules, trace
 from fedrebasin.layout import Fixed
@@ -108,7 +108,7 @@ def test_a_tensor_without_entries_is_no_obstacle() -> None:
     assert check_spec(net, trace(net, X), X).perm_shapes["0"] == (8,)
 
 
-@pytest.mark.skipif(not LAST_STATES, reason="torch 2.9 does not export a model that keeps tensors")
+@sets_attributes
 def test_what_a_first_call_keeps_in_the_model_is_put_back() -> None:
     class Keeps(Net):
         def __init__(self) -> None:

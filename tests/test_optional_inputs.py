@@ -1,4 +1,4 @@
-"""Where the example inputs have optional ones, calibration batches are read with them, too."""
+"""Where the example inputs have optional ones, calibration batches are read with them, too; some cannot be left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flower_messages import play_round, trained_copy
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from fedrebasin import merge_modules
+from fedrebasin import TraceError, merge_modules, trace
 from fedrebasin.corrections.methods import CORRECTIONS
 from fedrebasin.strategies import Rebasin
 
@@ -70,3 +70,26 @@ def test_a_strategy_reads_them(form: str) -> None:
     (found, _), (average, _) = play_round(strategy, sent, states), play_round(plain, sent, states)
     assert found is not None and average is not None
     assert found["first.weight"].data != average["first.weight"].data  # a correction that fails leaves the average
+
+
+class MakesMask(nn.Module):
+    """Makes a mask where none is given, but not while it is exported, as some of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Shape ``(batch, steps, 4)`` to ``(batch, steps, 3)``."""
+        if mask is None and not torch.compiler.is_compiling():
+            mask = x.new_ones(x.shape[:2])
+        found: Tensor = self.out(self.into(x).tanh() * mask[:, :, None])  # type: ignore[index]  # what fails
+        return found
+
+
+def test_a_mask_that_a_model_does_not_make_while_it_is_exported_is_asked_for() -> None:
+    net, x = MakesMask(), torch.randn(2, 5, 4)
+    net(x)
+    with pytest.raises(TraceError, match=r"runs, give it what it makes itself .* \(an attention_mask of ones\)"):
+        trace(net, (x,))
+    assert trace(net, (x, torch.rand(2, 5))).perm_shapes == {"into": (8,)}

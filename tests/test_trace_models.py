@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch_version import sets_attributes
 
 from fedrebasin import TraceError, UnsupportedOpError, check_spec, permute, random_perms, trace
 from fedrebasin.layout import Fixed, leaves
@@ -196,6 +197,7 @@ class Frozen(dict[str, int]):
         raise AttributeError("frozen")
 
 
+@sets_attributes
 def test_what_a_forward_pass_leaves_in_attributes_is_put_back_and_a_frozen_one_is_left_alone() -> None:
     class Noted(nn.Module):
         def __init__(self) -> None:
