@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
-from fedrebasin.batches import tensors
+from fedrebasin.batches import copied, tensors
 from fedrebasin.modules import deep_copy, mode_of, without_cache
 
 #: How libraries name layers that drop units, or a block of residuals, and divide by the share that is kept.
@@ -94,7 +94,7 @@ def _as_usual(module: nn.Module) -> bool:
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+    args, kwargs = copied((args, kwargs), device)
     with _Means(), torch.random.fork_rng(devices=[]):  # type: ignore[no-untyped-call]  # torch has no types for modes
         torch.manual_seed(0)
         found = model(*args, **kwargs)

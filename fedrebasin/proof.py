@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedrebasin.batches import split_inputs, tensors
+from fedrebasin.batches import copied, split_inputs, tensors
 from fedrebasin.by_mode import NothingDropped
 from fedrebasin.errors import InvalidSpecError, first_line
 from fedrebasin.modules import deep_copy, mode_of, unwrapped, without_cache
@@ -143,7 +143,7 @@ class Proof:
     def _call(self, state: dict[str, Tensor], inputs: tuple[Any, Any], *, training: bool) -> list[Tensor]:
         torch.manual_seed(0)  # a model that draws numbers draws the same ones each time
         with mode_of(self.model, training=training), without_cache(self.model):
-            return tensors(functional_call(self.model, state, *inputs, tie_weights=False))
+            return tensors(functional_call(self.model, state, *copied(inputs), tie_weights=False))
 
     def change(self, perms: Perms) -> float:
         """The largest relative change of any output, or buffer that training writes, under these permutations."""

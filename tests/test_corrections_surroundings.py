@@ -12,7 +12,15 @@ from corrections_ends import State, draw, random_ends
 from torch import Tensor, nn
 
 import fedrebasin
-from fedrebasin import RebasinError, activation_matching, merge, select_candidate, split_calibration, trace
+from fedrebasin import (
+    RebasinError,
+    activation_matching,
+    merge,
+    merge_modules,
+    select_candidate,
+    split_calibration,
+    trace,
+)
 from fedrebasin.corrections.federated import FEDERATED, correct_federated
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
 from fedrebasin.corrections.queries import Case
@@ -66,6 +74,14 @@ def test_a_network_that_writes_into_its_inputs_is_corrected_like_one_that_does_n
     given = [batch.clone() for batch in data]
     assert same(corrected(name, nets[0], ends, given), corrected(name, nets[1], ends, data))
     assert all(torch.equal(one, other) for one, other in zip(given, data, strict=True))
+
+
+def test_a_network_that_writes_into_its_inputs_is_proved_and_merged() -> None:
+    nets, data = [Normalising(in_place=True) for _ in range(2)], [draw(120, 5).float()]
+    example = data[0][:4].clone()
+    given = example.clone()
+    merged = merge_modules(nets, (given,), calibration=data)
+    assert torch.equal(given, example) and merged(given.clone()).shape == (4, 3)
 
 
 @pytest.mark.parametrize("what", ["matching", "similarity"])

@@ -77,3 +77,21 @@ def test_what_does_not_fit_is_refused() -> None:
         regmean(net, state, [state], data, grams=[{}])
     with pytest.raises(CalibrationError, match=r"'0\.weight' hold a NaN or an infinity"):
         regmean(net, state, [state], [torch.full((50, 4), torch.nan, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("factor", [0.0, torch.nan, torch.inf])
+def test_grams_of_no_sample_or_that_are_not_finite_are_refused_by_the_place_of_their_end(factor: float) -> None:
+    net, data = deep(), [draw(120, 4)]
+    state = net.state_dict()
+    grams = input_grams(net, state, data)
+    wrong = {name: gram * factor for name, gram in grams.items()}
+    with pytest.raises(RebasinError, match=r"grams\[1\]: expected finite sums of one sample or more for '0.weight'"):
+        regmean(net, state, [state, state], data, grams=[grams, wrong])
+
+
+def test_an_end_with_a_nan_in_its_last_layer_is_refused_by_its_place() -> None:
+    net, data = deep(), [draw(120, 4)]
+    state = net.state_dict()
+    last = next(name for name in reversed(state) if name.endswith("weight"))
+    with pytest.raises(RebasinError, match=rf"ends\[1\]: '{last}', its bias or its BatchNorm holds a NaN"):
+        regmean(net, state, [state, {**state, last: state[last] * torch.nan}], data)

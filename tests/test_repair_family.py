@@ -11,7 +11,7 @@ from corrections_ends import State, check_keeps_form, random_ends, run
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from fedrebasin import RebasinError, bias_normalisation, closed_form, merge, repair, rescale, reshift
+from fedrebasin import RebasinError, SpecMismatchError, bias_normalisation, closed_form, merge, repair, rescale, reshift
 from fedrebasin.batches import Batches
 from fedrebasin.corrections.sites import find_sites
 from fedrebasin.simulations.models import build_model
@@ -226,3 +226,13 @@ def test_bias_normalisation_of_a_network_with_a_norm_is_refused() -> None:
     net = NETS["layernorm"]()
     with pytest.raises(RebasinError, match="for networks without norms; this one calls layer_norm; use repair"):
         bias_normalisation(net, net.state_dict(), [net.state_dict()], BATCHES[0])
+
+
+def test_bias_normalisation_refuses_ends_of_another_architecture() -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    state = net.state_dict()
+    for other in ({**state, "0.bias": torch.zeros(9)}, {name: x for name, x in state.items() if name != "0.bias"}):
+        with pytest.raises(
+            SpecMismatchError, match=r"net: expected a module of the state dict's architecture; .*0\.bias"
+        ):
+            bias_normalisation(net, state, [state, other], torch.zeros(1, 2))

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fedrebasin.batches import copied, split_inputs
 from fedrebasin.coefficients import check_coefficients, wide_type
 from fedrebasin.corrections.watch import watch
-from fedrebasin.corrections.working import extract, working_copy
+from fedrebasin.corrections.working import extract, load, working_copy
 from fedrebasin.errors import RebasinError
 
 LOGGER = logging.getLogger("fedrebasin")
@@ -55,7 +55,7 @@ def bias_normalisation(
     Raises
     ------
     RebasinError
-        If coefficients do not fit, or if the network has a norm, which undoes any scale.
+        If coefficients or ends do not fit, or if the network has a norm, which undoes any scale.
 
     References
     ----------
@@ -72,6 +72,8 @@ def bias_normalisation(
     weights = check_coefficients(coefficients, len(ends))
     used = [(end, weight) for end, weight in zip(ends, weights, strict=True) if weight]
     model = working_copy(net, merged, device)
+    for state in (*(end for end, _ in used), merged):  # refuses an end of another architecture
+        load(model, state)
     where = next(iter(model.state_dict().values())).device
     args, kwargs = copied(split_inputs(example_inputs), where)
     with torch.no_grad(), _NoNorm():

@@ -65,7 +65,7 @@ def regmean(
     CalibrationError
         If the data is empty, can be read only once, or activations are not finite.
     RebasinError
-        If coefficients, ``grams`` or ``off_diagonal`` do not fit, or no layer can be solved.
+        If coefficients, ``grams`` or ``off_diagonal`` do not fit, an end is not finite, or no layer can be solved.
 
     Warns
     -----
@@ -102,6 +102,11 @@ def regmean(
         for layer in layers:
             map_ = read_map(one, layer)
             own = torch.cat([map_.matrix, map_.shift.unsqueeze(1)], 1)
+            if not bool(own.isfinite().all()):
+                raise RebasinError(
+                    f"ends[{place}]: {layer.weight!r}, its bias or its BatchNorm holds a NaN or an infinity; leave "
+                    "this end out"
+                )
             gram = _gram_of(found, layer, own.shape[1], place).to(own.device)
             key, count = layer.weight, float(gram[-1, -1])
             samples[key] = count if grams is None else samples.get(key, 0.0) + count
@@ -202,6 +207,11 @@ def _gram_of(found: Mapping[str, Tensor], layer: Layer, size: int, place: int) -
         came = "none" if gram is None else f"one of {tuple(gram.shape)}"
         raise RebasinError(
             f"grams[{place}]: expected a matrix of {(size, size)} for {layer.weight!r}; got {came}; use input_grams"
+        )
+    if not bool(gram.isfinite().all()) or not float(gram[-1, -1]) > 0:
+        raise RebasinError(
+            f"grams[{place}]: expected finite sums of one sample or more for {layer.weight!r}; got others; leave this "
+            "end out, or check its inputs"
         )
     return gram.double()
 
