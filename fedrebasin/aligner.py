@@ -157,7 +157,7 @@ class PermutationAligner:
             raise SpecMismatchError(
                 f"permutations: expected some of {', '.join(map(repr, spec.perm_shapes))}; got {unknown!r}"
             )
-        stay = {name: torch.arange(shape[-1]).expand(shape) for name, shape in spec.perm_shapes.items()}
+        stay = {name: torch.arange(shape[-1], device="cpu").expand(shape) for name, shape in spec.perm_shapes.items()}
         perms = {**stay, **_tensors(permutations)}
         return _like(weights, permute(spec, perms, _tensors(weights)))
 
@@ -209,7 +209,7 @@ def _tensor(array: Any) -> Tensor:
     """Of an array that torch would not take as it is (read-only, reversed, of the other byte order), a copy."""
     if isinstance(array, np.ndarray):
         array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
-    return torch.as_tensor(array).detach()
+    return (array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")).detach()
 
 
 def _like(arrays: Arrays, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

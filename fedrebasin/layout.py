@@ -144,12 +144,12 @@ def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str,
     match layout:
         case Free():
             mine = layout.perm == name and (row is None or at.get(layout.over) == row)
-            return torch.arange(layout.size) if mine else torch.full((layout.size,), -1)
+            return _indices(layout.size, mine)
         case Fixed():
-            return torch.arange(layout.size) if layout.name == name else torch.full((layout.size,), -1)
+            return _indices(layout.size, layout.name == name)
         case Each():
             if layout.over == name:  # what depends on a leaf does not hold it
-                return torch.full((layout.size,), -1)
+                return _indices(layout.size, False)
             return units(layout.parts[at[layout.over]], name, row=row, at=at)
         case Sum():
             return torch.cat([units(part, name, row=row, at=at) for part in layout.parts])
@@ -158,11 +158,15 @@ def units(layout: Layout, name: str, *, row: int | None = None, at: Mapping[str,
             if outer is not None:
                 return per_index(layout, outer, at, lambda inside: units(layout, name, row=row, at=inside))
             shape = [factor.size for factor in layout.factors]
-            found = torch.full(shape, -1)
+            found = torch.full(shape, -1, device="cpu")
             for dim, factor in enumerate(layout.factors):
                 own = units(factor, name, row=row, at=at).view([-1 if d == dim else 1 for d in range(len(shape))])
                 found = torch.where(own >= 0, own, found)
             return found.flatten()
+
+
+def _indices(size: int, mine: bool) -> Tensor:
+    return torch.arange(size, device="cpu") if mine else torch.full((size,), -1, device="cpu")
 
 
 def axis_mask(layout: Layout, present: Mapping[str, Tensor]) -> Tensor:
@@ -173,12 +177,12 @@ def axis_mask(layout: Layout, present: Mapping[str, Tensor]) -> Tensor:
         case Sum(parts=parts):
             return torch.cat([axis_mask(part, present) for part in parts])
         case Product(factors=factors):
-            mask = torch.ones(1, dtype=torch.bool)
+            mask = torch.ones(1, dtype=torch.bool, device="cpu")
             for factor in factors:
                 mask = (mask.unsqueeze(1) & axis_mask(factor, present)).flatten()
             return mask
         case _:
-            return torch.ones(layout.size, dtype=torch.bool)
+            return torch.ones(layout.size, dtype=torch.bool, device="cpu")
 
 
 def unknown_outers(layout: Layout, at: Mapping[str, int], *, sought: str = "") -> Iterator[str]:
@@ -232,7 +236,7 @@ def _own_names(layout: Product) -> set[str]:
 def per_index(layout: Layout, outer: str, at: Mapping[str, int], of: Callable[[dict[str, int]], Tensor]) -> Tensor:
     """Put together, along one axis, what ``of`` says for each index of its own leaf ``outer``."""
     where = units(layout, outer, at={**at, outer: 0})
-    found = torch.arange(layout.size)
+    found = torch.arange(layout.size, device="cpu")
     for index in range(int(where.max()) + 1):
         found = torch.where(where == index, of({**at, outer: index}), found)
     return found

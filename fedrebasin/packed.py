@@ -49,14 +49,14 @@ def packed_as_padded() -> Iterator[None]:
 def _pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     del lengths
     x = x.transpose(0, 1) if batch_first else x
-    return x.reshape(-1, *x.shape[2:]), torch.full((x.shape[0],), x.shape[1])
+    return x.reshape(-1, *x.shape[2:]), torch.full((x.shape[0],), x.shape[1], device="cpu")
 
 
 def _pad(data: Tensor, sizes: Tensor, batch_first: bool, value: float, total: int) -> tuple[Tensor, Tensor]:
     x = _steps(data, sizes)
     if total > len(sizes):
         x = torch.cat([x, x.new_full((total - len(sizes), *x.shape[1:]), value)])
-    return x.transpose(0, 1) if batch_first else x, torch.full((x.shape[1],), len(sizes))
+    return x.transpose(0, 1) if batch_first else x, torch.full((x.shape[1],), len(sizes), device="cpu")
 
 
 def _steps(data: Tensor, sizes: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ def identity_perms(spec: PermutationSpec) -> Perms:
     >>> identity_perms(spec)
     {'0': tensor([0, 1, 2])}
     """
-    return {perm: torch.arange(shape[-1]).expand(shape).clone() for perm, shape in spec.perm_shapes.items()}
+    shapes = spec.perm_shapes
+    return {perm: torch.arange(shape[-1], device="cpu").expand(shape).clone() for perm, shape in shapes.items()}
 
 
 def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perms:
@@ -61,7 +62,8 @@ def random_perms(spec: PermutationSpec, seed: int | torch.Generator = 0) -> Perm
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         rows = shape[0] if len(shape) == 2 else 1
-        return torch.stack([torch.randperm(shape[-1], generator=generator) for _ in range(rows)]).view(shape)
+        drawn = [torch.randperm(shape[-1], generator=generator, device="cpu") for _ in range(rows)]
+        return torch.stack(drawn).view(shape)
 
     return {perm: draw(shape) for perm, shape in spec.perm_shapes.items()}
 
@@ -156,7 +158,7 @@ def moved_fraction(perms: Mapping[str, Tensor]) -> float:
     >>> moved_fraction({"a": torch.tensor([1, 0, 2, 3])})
     0.5
     """
-    moved = sum(int((perm.cpu() != torch.arange(perm.shape[-1])).sum()) for perm in perms.values())
+    moved = sum(int((perm.cpu() != torch.arange(perm.shape[-1], device="cpu")).sum()) for perm in perms.values())
     return moved / max(1, sum(perm.numel() for perm in perms.values()))
 
 
@@ -178,7 +180,7 @@ def check_perms(spec: PermutationSpec, perms: Mapping[str, Tensor]) -> None:
         if not isinstance(perm, Tensor) or perm.dtype != torch.int64 or tuple(perm.shape) != shape:
             got = f"{perm.dtype} of shape {tuple(perm.shape)}" if isinstance(perm, Tensor) else type(perm).__name__
             raise SpecMismatchError(f"perms: expected {name!r} as int64 of shape {shape}; got {got}")
-        if not bool((perm.sort(dim=-1).values.cpu() == torch.arange(shape[-1])).all()):
+        if not bool((perm.sort(dim=-1).values.cpu() == torch.arange(shape[-1], device="cpu")).all()):
             raise SpecMismatchError(
                 f"perms: {name!r} is not a permutation: each of 0..{shape[-1] - 1} must be there once"
             )

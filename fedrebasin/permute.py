@@ -117,7 +117,7 @@ def regions(
         yield at, places
         return
     outer, other = found
-    where = places.get(other, torch.arange(layouts[other].size))
+    where = places.get(other, torch.arange(layouts[other].size, device="cpu"))
     rows = units(layouts[other], outer, at=at)[where]
     for index in range(int(rows.max()) + 1):
         yield from regions(layouts, dim, {**at, outer: index}, {**places, other: where[rows == index]})
@@ -151,10 +151,10 @@ def source(layout: Layout, perms: Mapping[str, Tensor], at: Mapping[str, int]) -
         case Free():
             perm = perms.get(layout.perm)
             if perm is None:
-                return torch.arange(layout.size)
+                return torch.arange(layout.size, device="cpu")
             return (perm[at[layout.over]] if layout.over else perm).cpu()
         case Fixed():
-            return torch.arange(layout.size)
+            return torch.arange(layout.size, device="cpu")
         case Each():
             return source(layout.parts[at[layout.over]], perms, at)
         case Sum():
@@ -165,7 +165,7 @@ def source(layout: Layout, perms: Mapping[str, Tensor], at: Mapping[str, int]) -
             outer = own_outer(layout, at)
             if outer is not None:
                 return per_index(layout, outer, at, lambda inside: source(layout, perms, inside))
-            index = torch.zeros(1, dtype=torch.int64)
+            index = torch.zeros(1, dtype=torch.int64, device="cpu")
             for factor in layout.factors:
                 index = (index.unsqueeze(1) * factor.size + source(factor, perms, at)).flatten()
             return index

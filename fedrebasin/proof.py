@@ -190,7 +190,7 @@ class Proof:
         return self._change({**self.state, **nudged}, self.written, self.outputs)
 
     def _nudged(self, tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
+        noise = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype, device="cpu")
         return tensor * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)
 
 

@@ -67,10 +67,11 @@ def redraw(
         elif name in tables or not _can_be_drawn(tensor, is_parameter=name in parameters):
             drawn[name] = tensor.clone()
         elif name not in parameters or tensor.ndim <= 1:
-            drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5
+            drawn[name] = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype, device="cpu") + 0.5
         else:
             fan_in = max(1, math.prod(tensor.shape[1:]))
-            drawn[name] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * (2 / fan_in) ** 0.5
+            normal = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device="cpu")
+            drawn[name] = normal * (2 / fan_in) ** 0.5
     return drawn
 
 
@@ -125,7 +126,7 @@ def redraw_inputs(value: Any, dtype: torch.dtype, generator: torch.Generator, ke
         given = tensor.detach().cpu().to(wide)
         if keep == "all":
             return given
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=wide)
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=wide, device="cpu")
         return drawn if keep == "none" or tensor.is_complex() else torch.where(given == given.round(), given, drawn)
 
     return tree_map_only(Tensor, draw, value)

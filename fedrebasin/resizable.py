@@ -98,7 +98,7 @@ def seen_unread(proof: Proof) -> tuple[str, ...]:
 
 def _unread(spec: PermutationSpec, perms: list[str], state: dict[str, Tensor], *, stirred: bool) -> dict[str, Tensor]:
     """A state in which one unit of each permutation is read by zeros, and what writes it as it is or stirred."""
-    others = {perm: torch.arange(spec.perm_shapes[perm][0]) > 0 for perm in perms}
+    others = {perm: torch.arange(spec.perm_shapes[perm][0], device="cpu") > 0 for perm in perms}
     result = {}
     for name, tensor in state.items():
         read, new = read_axis(spec, name), tensor

@@ -178,7 +178,7 @@ class _Contest:
     def __init__(self, model: nn.Module, yardstick: ByLoss | ByAgreement) -> None:
         self.model, self.yardstick = model, yardstick
         self._constants = {name: t.clone() for name, t in model.state_dict().items() if not bool(t.isfinite().all())}
-        self.name, self.values = "", torch.tensor([])
+        self.name, self.values = "", torch.tensor([], device="cpu")
         self.state: State = {}
         self.figures: dict[str, float] = {}
 

@@ -94,7 +94,7 @@ class StoredState(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         if entry.numel:
             with self._open() as file:
                 file.seek(entry.start)
@@ -128,7 +128,7 @@ class StoredState(Mapping[str, Tensor]):
     def chunks(self, name: str, size: int = 1 << 23) -> Iterator[Tensor]:
         """A tensor's entries in order, flat, in pieces of ``size`` bytes at most; a piece holds until the next one."""
         entry = self.entries[name]
-        buffer = torch.empty(min(size, entry.stop - entry.start), dtype=torch.uint8)
+        buffer = torch.empty(min(size, entry.stop - entry.start), dtype=torch.uint8, device="cpu")
         with self._open() as file:
             file.seek(entry.start)
             for start in range(entry.start, entry.stop, size):

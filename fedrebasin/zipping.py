@@ -137,7 +137,7 @@ def _maps(
             raise RebasinError(f"until: no layer shows the units of {perm!r}, which cannot be zipped; use merge_trunks")
         within, across, other = (block[perm, None].total for block in blocks)
         member = _groups(torch.cat([torch.cat([within, across], 1), torch.cat([across.T, other], 1)]), shape[0])
-        shares = member * torch.tensor(weights, dtype=torch.float64).repeat_interleave(shape[0])
+        shares = member * torch.tensor(weights, dtype=torch.float64, device="cpu").repeat_interleave(shape[0])
         alone = shares.sum(1, keepdim=True) <= 0  # a group of units of a model without weight
         shares = torch.where(alone, member, shares)
         shares /= shares.sum(1, keepdim=True)
@@ -157,7 +157,7 @@ def _groups(correlation: Tensor, count: int) -> Tensor:
     scale = torch.where(places > 0, places.rsqrt(), 0.0)
     scores, size = correlation.double() * scale.unsqueeze(1) * scale, len(correlation)
     scores.fill_diagonal_(-torch.inf)
-    member = torch.eye(size, dtype=torch.float64)
+    member = torch.eye(size, dtype=torch.float64, device="cpu")
     for _ in range(size - count):
         one, other = divmod(int(scores.argmax()), size)
         scores[one] = scores[:, one] = torch.minimum(scores[one], scores[other])

@@ -82,8 +82,9 @@ def measure_nearness(
         return [Nearness(math.inf, 1.0) for _ in replies]
     # a seed of 64 bits stays one
     perms = [random_perms(spec, (seed * DRAWS + draw) % 2**63) for draw in range(DRAWS)]
-    products = torch.zeros(len(replies), 1 + DRAWS, dtype=torch.float64)  # <R, M>, then <Q R, M> for each draw
-    entries = torch.zeros(len(replies), dtype=torch.float64)
+    shape = (len(replies), 1 + DRAWS)
+    products = torch.zeros(shape, dtype=torch.float64, device="cpu")  # <R, M>, then <Q R, M> for each draw
+    entries = torch.zeros(len(replies), dtype=torch.float64, device="cpu")
     for name in (name for name in spec.parameters if name in moved and sent[name].is_floating_point()):
         size = _root_mean_square(sent[name])
         own = sent[name].float() if size > 0 else sent[name]
@@ -94,7 +95,8 @@ def measure_nearness(
             for place, (tensor, scale) in enumerate(zip(tensors, scales, strict=True)):
                 if scale > 0:
                     products[place, draw] += float(torch.dot(relabelled, tensor)) / scale
-        entries += torch.tensor([float(own.numel()) if scale > 0 else 0.0 for scale in scales], dtype=torch.float64)
+        counts = [float(own.numel()) if scale > 0 else 0.0 for scale in scales]
+        entries += torch.tensor(counts, dtype=torch.float64, device="cpu")
     return [_judge(row, float(count)) for row, count in zip(products, entries, strict=True)]
 
 

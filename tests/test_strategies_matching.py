@@ -126,3 +126,24 @@ def test_the_command_lines_strategies_get_data_only_if_they_use_it(matching: str
     )
     assert strategy.matching == matching and strategy.correction is None
     assert (strategy.calibration is BATCHES) == METHODS[matching].inputs
+
+
+@pytest.mark.parametrize("surrounding", [lambda: torch.device("meta"), torch.inference_mode])
+@pytest.mark.parametrize("matching", METHODS)
+def test_neither_the_default_device_nor_inference_mode_changes_two_rounds(matching: str, surrounding: Any) -> None:
+    model, example = small_net(WIDTH, norm=False), torch.randn(4, 5)
+
+    def two_rounds() -> list[dict[str, Tensor]]:
+        strategy = strategy_with(matching, model=model, example_inputs=(example,), correction="least-squares")
+        found = [
+            play_round(strategy, fresh_state, replies, server_round=place) for place, replies in enumerate(came, 1)
+        ]
+        return [record_to_state(arrays) for arrays, _ in found if arrays is not None]
+
+    fresh_state, came = fresh().state_dict(), [trained("apart"), trained("near")]
+    expected = two_rounds()
+    with surrounding():
+        found = two_rounds()
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)

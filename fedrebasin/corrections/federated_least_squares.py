@@ -138,7 +138,7 @@ def measure(about: About, node: Node) -> Answer:
     if isinstance(step, Norm):
         moments = step_moments(runner, index, step, source, ClippedMoments.maker(node.privacy))
         moments = moments.release() if isinstance(moments, ClippedMoments) else moments
-        return {"count": torch.tensor(moments.count), "mean": moments.mean, "squares": moments.squares}
+        return {"count": torch.tensor(moments.count, device="cpu"), "mean": moments.mean, "squares": moments.squares}
     theirs = Runner(node.model(node.end), steps, Memory(0), keep=False)
     split, start = bool(about["split"]), read_map(ours, step)
     with warnings.catch_warnings():
@@ -154,10 +154,10 @@ def measure(about: About, node: Node) -> Answer:
     for part, sums in zip(("fit", "check"), found, strict=True):
         if part == "check" and not sums.count:
             continue
-        answer[f"{part}.count"], answer[f"{part}.gram"] = torch.tensor(sums.count), pack(sums.gram)
+        answer[f"{part}.count"], answer[f"{part}.gram"] = torch.tensor(sums.count, device="cpu"), pack(sums.gram)
         answer |= {f"{part}.cross": sums.cross, f"{part}.x": sums.x, f"{part}.e": sums.e}
         if sums.noise[0]:
-            answer[f"{part}.noise"] = torch.tensor(sums.noise, dtype=torch.float64)
+            answer[f"{part}.noise"] = torch.tensor(sums.noise, dtype=torch.float64, device="cpu")
     return answer
 
 
@@ -207,7 +207,7 @@ def _size(found: Equations) -> float:
 
 def _diagonal(size: int) -> Tensor:
     """Where the diagonal of a packed matrix lies."""
-    return torch.tensor([row * size - row * (row - 1) // 2 for row in range(size)])
+    return torch.tensor([row * size - row * (row - 1) // 2 for row in range(size)], device="cpu")
 
 
 def _moments_reader(size: int) -> Callable[[Answer], Moments]:

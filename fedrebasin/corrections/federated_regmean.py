@@ -110,7 +110,7 @@ def measure(about: About, node: Node) -> Answer:
         gram = found[name]
         answer |= {f"{name}.{part}": tensor for part, tensor in sketch(gram, rank_within(len(gram), limit)).items()}
         if noise[name][0]:
-            answer[f"{name}.noise"] = torch.tensor(noise[name], dtype=torch.float64)
+            answer[f"{name}.noise"] = torch.tensor(noise[name], dtype=torch.float64, device="cpu")
     return answer
 
 

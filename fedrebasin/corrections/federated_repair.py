@@ -133,7 +133,7 @@ def measure(about: About, node: Node) -> Answer:
             measured = {names[0]: site_moments(model, batches, sites[0], make)}
         for name, moments in measured.items():
             moments = moments.release() if isinstance(moments, ClippedMoments) else moments
-            found[f"{whose}.{name}.count"] = torch.tensor(moments.count)
+            found[f"{whose}.{name}.count"] = torch.tensor(moments.count, device="cpu")
             found[f"{whose}.{name}.mean"], found[f"{whose}.{name}.squares"] = moments.mean, moments.squares
     return found
 
@@ -177,7 +177,7 @@ def correct_site(
 
 def _average(parts: dict[int, Moments], shares: dict[int, float]) -> Moments:
     """Moments whose mean and standard deviation are the weighted means of those."""
-    mean, std = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    mean, std = torch.zeros((), dtype=torch.float64, device="cpu"), torch.zeros((), dtype=torch.float64, device="cpu")
     for place, moments in parts.items():
         mean = mean + shares[place] * moments.mean
         std = std + shares[place] * moments.std

@@ -84,7 +84,7 @@ def log_prior(node: Node, classes: int) -> Tensor:
     >>> log_prior(Node(torch.nn.Linear(1, 2), {}, {}, batches), 2)
     tensor([-0.2877, -1.3863], dtype=torch.float64)
     """
-    counts = torch.zeros(classes, dtype=torch.float64)
+    counts = torch.zeros(classes, dtype=torch.float64, device="cpu")
     shapes = set[int]()
     for _, _, target in node.data():
         if not isinstance(target, Tensor) or target.is_floating_point() or not target.numel():

@@ -29,8 +29,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self.squares = torch.zeros(0, dtype=torch.float64)
+        self.mean = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self.squares = torch.zeros(0, dtype=torch.float64, device="cpu")
 
     @classmethod
     def of(cls, count: int, mean: Tensor, squares: Tensor) -> Moments:

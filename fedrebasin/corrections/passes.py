@@ -66,7 +66,7 @@ class Runner:
         place = {step.key: index for index, step in enumerate(steps)}
         self._place = {tensor: place[name] for tensor, name in names_of_tensors(model).items() if name in place}
         self._device = torch.device("cpu")
-        self.last_input = torch.zeros(())
+        self.last_input = torch.zeros((), device="cpu")
         self._kept: dict[tuple[int, int], Tensor] = {}
         self._like: dict[tuple[int, int], Tensor] = {}
         self._hollow = True
@@ -177,7 +177,7 @@ class _Pass(TorchFunctionMode):
         self._runner, self._index, self._number, self._output, self._final = runner, index, number, output, final
         self._needed = runner.needed(index, number)
         self.seen: Tensor | None = None
-        self.seen_input = torch.zeros(())
+        self.seen_input = torch.zeros((), device="cpu")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, or what stands in for it; stop at the step."""

@@ -76,7 +76,7 @@ class ClippedEquations(NormalEquations):
         square = draw(self.gram)
         self.gram = self.gram + noise * (square + square.T) / math.sqrt(2)
         self.x = self.x + noise / t * draw(self.x)
-        weight = self.weight + math.sqrt(2) * noise / t**2 * float(draw(torch.zeros(())))
+        weight = self.weight + math.sqrt(2) * noise / t**2 * float(draw(torch.zeros((), device="cpu")))
         g = _g(m, len(self.e)) if goals else math.inf
         if goals:
             self.cross = self.cross + noise / g * draw(self.cross)

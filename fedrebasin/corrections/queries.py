@@ -171,7 +171,7 @@ class Node:
     @property
     def where(self) -> torch.device | str:
         """Where the network runs; the parts that were sent come on the CPU, wherever that is."""
-        return self.device or next(iter(self.net.state_dict().values()), torch.zeros(0)).device
+        return self.device or next(iter(self.net.state_dict().values()), torch.zeros(0, device="cpu")).device
 
 
 def drive(correction: Generator[Query, dict[int, Any], Result], ask: Callable[[Query], dict[int, Any]]) -> Result:

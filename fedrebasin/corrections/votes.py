@@ -91,7 +91,7 @@ def tally(names: Sequence[str], found: Sequence[Vote]) -> Votes:
     'aligned is kept; loss on 40 examples of 2 clients: plain 2.5, aligned 2'
     """
     losses = torch.stack([one.double() for _, one in found])
-    counts = torch.tensor([count for count, _ in found], dtype=torch.float64)
+    counts = torch.tensor([count for count, _ in found], dtype=torch.float64, device="cpu")
     finite = losses.isfinite()
     stays = 2 * finite.sum(0) >= len(found)
     votes = finite[:, stays].all(1)
@@ -120,12 +120,15 @@ def measure(about: About, node: Node) -> Answer:
         raise RebasinError("held_out: expected batches with targets; some have none")
     yardstick = ByLoss(batches, node.loss)
     losses = [mean_over_batches(yardstick(node.model(part)), yardstick.sizes) for part in parts]
-    return {"count": torch.tensor(sum(yardstick.sizes)), "losses": torch.tensor(losses, dtype=torch.float64)}
+    return {
+        "count": torch.tensor(sum(yardstick.sizes), device="cpu"),
+        "losses": torch.tensor(losses, dtype=torch.float64, device="cpu"),
+    }
 
 
 def _reader(candidates: int) -> Callable[[Answer], Vote]:
     def read(answer: Answer) -> Vote:
-        losses = answer.get("losses", torch.zeros(0))
+        losses = answer.get("losses", torch.zeros(0, device="cpu"))
         check_tensors({**answer, "losses": losses.nan_to_num(0.0, 0.0, 0.0)}, {"count": (), "losses": (candidates,)})
         if int(answer["count"]) < 1:
             raise RebasinError("losses without examples")

@@ -35,7 +35,7 @@ def warn_of_few(count: int, what: str, *, name: str = "calibration", stacklevel:
 
 def working_copy(net: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None) -> nn.Module:
     """``net`` with the weights of ``state``, in evaluation mode, on ``device`` or where ``state`` is."""
-    target = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
+    target = device if device is not None else next(iter(state.values()), torch.zeros(0, device="cpu")).device
     model = deep_copy(net, target).to(target).eval()
     load(model, state)
     return model

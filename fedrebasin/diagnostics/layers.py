@@ -97,7 +97,7 @@ def layer_similarities(
     first = working_copy(net, reference, device)
     second = working_copy(net, reference, device)
     load(second, model)
-    where = device if device is not None else next(iter(reference.values()), torch.zeros(0)).device
+    where = device if device is not None else next(iter(reference.values()), torch.zeros(0, device="cpu")).device
     sums: dict[str, dict[str, Measure]] = {}
     for args, kwargs, _ in Batches(batches, inputs=spec.inputs, name="batches", device=where):
         seen = _written(spec, first, args, kwargs), _written(spec, second, args, kwargs)

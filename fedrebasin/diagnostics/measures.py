@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
@@ -84,7 +85,7 @@ class Procrustes:
         if not norm:
             return math.nan
         # of an identity and C the rotation that maps one onto the other has trace(R^T C), the nuclear norm of C
-        _, nuclear = orthogonal_procrustes(torch.eye(len(covariance), dtype=torch.float64).numpy(), covariance.numpy())
+        _, nuclear = orthogonal_procrustes(np.eye(len(covariance)), covariance.numpy())
         return math.sqrt(max(0.0, 2 - 2 * float(nuclear) / norm))
 
 

@@ -22,6 +22,7 @@ from fedrebasin.spec import PermutationSpec
 _STAY = 1e-9
 
 
+@torch.inference_mode(False)
 def activation_matching(
     spec: PermutationSpec,
     net: nn.Module,
@@ -116,13 +117,13 @@ def _best_steps(spec: PermutationSpec, similarity: Mapping[Key, Tensor]) -> Perm
         families = [inner for inner, outer in spec.over.items() if outer == perm and (inner, None) in similarity]
         if perm in spec.over or not (families or (perm, None) in similarity):
             continue
-        score = similarity.get((perm, None), torch.zeros(shape[0], shape[0], dtype=torch.float64))
+        score = similarity.get((perm, None), torch.zeros(shape[0], shape[0], dtype=torch.float64, device="cpu"))
         orders: dict[str, Tensor] = {}
         for family in families:
             value, orders[family] = _best_inner(similarity[family, None], spec.perm_shapes[family])
             score = score + value
         steps[perm] = outer_step = _solve(score)
-        rows = torch.arange(shape[0])
+        rows = torch.arange(shape[0], device="cpu")
         steps |= {family: order[rows, outer_step] for family, order in orders.items()}
     for family, outer in spec.over.items():
         keys = [(family, row) for row in range(spec.perm_shapes[family][0])]
@@ -140,7 +141,7 @@ def _best_inner(similarity: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Ten
 
 
 def _solve(similarity: Tensor) -> Tensor:
-    return solve_assignment(similarity + _STAY * torch.eye(len(similarity), dtype=similarity.dtype))
+    return solve_assignment(similarity + _STAY * torch.eye(len(similarity), dtype=similarity.dtype, device="cpu"))
 
 
 def _mean_correlation(spec: PermutationSpec, similarity: Iterable[Similarity], perms: Mapping[str, Tensor]) -> float:

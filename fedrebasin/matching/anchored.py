@@ -93,7 +93,7 @@ def _settle(problem: WeightProblem, group: list[Block], names: set[str], unsettl
 def _expected_similarity(problem: WeightProblem, block: Block, names: set[str], unsettled: set[Block]) -> Tensor:
     """What the other tensors say of a block's units if the unsettled axes are in random order: ``(n, n)``."""
     plan = problem.plan
-    total = torch.zeros(block.size, block.size, dtype=problem.dtype)
+    total = torch.zeros(block.size, block.size, dtype=problem.dtype, device="cpu")
     for term in plan.terms[block]:
         if term.name in names or term.name not in plan.simple:
             continue
@@ -119,7 +119,7 @@ def _averaged(tensor: Tensor, dim: int, terms: list[Term]) -> Tensor:
     front = tensor.movedim(dim, 0)
     if terms[0].places is None:  # the whole axis
         return _mean(front, terms[0]).movedim(0, dim)
-    rest = torch.ones(len(front), dtype=torch.bool)
+    rest = torch.ones(len(front), dtype=torch.bool, device="cpu")
     parts = []
     for term in terms:
         assert term.places is not None

@@ -79,7 +79,7 @@ class IdentityCertificate:
         changes = self.changes(models)
         # a NaN fails every comparison
         few = {block: _all_within(moved, self._margin(block, True)) for block, moved in changes.items()}
-        held = torch.ones(len(models), dtype=torch.bool)
+        held = torch.ones(len(models), dtype=torch.bool, device="cpu")
         for block, within in few.items():
             if not within.all():
                 held &= within | _all_within(changes[block], self._bound(block))

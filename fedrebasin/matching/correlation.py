@@ -34,7 +34,7 @@ class Part:
 
     def rows(self, activations: Tensor) -> Tensor:
         """A matrix with a row for each unit, at least float32; its memory may be the activations' own."""
-        if not torch.equal(self.index, torch.arange(len(activations))):
+        if not torch.equal(self.index, torch.arange(len(activations), device="cpu")):
             activations = activations.index_select(0, self.index.to(activations.device))
         return single(activations.reshape(self.units, -1))
 
@@ -110,9 +110,9 @@ class CrossMoments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._means = (torch.zeros(0), torch.zeros(0))
-        self._squares = (torch.zeros(0), torch.zeros(0))
-        self._crossed = torch.zeros(0)
+        self._means = (torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu"))
+        self._squares = (torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu"))
+        self._crossed = torch.zeros(0, device="cpu")
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Add observations, shape ``(units, n)`` each (Chan, Golub and LeVeque's update)."""

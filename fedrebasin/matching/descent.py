@@ -115,7 +115,7 @@ def improve(problem: WeightProblem, block: Block) -> float:
     if families_over(problem, block.perm):
         return _move_if_better(problem, nested_step(problem, block), problem.scale(block))
     similarity = problem.similarity(block)
-    current = torch.arange(block.size) if block in problem.plan.relative else problem.perms[block.perm]
+    current = torch.arange(block.size, device="cpu") if block in problem.plan.relative else problem.perms[block.perm]
     new = best_assignment(similarity, current)
     if new is current:
         return 0.0

@@ -21,6 +21,7 @@ from fedrebasin.seeds import generator_of
 from fedrebasin.spec import PermutationSpec
 
 
+@torch.inference_mode(False)
 def frank_wolfe_matching(
     spec: PermutationSpec,
     reference: Mapping[str, Tensor],
@@ -118,7 +119,10 @@ def _candidates(
         yield from _ascend(problem, centre if centred else first, iterations)
     generator = generator_of(seed)
     for _ in range(restarts):
-        noise = {perm: torch.randn(zeros.shape, generator=generator).to(zeros) for perm, zeros in nothing.items()}
+        noise = {
+            perm: torch.randn(zeros.shape, generator=generator, device="cpu").to(zeros)
+            for perm, zeros in nothing.items()
+        }
         yield from _ascend(problem, between(centre, soften(problem.spec, noise), 0.5), iterations)
 
 

@@ -130,9 +130,9 @@ def _combine(layouts: Sequence[Layout], at: Mapping[str, int]) -> Iterator[tuple
 def _parts(layout: Layout, at: Mapping[str, int]) -> Iterator[_Leaves]:
     match layout:
         case Fixed() if layout.name in at:
-            yield _Leaves((Fixed(1, layout.reason, layout.name),), torch.tensor([at[layout.name]]))
+            yield _Leaves((Fixed(1, layout.reason, layout.name),), torch.tensor([at[layout.name]], device="cpu"))
         case Free() | Fixed():
-            yield _Leaves((layout,), torch.arange(layout.size))
+            yield _Leaves((layout,), torch.arange(layout.size, device="cpu"))
         case Each():
             yield from _parts(layout.parts[at[layout.over]], at)
         case Sum():
@@ -142,7 +142,7 @@ def _parts(layout: Layout, at: Mapping[str, int]) -> Iterator[_Leaves]:
                     yield _Leaves(found.leaves, found.index + start)
         case Product():
             for factors in _combine(layout.factors, at):
-                index = torch.zeros((), dtype=torch.int64)
+                index = torch.zeros((), dtype=torch.int64, device="cpu")
                 for factor, found in zip(layout.factors, factors, strict=True):
                     index = index.reshape(*index.shape, *[1] * found.index.ndim) * factor.size + found.index
                 yield _Leaves(tuple(leaf for found in factors for leaf in found.leaves), index)
@@ -174,7 +174,7 @@ def _grid(layouts: Sequence[Layout], parts: Sequence[_Leaves], at: Mapping[str, 
             letters_ = (old[place] if old[place] == new[place] else new[place] + old[place]) + letters_
         factors.append(Factor(leaf.perm, letters_, at.get(leaf.over) if leaf.over else None))
     places_ = [
-        None if torch.equal(part.index.flatten(), torch.arange(layout.size)) else part.index.flatten()
+        None if torch.equal(part.index.flatten(), torch.arange(layout.size, device="cpu")) else part.index.flatten()
         for layout, part in zip(layouts, parts, strict=True)
     ]
     shape = tuple(size for part in parts for size in part.index.shape)

@@ -34,7 +34,7 @@ class LabelledNet:
         device: torch.device | str | None,
     ) -> None:
         refuse_complex(spec.parameters, state, "net", "where a loss is followed", "use weight_matching")
-        self.where = device if device is not None else next(iter(state.values()), torch.zeros(0)).device
+        self.where = device if device is not None else next(iter(state.values()), torch.zeros(0, device="cpu")).device
         self.batches = Batches(batches, inputs=spec.inputs, name="batches", device=self.where)
         self.spec, self._loss = spec, loss
         self._net = working_copy(net, state, self.where)
@@ -42,8 +42,8 @@ class LabelledNet:
             parameter.requires_grad_(parameter.is_floating_point())
 
     def prepared(self, state: State) -> dict[str, Tensor]:
-        """A state on the network's device, narrow types widened."""
-        return {name: single(tensor.detach().to(self.where)) for name, tensor in state.items()}
+        """A copy of a state on the network's device, narrow types widened."""
+        return {name: single(tensor.detach().to(self.where, copy=True)) for name, tensor in state.items()}
 
     def put(self, state: State) -> None:
         """Set the network's weights."""
@@ -58,6 +58,7 @@ class LabelledNet:
             raise RebasinError(f"loss: expected a scalar tensor from loss(output, target); got {got}")
         return value
 
+    @torch.enable_grad()
     def gradients(self, args: Any, kwargs: Any, target: Any) -> tuple[bool, dict[str, Tensor]]:
         """Whether the loss of a batch is finite, and its gradient in every parameter that has one."""
         self._net.zero_grad(set_to_none=True)

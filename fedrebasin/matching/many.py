@@ -34,6 +34,7 @@ MANY_METHODS: dict[str, Callable[..., list[float]]] = {
 }
 
 
+@torch.inference_mode(False)
 def match_many(
     spec: PermutationSpec,
     models: Sequence[Mapping[str, Tensor]],

@@ -99,7 +99,7 @@ def ascend(problem: ManyProblem, *, before: float, seed: int = 0, hurdle: float 
     for _ in range(_MAX_SWEEPS):
         gained = 0.0
         for block in problem.blocks:
-            for place in torch.randperm(len(problem.places), generator=generator).tolist():
+            for place in torch.randperm(len(problem.places), generator=generator, device="cpu").tolist():
                 if (place, block) in waiting:
                     waiting.discard((place, block))
                     gain = problem.improve(place, block)

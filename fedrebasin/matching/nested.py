@@ -42,14 +42,14 @@ def nested_step(problem: WeightProblem, block: Block, names: set[str] | None = N
         value, orders[family] = _best_inner(problem, family, members[family] - shared)
         score = score + value
     outer = solve_assignment(score)
-    rows = torch.arange(block.size)
+    rows = torch.arange(block.size, device="cpu")
     return {block.perm: outer, **{family: orders[family][rows, outer] for family in families}}
 
 
 def _best_inner(problem: WeightProblem, family: str, names: set[str]) -> tuple[Tensor, Tensor]:
     """The best inner assignment of every pair of outer indices: values ``(n, n)`` and orders ``(n, n, units)``."""
     count, size = problem.spec.perm_shapes[family]
-    similarity = torch.zeros(count, count, size, size, dtype=torch.float64)
+    similarity = torch.zeros(count, count, size, size, dtype=torch.float64, device="cpu")
     rows = [problem.unfolded(Block(family, size, row), names) for row in range(count)]
     for name in rows[0]:
         for slab in range(len(rows[0][name])):

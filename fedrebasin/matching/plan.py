@@ -184,7 +184,7 @@ def _terms(spec: PermutationSpec, block: Block, names: list[str]) -> list[Term]:
     for name in dict.fromkeys(names):
         for slab in slabs(spec.axes[name], block.perm, block.row):
             places = slab.places.flatten()
-            whole = len(places) == spec.shapes[name][slab.dim] and bool((places == torch.arange(len(places))).all())
+            whole = torch.equal(places, torch.arange(spec.shapes[name][slab.dim], device="cpu"))
             found.append(Term(name, slab.dim, None if whole else places, slab.places.shape[1], slab.within))
     return found
 

@@ -95,7 +95,7 @@ def _columns(problem: WeightProblem, term: Term, share: float) -> tuple[Tensor, 
     axis = max((dim for dim in range(reference.ndim) if dim != term.dim), key=lambda dim: reference.shape[dim])
     length = reference.shape[axis]
     count = min(length, 1 + int(share * length))
-    where = orders.pop(axis, torch.arange(length))[:count]
+    where = orders.pop(axis, torch.arange(length, device="cpu"))[:count]
     model = reorder(problem.model[term.name].index_select(axis, where.to(reference.device)), orders)
     return term.rows(reference.narrow(axis, 0, count)), term.rows(model)
 

@@ -225,7 +225,7 @@ class WeightProblem:
         """The permutations that move the units of one block."""
         if block.row is None:
             return {block.perm: step}
-        rows = torch.arange(block.size).expand(self.spec.perm_shapes[block.perm]).clone()
+        rows = torch.arange(block.size, device="cpu").expand(self.spec.perm_shapes[block.perm]).clone()
         rows[block.row] = step
         return {block.perm: rows}
 

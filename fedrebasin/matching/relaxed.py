@@ -107,5 +107,5 @@ def best_corner(spec: PermutationSpec, scores: Mapping[str, Tensor]) -> Perms:
     found |= {perm: solve_assignment(total) for perm, total in totals.items()}
     for perm, order in orders.items():
         outer_perm = found[spec.over[perm]]
-        found[perm] = order[torch.arange(len(outer_perm)), outer_perm]
+        found[perm] = order[torch.arange(len(outer_perm), device="cpu"), outer_perm]
     return {perm: found[perm] for perm in spec.perm_shapes}

@@ -27,7 +27,7 @@ class RelaxedMany:
     def __init__(self, problem: ManyProblem) -> None:
         self.spec = problem.spec
         pairs = problem.pairs
-        first = next((pair.model[name] for pair in pairs for name in problem.plan.names), torch.zeros(()))
+        first = next((pair.model[name] for pair in pairs for name in problem.plan.names), torch.zeros((), device="cpu"))
         #: what relaxed permutations are like: their type and device
         self.like = torch.zeros((), dtype=pairs[0].dtype, device=first.device)
         found = [normalised(problem.plan.names, pair.model, "models", self.like) for pair in pairs]

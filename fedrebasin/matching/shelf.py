@@ -31,7 +31,7 @@ class Shelf(MutableMapping[Block, Tensor]):
 
     def __getitem__(self, block: Block) -> Tensor:
         path, like, device = self._like[block]
-        tensor = torch.empty(like.shape, dtype=like.dtype)
+        tensor = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         if tensor.numel():
             with path.open("rb", buffering=0) as file:
                 fill(file, tensor.numpy(), path)

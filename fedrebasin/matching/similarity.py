@@ -40,7 +40,7 @@ class Similarity:
     def sum_of(self, spec: PermutationSpec, perms: Mapping[str, Tensor]) -> tuple[float, int]:
         """Sum and number of the correlations of units that ``perms`` put together."""
         order = self.part.order(spec, perms)
-        return float(self.total[torch.arange(len(order)), order].sum()), len(order) * self.places
+        return float(self.total[torch.arange(len(order), device="cpu"), order].sum()), len(order) * self.places
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def measure_similarity(
         Without the permutations that no place shows.
     """
     first = working_copy(net, reference, device)
-    where = device if device is not None else next(iter(reference.values()), torch.zeros(0)).device
+    where = device if device is not None else next(iter(reference.values()), torch.zeros(0, device="cpu")).device
     second = working_copy(net, reference, device)
     parts: _Parts | None = None
     sums: dict[tuple[str, int], CrossMoments] = {}

@@ -31,6 +31,7 @@ LOGGER = logging.getLogger("fedrebasin")
 _NOISE = 1e-2
 
 
+@torch.inference_mode(False)
 def sinkhorn_matching(
     spec: PermutationSpec,
     reference: Mapping[str, Tensor],
@@ -175,7 +176,7 @@ class _Logits:
         generator = generator_of(seed)
         self._X = {}
         for perm, zeros in no_logits(spec, like).items():
-            self._X[perm] = (_NOISE * torch.randn(zeros.shape, generator=generator)).to(zeros)
+            self._X[perm] = (_NOISE * torch.randn(zeros.shape, generator=generator, device="cpu")).to(zeros)
         if near is not None:
             for perm, pattern in corner(spec, near, like).items():
                 self._X[perm] += tau * math.log(pattern.shape[-1]) * pattern  # half of each unit stays
@@ -214,7 +215,7 @@ def _descend(midpoint: Midpoint, logits: _Logits, steps: int, lams: torch.Genera
     taken = 0
     while taken < steps:
         for args, kwargs, target in midpoint.batches:
-            lam = midpoint.lam if lams is None else float(torch.rand((), generator=lams))
+            lam = midpoint.lam if lams is None else float(torch.rand((), generator=lams, device="cpu"))
             value = midpoint.soft_loss(logits.soft(), lam, args, kwargs, target)
             if not bool(value.isfinite()):
                 LOGGER.warning("sinkhorn matching: the loss became NaN or infinite; the best so far is kept")

@@ -22,6 +22,7 @@ from fedrebasin.spec import PermutationSpec
 LOGGER = logging.getLogger("fedrebasin")
 
 
+@torch.inference_mode(False)
 def straight_through_matching(
     spec: PermutationSpec,
     net: nn.Module,

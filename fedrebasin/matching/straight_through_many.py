@@ -156,7 +156,7 @@ def _shadows(problem: ManyProblem) -> list[dict[str, Tensor]]:
 
 def _coefficients(count: int, generator: torch.Generator) -> list[float]:
     """Uniform on the simplex."""
-    drawn = torch.empty(count, dtype=torch.float64).exponential_(generator=generator)
+    drawn = torch.empty(count, dtype=torch.float64, device="cpu").exponential_(generator=generator)
     found: list[float] = (drawn / drawn.sum()).tolist()
     return found
 

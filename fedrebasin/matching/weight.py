@@ -90,7 +90,8 @@ def weight_matching(
     generator = generator_of(seed)
     for _ in range(restarts):
         problem.reset(init)
-        order = [problem.blocks[index] for index in torch.randperm(len(problem.blocks), generator=generator).tolist()]
+        places = torch.randperm(len(problem.blocks), generator=generator, device="cpu")
+        order = [problem.blocks[place] for place in places.tolist()]
         found = max(found, Descent(problem, order, before).finish(), key=_objective)
     problem.reset(found.perms)
     objective = problem.objective() if len(found.history) > 1 else found.objective

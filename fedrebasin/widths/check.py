@@ -60,8 +60,9 @@ def check_widths(
             raise SpecMismatchError(
                 f"narrow: expected at most {units} units of {other!r}, as the wide network has; got {fewer}"
             )
-        maps[perm] = torch.zeros(units, fewer, dtype=torch.float64)
-        maps[perm][torch.randperm(units, generator=generator)[:fewer], torch.arange(fewer)] = 1.0
+        maps[perm] = torch.zeros(units, fewer, dtype=torch.float64, device="cpu")
+        rows = torch.randperm(units, generator=generator, device="cpu")[:fewer]
+        maps[perm][rows, torch.arange(fewer, device="cpu")] = 1.0
     proof, other_proof = Proof(narrow, specs[1], example_inputs, seed), Proof(wide, specs[0], example_inputs, seed)
     placed = resize(WidthMatching(specs[0], specs[1], maps, maps), proof.state)
     other_proof.inputs = proof.inputs

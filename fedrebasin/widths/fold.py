@@ -27,7 +27,7 @@ def fold(problem: WidthProblem, perm: str, *, above: float) -> None:
     best = torch.where(matched, matrix.argmax(1), cosine.argmax(1))
     shared = matched | (cosine.amax(1) > above)
     group = torch.zeros_like(matrix)
-    group[torch.arange(len(best))[shared], best[shared]] = 1.0
+    group[torch.arange(len(best), device="cpu")[shared], best[shared]] = 1.0
     total = group @ (group.T @ wide_read)
     shares = group * (wide_read * total).sum(1).clamp_min(0).unsqueeze(1)
     sums = shares.sum(0)
@@ -43,8 +43,8 @@ def _joined(problem: WidthProblem, perm: str, *, reads: bool) -> tuple[Tensor, T
     """All that writes, or reads, the units of both networks: ``(units, entries)`` each."""
     found = list(problem.rows(perm, reads=reads))
     if not found:
-        first, second = problem.sizes(perm)
-        return torch.zeros(first, 1, dtype=torch.float64), torch.zeros(second, 1, dtype=torch.float64)
+        none, others = (torch.zeros(size, 1, dtype=torch.float64, device="cpu") for size in problem.sizes(perm))
+        return none, others
     return torch.cat([one for one, _ in found], 1), torch.cat([other for _, other in found], 1)
 
 

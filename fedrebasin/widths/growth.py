@@ -109,7 +109,7 @@ def matched_averaging(
 
 def _places(units: int, kept: int) -> Tensor:
     """The first units of a layer are those of a narrower one."""
-    return torch.eye(units, kept, dtype=torch.float64)
+    return torch.eye(units, kept, dtype=torch.float64, device="cpu")
 
 
 def _padded(pairs: Tensor, units: int) -> Tensor:
@@ -131,7 +131,7 @@ def _join(
     fitted, result = resize(matching, model), dict(state)
     for name, tensor in state.items():
         if tensor.is_floating_point():
-            before = sum((share * _written(earlier, name) for earlier, share in shares), torch.zeros(()))
+            before = sum((share * _written(earlier, name) for earlier, share in shares), torch.zeros((), device="cpu"))
             own = weight * _written(matching, name)
             result[name] = (before * tensor.cpu() + own * fitted[name].cpu()) / (before + own)
     return result
@@ -139,9 +139,9 @@ def _join(
 
 def _written(matching: WidthMatching, name: str) -> Tensor:
     """1 where the model has the units that a tensor writes, else 0; of size 1 along the axis that it reads."""
-    spec, counts = matching.reference_spec, torch.ones((), dtype=torch.float64)
+    spec, counts = matching.reference_spec, torch.ones((), dtype=torch.float64, device="cpu")
     read = read_axis(spec, name)
     for dim, layout in enumerate(spec.axes[name]):
-        mask = axis_mask(layout, matching.present) if dim != read else torch.ones(1)
+        mask = axis_mask(layout, matching.present) if dim != read else torch.ones(1, device="cpu")
         counts = counts.unsqueeze(-1) * mask.double()
     return counts

@@ -147,5 +147,5 @@ def _transport(written: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = linear_sum_assignment(gain.repeat_interleave(copies // second, 1).numpy(), maximize=True)
     plan = torch.zeros_like(written)
     where = torch.from_numpy(rows) // (copies // first), torch.from_numpy(columns) // (copies // second)
-    plan.index_put_(where, torch.ones(copies, dtype=plan.dtype), accumulate=True)
+    plan.index_put_(where, torch.ones(copies, dtype=plan.dtype, device="cpu"), accumulate=True)
     return plan / (copies // first), plan / (copies // second)

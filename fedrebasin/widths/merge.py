@@ -109,7 +109,7 @@ def average(
 
 def counts_of(matching: WidthMatching, name: str) -> Tensor:
     """Where the model has a say in a tensor of the reference's shape: 1, else 0."""
-    counts = torch.ones((), dtype=torch.float64)
+    counts = torch.ones((), dtype=torch.float64, device="cpu")
     for layout in matching.reference_spec.axes[name]:
         counts = counts.unsqueeze(-1) * axis_mask(layout, matching.present).double()
     return counts

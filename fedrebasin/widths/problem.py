@@ -58,7 +58,7 @@ class WidthProblem:
 
     def similarity(self, perm: str) -> tuple[Tensor, Tensor]:
         """``[i, j]`` of the reference's units with the model's, by what writes them and by what reads them."""
-        found = torch.zeros(2, *self.sizes(perm), dtype=torch.float64)
+        found = torch.zeros(2, *self.sizes(perm), dtype=torch.float64, device="cpu")
         for reads in (False, True):
             for one, other in self.rows(perm, reads=reads):
                 found[int(reads)].addmm_(one, other.T)

@@ -56,7 +56,7 @@ def match_some(
 
 def _lengths(problem: WidthProblem, perm: str) -> Tensor:
     """Squared length of what writes each unit of the problem's reference, over what can be compared by now."""
-    total = torch.zeros(problem.sizes(perm)[0], dtype=torch.float64)
+    total = torch.zeros(problem.sizes(perm)[0], dtype=torch.float64, device="cpu")
     for own, _ in problem.rows(perm, reads=False):
         total += own.square().sum(1)
     return total

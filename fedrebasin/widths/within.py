@@ -83,13 +83,14 @@ def merge_units(
             )
         if homogeneous:
             _check_no_norm(spec, perm)
-    narrow, maps = replace(spec, checked=False), {perm: torch.eye(size).double() for perm, size in sizes.items()}
+    narrow = replace(spec, checked=False)
+    maps = {perm: torch.eye(size, device="cpu").double() for perm, size in sizes.items()}
     writes, reads = dict(maps), dict(maps)
     state = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in model.items()}
     for perm in _forward(spec, state):
         if perm in wanted and wanted[perm] < sizes[perm]:
             problem = WidthProblem(narrow, narrow, state, state)
-            same = {other: torch.eye(shape[0]).double() for other, shape in narrow.perm_shapes.items()}
+            same = {other: torch.eye(shape[0], device="cpu").double() for other, shape in narrow.perm_shapes.items()}
             problem.writes, problem.reads = dict(same), dict(same)
             write, read = _groups(problem, perm, wanted[perm], homogeneous=homogeneous)
             before, narrow = narrow, with_units(narrow, {perm: len(write)})
@@ -113,7 +114,7 @@ def _forward(spec: PermutationSpec, state: Mapping[str, Tensor]) -> list[str]:
     """The permutations, those first whose layers read what is settled."""
     problem, order = WidthProblem(spec, spec, state, state), list[str]()
     for perm in problem.forward(reads=False):
-        problem.writes[perm] = problem.reads[perm] = torch.eye(spec.perm_shapes[perm][0]).double()
+        problem.writes[perm] = problem.reads[perm] = torch.eye(spec.perm_shapes[perm][0], device="cpu").double()
         order.append(perm)
     return order
 
@@ -121,13 +122,14 @@ def _forward(spec: PermutationSpec, state: Mapping[str, Tensor]) -> list[str]:
 def _groups(problem: WidthProblem, perm: str, count: int, *, homogeneous: bool) -> tuple[Tensor, Tensor]:
     """The matrices ``(count, units)`` of :class:`WidthMatching`: by what units are written, and are read."""
     written = torch.cat([one for one, _ in problem.rows(perm, reads=False)], 1)
-    read = sum((one.square().sum(1) for one, _ in problem.rows(perm, reads=True)), torch.zeros(len(written)).double())
-    length = written.norm(dim=1) if homogeneous else torch.ones(len(written)).double()
+    nothing = torch.zeros(len(written), dtype=torch.float64, device="cpu")
+    read = sum((one.square().sum(1) for one, _ in problem.rows(perm, reads=True)), nothing)
+    length = written.norm(dim=1) if homogeneous else torch.ones_like(nothing)
     inverse = torch.where(length > 0, 1 / length, 0.0)
     mass = read * length.square()
     group = _ward(written * inverse.unsqueeze(1), mass, count)
-    member = torch.zeros(count, len(written), dtype=torch.float64)
-    member[group, torch.arange(len(written))] = 1.0
+    member = torch.zeros(count, len(written), dtype=torch.float64, device="cpu")
+    member[group, torch.arange(len(written), device="cpu")] = 1.0
     total = member @ mass
     shares = torch.where((total > 0).unsqueeze(1), member * mass, member)
     return shares / shares.sum(1, keepdim=True) * inverse, member * length
@@ -135,14 +137,14 @@ def _groups(problem: WidthProblem, perm: str, count: int, *, homogeneous: bool) 
 
 def _ward(points: Tensor, mass: Tensor, count: int) -> Tensor:
     """Which of ``count`` groups each point is in, by merging the cheapest two again and again."""
-    points, mass, group = points.clone(), mass.clone(), torch.arange(len(points))
-    cost = torch.full((len(points), len(points)), torch.inf, dtype=points.dtype)
-    alive = torch.ones(len(points), dtype=torch.bool)
+    points, mass, group = points.clone(), mass.clone(), torch.arange(len(points), device="cpu")
+    cost = torch.full((len(points), len(points)), torch.inf, dtype=points.dtype, device="cpu")
+    alive = torch.ones(len(points), dtype=torch.bool, device="cpu")
 
     def costs(one: int) -> Tensor:
         both = mass + mass[one]
-        found = mass * mass[one] / both.where(both > 0, torch.ones(())) * (points - points[one]).square().sum(1)
-        return torch.where(alive, found, torch.inf).index_fill_(0, torch.tensor([one]), torch.inf)
+        found = mass * mass[one] / both.where(both > 0, 1.0) * (points - points[one]).square().sum(1)
+        return torch.where(alive, found, torch.inf).index_fill_(0, torch.tensor([one], device="cpu"), torch.inf)
 
     for one in range(len(points)):
         cost[one] = costs(one)
@@ -157,4 +159,4 @@ def _ward(points: Tensor, mass: Tensor, count: int) -> Tensor:
         cost[one] = cost[:, one] = costs(one)
     left = group.tolist()
     places = {one: place for place, one in enumerate(sorted(set(left)))}
-    return torch.tensor([places[one] for one in left])
+    return torch.tensor([places[one] for one in left], device="cpu")
