@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from logging import INFO, WARNING
+from logging import INFO
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from fedrebasin.strategies.federated import TIMEOUT
 from fedrebasin.strategies.finish import Finish
 from fedrebasin.strategies.inner import chain, is_own, tell_passed_by
 from fedrebasin.strategies.metrics import screen_evaluation
+from fedrebasin.strategies.options import CorrectionRounds
 from fedrebasin.strategies.part import Trunk
 from fedrebasin.strategies.replies import ReplyScreen
 from fedrebasin.strategies.widths import Widths
@@ -42,6 +43,7 @@ class Around(Strategy):
     strategy: Strategy
     checkpoint_dir: Path | None
     reference: str
+    correction_rounds: CorrectionRounds
     spec: PermutationSpec
     seed: int
     device: torch.device | None
@@ -98,9 +100,7 @@ class Around(Strategy):
         self._widths.forget()
         if self.reference != "global":
             tell_passed_by(self.strategy)
-        late = [number for number in self._finish.rounds or () if number > num_rounds]
-        if late:
-            log(WARNING, "rebasin: correction_rounds: %s: the run ends after round %d", sorted(late), num_rounds)
+        self._finish = self._finish.in_run(num_rounds, self.correction_rounds)
         rest = (timeout, train_config, evaluate_config, evaluate_fn)
         with hold_folder(self.checkpoint_dir):
             if self._finish.queries is not None:

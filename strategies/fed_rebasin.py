@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedrebasin import PermutationSpec
 from fedrebasin.corrections.federated import FederatedOptions
 from fedrebasin.strategies.network import Model
-from fedrebasin.strategies.options import Correction
+from fedrebasin.strategies.options import Correction, CorrectionRounds
 from fedrebasin.strategies.rebasin import Rebasin
 
 MetricsAggregation = Callable[[list[RecordDict], str], MetricRecord]
@@ -81,7 +81,7 @@ class FedRebasin(Rebasin):
         reference: str = "auto",
         matching: str = "weight",
         correction: Correction = "default",
-        correction_rounds: Collection[int] | None = None,
+        correction_rounds: CorrectionRounds = None,
         federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,

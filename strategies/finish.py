@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from logging import WARNING
 from typing import Any
@@ -19,8 +19,11 @@ from fedrebasin.selection import names_of
 from fedrebasin.strategies.client_selection import ClientSelector
 from fedrebasin.strategies.correction import check_calibration, correct_record, default_correction, needs_ends
 from fedrebasin.strategies.federated import Queries, build_queries
-from fedrebasin.strategies.options import Correction
+from fedrebasin.strategies.options import LAST, Correction, CorrectionRounds
 from fedrebasin.strategies.selection import Round, Selector, build_selector
+
+#: Federated corrections that set whole layers anew, so that the next round trains from far away.
+SOLVED_BY_CLIENTS = ("federated-least-squares", "federated-regmean")
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,15 @@ class Finish:
     selector : Selector, optional
     queries : Queries, optional
         Where nodes are asked: for a federated correction, or to choose.
-    rounds : collection of int, optional
-        Those that end with it; in all others the aggregate stays as it is.
+    rounds : collection of int or "last", optional
+        Those that end with it; in all others the aggregate stays as it is. ``in_run`` says which one is the last.
     """
 
     correction: Correction
     calibration: Any = None
     selector: Selector | ClientSelector | None = None
     queries: Queries | None = None
-    rounds: Collection[int] | None = None
+    rounds: CorrectionRounds = None
 
     def of_round(self, server_round: int) -> Finish:
         """What a round ends with.
@@ -53,7 +56,30 @@ class Finish:
         >>> finish.of_round(1).correction, finish.of_round(2).correction
         ('repair', None)
         """
-        return self if self.rounds is None or server_round in self.rounds else Finish(None)
+        follows = self.rounds is None or (self.rounds != LAST and server_round in self.rounds)
+        return self if follows else Finish(None)
+
+    def in_run(self, num_rounds: int, wanted: CorrectionRounds) -> Finish:
+        """The stage of a run of so many rounds; tells of rounds that it does not reach, and of what may ruin it.
+
+        >>> Finish("repair", rounds="last").in_run(5, "last").rounds
+        [5]
+        """
+        if isinstance(wanted, str):
+            return replace(self, rounds=[num_rounds])
+        late = sorted(number for number in wanted or () if number > num_rounds)
+        if late:
+            log(WARNING, "rebasin: correction_rounds: %s: the run ends after round %d", late, num_rounds)
+        if wanted is None and num_rounds > 1 and self.single in SOLVED_BY_CLIENTS:
+            log(
+                WARNING,
+                "rebasin: correction=%r follows each of %d rounds, and clients train on from what it gives: where they "
+                "train by SGD at a high rate that can ruin the network; correction_rounds='last' corrects the model "
+                "that the run ends with",
+                self.single,
+                num_rounds,
+            )
+        return self
 
     @property
     def single(self) -> str | None:

@@ -42,7 +42,8 @@ from fedrebasin.strategies.metrics import wrong_count
 from fedrebasin.strategies.pairs import from_pairs
 
 _REFUSED = (DPFedAvgAdaptive, DPFedAvgFixed, FedAvgAndroid, FedXgbBagging, FedXgbCyclic, FedXgbNnAvg, QFedAvg)
-_QUERIES = {"correction": "federated", "select": "clients"}  # what is in the values that ask the clients
+#: what is in the values that need what this interface has not: a message to clients, the number of rounds
+_NOT_HERE = {"correction": "federated", "select": "clients", "correction_rounds": "last"}
 
 
 class Rebasin(LegacyStrategy):
@@ -57,7 +58,7 @@ class Rebasin(LegacyStrategy):
     **options
         As for :class:`fedrebasin.strategies.Rebasin`; no ``checkpoint_dir``, ``beside``, ``send_perms``, ``until``,
         ``node_models``, and neither a correction nor ``select="clients"`` by queries, for which this interface has no
-        message.
+        message, nor ``correction_rounds="last"``, since it tells no strategy how many rounds there are.
 
     Raises
     ------
@@ -89,9 +90,9 @@ class Rebasin(LegacyStrategy):
                 )
         if model is None:
             raise UsageError("model: expected the clients' model, whose state_dict names the arrays; got None")
-        for name in ("checkpoint_dir", "correction", "select", "beside", "send_perms", "until", "node_models"):
+        for name in (*_NOT_HERE, "checkpoint_dir", "beside", "send_perms", "until", "node_models"):
             value = options.get(name)
-            if value and _QUERIES.get(name, "") in str(value):
+            if value and _NOT_HERE.get(name, "") in str(value):
                 raise UsageError(
                     f"{name}={value!r} needs the message API: fedrebasin.strategies.Rebasin around a strategy of "
                     "flwr.serverapp.strategy"

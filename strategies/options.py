@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from numbers import Integral
+from typing import Any
 
 from fedrebasin.corrections.federated import FEDERATED
 from fedrebasin.corrections.methods import CORRECTIONS
@@ -13,6 +14,8 @@ from fedrebasin.seeds import generator_of
 from fedrebasin.selection import names_of
 
 Correction = str | Sequence[str] | None  # several only where something chooses among them
+CorrectionRounds = Collection[int] | str | None  # of strings ``LAST`` alone
+LAST = "last"  # the round that a run ends with, which it knows when it starts
 VALUES: dict[str, tuple[str | None, ...]] = {
     "reference": ("auto", "global", "largest", *JOINT_REFERENCES),
     "matching": tuple(METHODS),
@@ -62,11 +65,13 @@ def check_options(reference: str, matching: str, correction: Correction, *, sele
     check_joint(matching, reference)
 
 
-def check_rounds(rounds: Collection[int] | None, correction: Correction, select: str | None) -> frozenset[int] | None:
-    """The rounds that end with a correction, each once.
+def check_rounds(rounds: CorrectionRounds, correction: Correction, select: str | None) -> CorrectionRounds:
+    """The rounds that end with a correction, each once, or ``LAST``.
 
     Examples
     --------
+    >>> check_rounds("last", "repair", None)
+    'last'
     >>> check_rounds([1, 5, 5], "repair", None) == {1, 5}
     True
     >>> check_rounds(3, "repair", None)  # doctest: +ELLIPSIS
@@ -76,13 +81,16 @@ def check_rounds(rounds: Collection[int] | None, correction: Correction, select:
     """
     if rounds is None:
         return None
-    if not (isinstance(rounds, Collection) and rounds and all(isinstance(one, Integral) and one > 0 for one in rounds)):
+    last = isinstance(rounds, str) and rounds == LAST
+    numbers: list[Any] = list(rounds) if isinstance(rounds, Collection) and not last else []
+    if not last and not (numbers and all(isinstance(one, Integral) and int(one) > 0 for one in numbers)):
         raise UsageError(
-            f"correction_rounds: expected a collection of round numbers from 1, as [1], or None for all; got {rounds!r}"
+            "correction_rounds: expected a collection of round numbers from 1, as [1], 'last', or None for all; got "
+            f"{rounds!r}"
         )
     if correction is None and select is None:
         raise UsageError(f"correction_rounds={rounds!r}: nothing is corrected; give correction= or select=, too")
-    return frozenset(map(int, rounds))
+    return LAST if last else frozenset(map(int, numbers))
 
 
 def check_guarded(guard: str, reference: str, correction: Correction, select: str | None = None) -> None:

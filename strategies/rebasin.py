@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from logging import WARNING
 from pathlib import Path
@@ -22,7 +22,7 @@ from fedrebasin.strategies.finish import build_finish
 from fedrebasin.strategies.inner import chain, check_strategy, guarded_by
 from fedrebasin.strategies.matcher import build_matcher, uses_loss
 from fedrebasin.strategies.network import Model, build_network, find_device
-from fedrebasin.strategies.options import Correction, check_guarded, check_options, check_rounds
+from fedrebasin.strategies.options import Correction, CorrectionRounds, check_guarded, check_options, check_rounds
 from fedrebasin.strategies.part import Trunk, check_home, check_part
 from fedrebasin.strategies.replies import build_screen
 from fedrebasin.strategies.rounds import Rounds
@@ -59,9 +59,10 @@ class Rebasin(Rounds):
         ``None`` too where the model has no layer that repair can correct.
         A name of ``FEDERATED`` asks the clients, which register ``answer_queries``, about their own data instead.
         Several names with ``select``.
-    correction_rounds : collection of int, optional
+    correction_rounds : collection of int or "last", optional
         Numbers, from 1, of the rounds that end with the correction, or the selection; by default all do. From a common
-        start a correction in the first round, or in the last, can be worth more than in every one.
+        start a correction in the first round, or in the last, can be worth more than in every one, and after the last
+        round nobody trains on from it. With ``"last"`` no round is corrected unless ``start`` runs them.
     federated : FederatedOptions, optional
         How a federated correction works.
     select : {None, "calibration", "clients"}
@@ -141,7 +142,7 @@ class Rebasin(Rounds):
         reference: str = "auto",
         matching: str = "weight",
         correction: Correction = "default",
-        correction_rounds: Collection[int] | None = None,
+        correction_rounds: CorrectionRounds = None,
         federated: FederatedOptions | None = None,
         select: str | None = None,
         loss: Callable[..., Any] | None = None,
@@ -204,7 +205,7 @@ class Rebasin(Rounds):
         self.reference = reference
         self.matching = matching
         self.correction = self._finish.correction
-        self.correction_rounds = None if rounds is None else sorted(rounds)
+        self.correction_rounds = rounds if rounds is None or isinstance(rounds, str) else sorted(rounds)
         self.select = select
         self.seed = seed
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)

@@ -13,12 +13,13 @@ from federated_clients import GIVEN, Spy, client
 from federated_clients import SENT as GIVEN_SENT
 from flower_messages import MemoryGrid, State, answer, play_round, small_net, trained_copy, warnings
 from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.server import strategy as legacy_flower
 from test_strategies_exact import same_bytes
 
 from fedrebasin import RebasinError
 from fedrebasin.simulations.competitors import label_of, make_strategy, parse_strategies
 from fedrebasin.simulations.settings import Settings, resolve
-from fedrebasin.strategies import FedRebasin
+from fedrebasin.strategies import FedRebasin, legacy
 from fedrebasin.strategies.records import record_to_state, state_to_record
 
 __all__ = ["warnings"]
@@ -43,7 +44,7 @@ def node(partition: int) -> Callable[[Message], Message]:
     return train
 
 
-def run(rounds: int = 3, **options: Any) -> list[ArrayRecord]:
+def run(rounds: int = 3, made: FedRebasin | None = None, **options: Any) -> list[ArrayRecord]:
     """What each round hands back."""
     models: list[ArrayRecord] = []
 
@@ -53,7 +54,7 @@ def run(rounds: int = 3, **options: Any) -> list[ArrayRecord]:
         return MetricRecord({"round": server_round})
 
     grid = MemoryGrid({place + 1: node(place) for place in range(2)})
-    strategy(**options).start(grid, ArrayRecord(SENT), num_rounds=rounds, evaluate_fn=keep)
+    (made or strategy(**options)).start(grid, ArrayRecord(SENT), num_rounds=rounds, evaluate_fn=keep)
     return models
 
 
@@ -110,7 +111,50 @@ def test_clients_are_asked_in_these_rounds_alone() -> None:
     assert len(grid.queries) == 1
 
 
-@pytest.mark.parametrize("wrong", [1, [], [0], [1.5], "12", [[1]], [None]])
+def test_the_last_round_is_the_one_that_the_run_ends_with(tmp_path: Path) -> None:
+    plain = run(correction=None)
+    last = strategy(correction_rounds="last")
+    for length in (2, 3):  # the same strategy again, and another number of rounds
+        models = run(length, last)
+        assert all(same_bytes(*pair) for pair in zip(models[:-1], plain, strict=False))
+        assert len(models) == length and same_bytes(models[-1], run(length, **rounds(length))[-1])
+    assert last.correction_rounds == "last"
+    run(2, checkpoint_dir=tmp_path, **rounds(3))
+    (resumed,) = run(3, checkpoint_dir=tmp_path, correction_rounds="last")
+    assert same_bytes(resumed, models[-1])
+
+
+def test_a_round_outside_of_a_run_is_never_the_last() -> None:
+    states = [trained_copy(SENT, seed) for seed in (1, 2)]
+    found, _ = play_round(strategy(correction_rounds="last"), SENT, states)
+    wanted, _ = play_round(strategy(correction=None), SENT, states)
+    assert found is not None and wanted is not None and same_bytes(found, wanted)
+
+
+def test_the_older_interface_refuses_the_last_round_which_it_does_not_know() -> None:
+    with pytest.raises(RebasinError, match="correction_rounds='last' needs the message API"):
+        legacy.Rebasin(legacy_flower.FedAvg(), model=small_net(), example_inputs=INPUTS, correction_rounds="last")
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "told"),
+    [
+        ({}, 2, True),
+        ({}, 1, False),
+        ({"correction_rounds": "last"}, 2, False),
+        ({"correction_rounds": [1, 2]}, 2, False),
+    ],
+)
+def test_what_can_ruin_a_network_that_trains_on_is_told(
+    options: dict[str, Any], length: int, told: bool, warnings: list[str]
+) -> None:
+    grid = MemoryGrid({place + 1: client(place) for place in range(3)})
+    asks = FedRebasin(**GIVEN, correction="federated-regmean", reference="global", fraction_evaluate=0.0, **options)
+    asks.start(grid, state_to_record(GIVEN_SENT), num_rounds=length)
+    assert told == any("follows each of 2 rounds, and clients train on" in line for line in warnings)
+
+
+@pytest.mark.parametrize("wrong", [1, [], [0], [1.5], "12", "first", [[1]], [None]])
 def test_what_names_no_rounds_is_refused(wrong: object) -> None:
     with pytest.raises(
         RebasinError, match=r"correction_rounds: expected a collection of round numbers from 1, as \[1\]"
