@@ -3,6 +3,7 @@
 Four clients of digits start from one model and hold Dirichlet parts. Each round they train, are averaged, and the
 average is corrected by queries to them: in every round, in round 1 alone, or beside a federation that goes on from its
 averages (in any round that is what a correction in that round alone gives). All else is the same for every optimizer.
+With ``--long`` only the last is measured, after some of 40 rounds.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ OPTIMIZERS: dict[str, Recipe] = {
 CORRECTIONS = ("federated-least-squares", "federated-regmean")
 #: in which rounds an average is corrected, and whether the next round starts from what comes of it
 WHEN = ("never", "every round", "round 1 alone", "the last round alone")
+#: of a long federation, the rounds whose averages are measured, as they are and corrected
+LONG = (5, 10, 20, 40)
 DEVICE = torch.device("cpu")
 
 
@@ -106,23 +109,40 @@ def play(federation: Federation, when: str, name: str) -> list[dict[str, float]]
     return scores
 
 
-def measure(data: Dataset, network: tuple[str, str, int], optimizer: str, seed: int) -> list[dict[str, Any]]:
-    """One row for each way to correct, with the figures of every round in a list."""
+def play_long(federation: Federation) -> dict[str, list[dict[str, float]]]:
+    """The scores of averages after ``LONG`` rounds, as they are and with each correction, from which nobody goes on."""
+    sent, scores = federation.net.state_dict(), dict[str, list[dict[str, float]]]()
+    for server_round in range(1, LONG[-1] + 1):
+        ends = federation.ends(sent, server_round)
+        sent = merge(ends, coefficients=federation.coefficients)
+        if server_round in LONG:
+            models = {"none": sent} | {name: federation.corrected(name, sent, ends) for name in CORRECTIONS}
+            for name, model in models.items():
+                scores.setdefault(name, []).append(federation.score(model))
+    return scores
+
+
+def measure(
+    data: Dataset, network: tuple[str, str, int], optimizer: str, seed: int, long: bool
+) -> list[dict[str, Any]]:
+    """One row for each way to correct, with the figures of the rounds in lists."""
     name, norm, width = network
     parts = partition_rows(data.train_labels, data.classes, NODES, parse_partition(PARTITION), seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = build_model(name, data.shape, data.classes, width=width, norm=norm or "batch").eval()
     federation = Federation(data, parts, net, OPTIMIZERS[optimizer], seed)
+    if long:
+        scored = {("never" if name == "none" else WHEN[-1], name): own for name, own in play_long(federation).items()}
+    else:
+        ways = [("never", "none"), *itertools.product(WHEN[1:], CORRECTIONS)]
+        scored = {way: play(federation, *way) for way in ways}
     rows = []
-    for when, correction in itertools.product(WHEN, CORRECTIONS):
-        if when == "never" and correction != CORRECTIONS[0]:
-            continue
-        scores = play(federation, when, correction)
+    for (when, correction), scores in scored.items():
         figures = {key: [float(f"{score[key]:.5g}") for score in scores] for key in scores[0]}
         where = {"network": f"{name} {norm}".strip(), "width": width, "optimizer": optimizer, "seed": seed}
-        rows.append({**where, "when": when, "correction": "none" if when == "never" else correction, **figures})
-        print({key: rows[-1][key] for key in (*where, "when", "correction", "accuracy")}, flush=True)
+        rows.append({**where, "when": when, "correction": correction, **figures})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -131,11 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(3)))
+    parser.add_argument("--long", action="store_true", help="40 rounds, corrected at their end alone")
     options = parser.parse_args()
     started, data, rows = time.time(), load_dataset("digits"), []
     for network, optimizer, seed in itertools.product(NETWORKS, OPTIMIZERS, options.seeds):
-        rows += measure(data, network, optimizer, seed)
+        rows += measure(data, network, optimizer, seed, options.long)
         about = {"experiment": "bench-local-optimizer", "nodes": NODES, "epochs": EPOCHS, "partition": PARTITION}
+        about["rounds"] = LONG if options.long else list(range(1, ROUNDS + 1))
         made = provenance(bench_command("local_optimizer"), options.seeds, started)
         save_results(options.output, {**about, "rows": rows, "provenance": made})
 

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedrebasin.simulations.bench import selection_tables
+from fedrebasin.simulations.bench import selection_tables, tables_rounds
 from fedrebasin.simulations.bench.clients import default_split
 from fedrebasin.simulations.bench.tables_client import correction_cost, secure, server_cost
-from fedrebasin.simulations.bench.tables_nodes import heads, widths_rounds
+from fedrebasin.simulations.bench.tables_nodes import heads
 from fedrebasin.simulations.disjoint_numbers import spread_text
 from fedrebasin.simulations.summary import percent, plain
 from fedrebasin.simulations.sweep_numbers import table as sweep_table
@@ -231,7 +231,6 @@ def learned(result: Result) -> tuple[Sequence[str], Rows]:
 TABLES = {
     "learned": learned,
     "heads": heads,
-    "widths-rounds": widths_rounds,
     "merging": merging,
     "calibration": calibration,
     "own-data": own_data,
@@ -247,4 +246,5 @@ TABLES = {
     "correction-cost": correction_cost,
     "sweep": sweep_table,
     **selection_tables.TABLES,
+    **tables_rounds.TABLES,
 }

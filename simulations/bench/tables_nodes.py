@@ -1,4 +1,4 @@
-"""The README's tables of nodes whose networks differ: other heads, other widths."""
+"""The README's tables of nodes whose networks differ: other heads."""
 
 from __future__ import annotations
 
@@ -23,18 +23,3 @@ def heads(result: Result) -> tuple[Sequence[str], Rows]:
         )
     rows = [[f"**{how}**" if how == "zipped" else how, *(own[layer] for layer in layers)] for how, own in cells.items()]
     return ["test loss / top-1 %", *(f"shared up to hidden layer {n}" for n in range(1, len(layers) + 1))], rows
-
-
-def widths_rounds(result: Result) -> tuple[Sequence[str], Rows]:
-    """``widths_rounds.py``: accuracy by round of what a node is sent and makes of it, and of the node alone."""
-    last = max(row["round"] for row in result["rows"])
-    labels = {"sent": "**sent back by the server**", "trained": "before that, trained in the round", "alone": "alone"}
-    rows = []
-    for width in result["widths"]:
-        for key, label in labels.items():
-            cells = []
-            for number in range(1, last + 1):
-                own = [row for row in result["rows"] if (row["width"], row["round"]) == (width, number)]
-                cells.append(percent([row[f"{key}-accuracy"] for row in own]))
-            rows.append([f"width {width}", label, *cells])
-    return ["node", "test accuracy %", *(f"round {number}" for number in range(1, last + 1))], rows
