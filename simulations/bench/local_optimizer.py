@@ -1,9 +1,9 @@
 """Which local training bears a correction in every round: ``python -m fedrebasin.simulations.bench.local_optimizer``.
 
-Four clients of digits start from one model and hold Dirichlet parts. Each round they train, are averaged, and the
+Four clients start from one model and hold Dirichlet parts. Each round they train, are averaged, and the
 average is corrected by queries to them: in every round, in round 1 alone, or beside a federation that goes on from its
 averages (in any round that is what a correction in that round alone gives). All else is the same for every optimizer.
-With ``--long`` only the last is measured, after some of 40 rounds.
+With ``--long`` only the last is measured, after some of many rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from fedrebasin.simulations.silo import batches_of
 from fedrebasin.simulations.training import RECIPES, Recipe, predict, train
 
 State = dict[str, Tensor]
-NODES, ROUNDS, EPOCHS, PARTITION = 4, 5, 5, "dirichlet:0.1"
+NODES, ROUNDS, PARTITION = 4, 5, "dirichlet:0.1"
+EPOCHS = {"digits": 5, "cifar10": 1}
+#: images of a client that answer queries, at most: all of digits
+QUERIED = 2000
 #: name, norm, width
 NETWORKS = (("mlp", "", 128), ("conv", "batch", 32), ("conv", "layer", 32))
 OPTIMIZERS: dict[str, Recipe] = {
@@ -44,7 +47,7 @@ CORRECTIONS = ("federated-least-squares", "federated-regmean")
 #: in which rounds an average is corrected, and whether the next round starts from what comes of it
 WHEN = ("never", "every round", "round 1 alone", "the last round alone")
 #: of a long federation, the rounds whose averages are measured, as they are and corrected
-LONG = (5, 10, 20, 40)
+LONG = {"digits": (5, 10, 20, 40), "cifar10": (5, 10, 20)}
 DEVICE = torch.device("cpu")
 
 
@@ -65,13 +68,14 @@ class Federation:
             model, seed = copy.deepcopy(self.net), 1000 * self.seed + 10 * server_round + node
             model.load_state_dict(sent)
             images, labels = self.data.train_images[rows], self.data.train_labels[rows]
-            train(model, self.data, images, labels, recipe=self.recipe, epochs=EPOCHS, seed=seed, device=DEVICE)
+            epochs = EPOCHS[self.data.name]
+            train(model, self.data, images, labels, recipe=self.recipe, epochs=epochs, seed=seed, device=DEVICE)
             found.append({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
         return found
 
     def corrected(self, name: str, average: State, ends: list[State]) -> State:
         """By the clients' own images; the average as it is where the correction is refused, as in a strategy."""
-        batches = [batches_of(self.data, rows) for rows in self.parts]
+        batches = [batches_of(self.data, self._queried(rows)) for rows in self.parts]
         example = batches[0][0][0][:2]
         try:
             case = Case(self.net, average, ends, self.coefficients, example)
@@ -79,6 +83,11 @@ class Federation:
         except RebasinError as error:
             print(f"  not corrected: {error}", flush=True)
             return average
+
+    def _queried(self, rows: Tensor) -> Tensor:
+        if len(rows) <= QUERIED:
+            return rows
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))[:QUERIED]]
 
     @property
     def coefficients(self) -> list[float]:
@@ -112,10 +121,11 @@ def play(federation: Federation, when: str, name: str) -> list[dict[str, float]]
 def play_long(federation: Federation) -> dict[str, list[dict[str, float]]]:
     """The scores of averages after ``LONG`` rounds, as they are and with each correction, from which nobody goes on."""
     sent, scores = federation.net.state_dict(), dict[str, list[dict[str, float]]]()
-    for server_round in range(1, LONG[-1] + 1):
+    measured = LONG[federation.data.name]
+    for server_round in range(1, measured[-1] + 1):
         ends = federation.ends(sent, server_round)
         sent = merge(ends, coefficients=federation.coefficients)
-        if server_round in LONG:
+        if server_round in measured:
             models = {"none": sent} | {name: federation.corrected(name, sent, ends) for name in CORRECTIONS}
             for name, model in models.items():
                 scores.setdefault(name, []).append(federation.score(model))
@@ -151,14 +161,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(3)))
-    parser.add_argument("--long", action="store_true", help="40 rounds, corrected at their end alone")
+    parser.add_argument("--long", action="store_true", help="many rounds, corrected at their end alone")
+    parser.add_argument("--dataset", choices=list(LONG), default="digits")
+    parser.add_argument("--data", help="folder of Parquet files")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of networks and optimizers, as 'conv batch, SGD'")
     options = parser.parse_args()
-    started, data, rows = time.time(), load_dataset("digits"), []
+    started, data, rows = time.time(), load_dataset(options.dataset, options.data), []
     for network, optimizer, seed in itertools.product(NETWORKS, OPTIMIZERS, options.seeds):
+        if options.only not in f"{network[0]} {network[1]}".strip() + f", {optimizer}":
+            continue
         rows += measure(data, network, optimizer, seed, options.long)
-        about = {"experiment": "bench-local-optimizer", "nodes": NODES, "epochs": EPOCHS, "partition": PARTITION}
-        about["rounds"] = LONG if options.long else list(range(1, ROUNDS + 1))
-        made = provenance(bench_command("local_optimizer"), options.seeds, started)
+        about = {"experiment": "bench-local-optimizer", "data": data.name, "nodes": NODES, "partition": PARTITION}
+        about |= {
+            "epochs": EPOCHS[data.name],
+            "rounds": list(LONG[data.name] if options.long else range(1, ROUNDS + 1)),
+        }
+        made = provenance(bench_command("local_optimizer", {"--data": "FOLDER"}), options.seeds, started)
         save_results(options.output, {**about, "rows": rows, "provenance": made})
 
 
