@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedrebasin import PermutationSpec, compose, permute, random_perms, trace, weight_matching
+from fedrebasin import PermutationSpec, compose, match_many, permute, random_perms, trace, weight_matching
 from fedrebasin.matching.nested import nested_step
 from fedrebasin.matching.problem import WeightProblem
 
@@ -69,6 +69,19 @@ def test_planted_permutations_of_heads_and_gates_are_recovered(make: Callable[..
     matching = weight_matching(spec, state, permute(spec, planted, copy))
     for perm, order in compose(spec, planted, matching.perms).items():
         assert torch.equal(order, torch.arange(order.shape[-1]).expand(order.shape)), perm
+
+
+def test_units_of_heads_that_are_fixed_by_hand_are_recovered() -> None:
+    torch.manual_seed(0)
+    net, inputs = encoder()
+    whole, state = trace(net, inputs), net.state_dict()
+    spec = whole.fix(*set(whole.over.values()))
+    assert set(spec.over) == set(whole.over)
+    planted = random_perms(spec, 1)
+    moved = permute(spec, planted, noisy(spec, state, 0.2, 2))
+    for found in (weight_matching(spec, state, moved).perms, match_many(spec, [state, moved]).perms[1]):
+        for perm, order in compose(spec, planted, found).items():
+            assert torch.equal(order, torch.arange(order.shape[-1]).expand(order.shape)), perm
 
 
 def test_planted_groups_of_a_residual_network_are_recovered() -> None:

@@ -79,9 +79,11 @@ def _entries(problem: WeightProblem, name: str, group: list[Block]) -> int:
 
 def _settle(problem: WeightProblem, group: list[Block], names: set[str], unsettled: set[Block]) -> None:
     """Move a permutation, and the families over it, to where the tensors ``names`` want them."""
-    if len(group) > 1:
-        problem.move(nested_step(problem, group[0], names))
-    for block in group if len(group) == 1 else group[1:]:
+    (first, *families) = group
+    nested = bool(families) and first.row is None
+    if nested:
+        problem.move(nested_step(problem, first, names))
+    for block in families if nested else group:
         similarity = problem.similarity(block, names)
         if block in problem.plan.relative:
             problem.move(problem.steps(block, best_assignment(similarity)))

@@ -79,7 +79,8 @@ class Plan:
     neighbours : dict of Block to list of Block
         The blocks whose similarity changes when a block moves.
     clusters : dict of str to list of Block
-        Each plain permutation alone, and each outer one with the families over it.
+        Each plain permutation alone, each outer one with the families over it, and the rows of each family over a
+        fixed leaf.
     """
 
     names: list[str]
@@ -127,7 +128,8 @@ def _make(spec: PermutationSpec) -> Plan:
     }
     clusters: dict[str, list[Block]] = {}
     for block in sorted(blocks, key=lambda block: block.row is not None):
-        clusters.setdefault(spec.over.get(block.perm, block.perm), []).append(block)
+        over = spec.over.get(block.perm)
+        clusters.setdefault(over if over in spec.perm_shapes else block.perm, []).append(block)
     using: dict[str, list[Block]] = {}
     for block in blocks:
         for name in tensors[block]:
