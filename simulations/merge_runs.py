@@ -1,4 +1,4 @@
-"""Whether calibration data fits the network: can it be run on the examples, and are the labels classes of its output?"""
+"""Whether calibration data fits the network: does it run on the examples, are the labels classes of its output?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_runs(net: nn.Module, batches: Sequence[Any], *, labelled: bool, scored
     UsageError
         With the network's error, or the first label that is no class.
     """
-    own = [batch if labelled else (batch, None) for batch in batches]
+    own: list[tuple[Any, Any]] = [batch if labelled else (batch, None) for batch in batches]
     first = next(iter(own[0][0].values())) if isinstance(own[0][0], dict) else own[0][0]
     few = first.is_floating_point() or first.is_complex()
     count = _FEW if few else len(first)

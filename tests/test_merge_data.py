@@ -142,5 +142,5 @@ def test_numbers_are_read_whatever_their_kind_and_named_inputs_become_dicts(tmp_
             (batch,), _ = read_calibration(tmp_path / f"{name}.npy", (2,), dtype, keyword="x")
             assert rows([batch["x"]]) == expected and batch["x"].dtype == dtype
     np.save(tmp_path / "halves.npy", values + 0.5)
-    with pytest.raises(UsageError, match="expected torch.int64, as --input says; example . in .* has others"):
+    with pytest.raises(UsageError, match=r"expected torch.int64, as --input says; example . in .* has others"):
         read_calibration(tmp_path / "halves.npy", (2,), torch.int64)

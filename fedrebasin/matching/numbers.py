@@ -21,7 +21,11 @@ _SUMMED = 1 << 18
 
 def like_of(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
     """An empty tensor of the type and on the device that products are taken in."""
-    wide = scale > _LARGE or 0 < scale < _SMALL or any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    wide = (
+        scale > _LARGE
+        or 0 < scale < _SMALL
+        or any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    )
     device = device or next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
     return torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
 
