@@ -79,7 +79,7 @@ class PermutationAligner:
         Raises
         ------
         SpecMismatchError
-            If the dicts are not those of one chain, or hold a NaN or an infinity.
+            If the dicts are not those of one chain, or a hidden layer holds a NaN or an infinity.
         """
         spec = self._spec_of(weights_b)
         found = weight_matching(

@@ -124,7 +124,7 @@ def merge(models: Sequence[State], *, coefficients: Sequence[float] | None = Non
     def average(name: str, tensor: Tensor) -> Tensor:
         wide = wide_type(tensor)
         if wide is None:
-            return heaviest[name].to(tensor.device).clone()
+            return heaviest[name].to(tensor.device, tensor.dtype, copy=True)
         total = torch.zeros_like(tensor, dtype=wide)
         for model, weight in zip(models, weights, strict=True):
             if weight:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrebasin.allocator import keep_nothing_freed
+from fedrebasin.batches import as_called
 from fedrebasin.coefficients import check_coefficients
 from fedrebasin.connectivity import loss_along_path, loss_barrier
 from fedrebasin.corrections.methods import CORRECTIONS, CorrectionSetting, correct
@@ -21,12 +22,13 @@ from fedrebasin.perms import Perms
 from fedrebasin.permute import permute
 from fedrebasin.simulations.interrupts import signals_raise
 from fedrebasin.simulations.merge_average import averaged
-from fedrebasin.simulations.merge_data import check_labels, read_calibration
+from fedrebasin.simulations.merge_data import read_calibration
 from fedrebasin.simulations.merge_files import check_values, open_inputs
 from fedrebasin.simulations.merge_matching import Found, Plan, match, needs_data, plan_matching
 from fedrebasin.simulations.merge_memory import Needs, needs_of, parse_memory, streams
 from fedrebasin.simulations.merge_network import Network, check_fit, from_model, from_spec, sizes
 from fedrebasin.simulations.merge_request import Request, check_output, correction_of, metadata_of, numbers
+from fedrebasin.simulations.merge_runs import check_runs
 from fedrebasin.simulations.plots import save_lines
 from fedrebasin.simulations.similarity_plot import similarities, similarity_panel
 from fedrebasin.stored import StoredState
@@ -75,8 +77,9 @@ def merge_files(request: Request) -> Merged:
         network = _network(request, plan, states, limit)
         check_fit(network.spec, states)
         batches, labelled = _calibration(request, plan, network)
-        if labelled and (request.dry_run or needs_data(plan, labelled=True)):
-            check_labels(_module(network), batches or [])
+        if batches is not None:
+            scored = labelled and (request.dry_run or needs_data(plan, labelled=True))
+            check_runs(_module(network), batches, labelled=labelled, scored=scored)
         whole = _whole(plan, correction, data=batches is not None)
         copies = _JOINT_COPIES + len(states) if plan.joint or plan.matching != "weight" else 0
         copies += _CORRECTION_COPIES + 2 * len(states) if correction or batches is not None else 0
@@ -147,6 +150,7 @@ def _calibration(request: Request, plan: Plan, network: Network) -> tuple[list[A
         seed=request.seed,
         mean=numbers(request.mean, "--mean"),
         std=numbers(request.std, "--std"),
+        keyword=network.inputs[0].keyword,
     )
     corrects = request.correction != "none" and CORRECTIONS[request.correction].inputs
     always = corrects or request.plot is not None or needs_data(plan, labelled=False)
@@ -224,7 +228,8 @@ def _barriers(
 
     def barrier(ends: Sequence[State], place: int) -> float:
         pair = network.whole(ends[plan.reference]), network.whole(ends[place])
-        path = loss_along_path(net, *pair, batches or [], loss=nn.functional.cross_entropy, lams=_LAMS)
+        data = as_called(batches or [], network.example)
+        path = loss_along_path(net, *pair, data, loss=nn.functional.cross_entropy, lams=_LAMS)
         return loss_barrier(path)
 
     others = [place for place in range(len(states)) if place != plan.reference]

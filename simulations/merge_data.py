@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedrebasin.errors import UsageError
+from fedrebasin.errors import UsageError, first_line
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
 _INPUT_KEYS, _LABEL_KEYS = ("x", "images", "inputs", "data"), ("y", "labels", "targets")
 _BATCH = 100
-#: cross entropy leaves entries with this label out
-_IGNORED = -100
-_REMEDY = "number the classes as the model does, or leave the labels out"
+#: what helps where labels are no classes
+REMEDY = "number the classes as the model does, or leave the labels out"
 
 #: an example's place -> what it holds; how many there are; their labels
 _Read = tuple[Callable[[int], Any], int, Any]
@@ -34,6 +35,7 @@ def read_calibration(
     seed: int = 0,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    keyword: str = "",
 ) -> tuple[list[Any], bool]:
     """Read batches of up to 100 examples, and whether they have labels.
 
@@ -51,10 +53,12 @@ def read_calibration(
         At most so many examples, drawn at random.
     mean, std : sequence of float
         One for each channel.
+    keyword : str
+        The input's name, if the model takes it by its name: inputs are then dicts.
 
     Returns
     -------
-    list of Tensor, or of (Tensor, Tensor)
+    list of inputs, or of (inputs, Tensor)
     bool
 
     Raises
@@ -65,13 +69,17 @@ def read_calibration(
     read, total, labels = _open(path, shape)
     if total == 0:
         raise UsageError(f"--calibration: expected examples in {path}; there are none")
-    if labels is not None and len(labels) != total:
-        raise UsageError(f"--calibration: expected a label for each of {total} examples in {path}; got {len(labels)}")
+    if labels is not None and np.shape(labels)[:1] != (total,):
+        got = next(iter(np.shape(labels)), "one number")
+        raise UsageError(f"--calibration: expected a label for each of {total} examples in {path}; got {got}")
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
     first, scale = _channels(mean, "--mean", shape, 0.0), _channels(std, "--std", shape, 1.0)
     examples = []
     for place in chosen:
-        example = torch.as_tensor(np.array(read(place)))
+        array = np.array(read(place))
+        if array.dtype.kind not in ("biufc" if dtype.is_complex else "biuf"):
+            raise UsageError(f"--calibration: expected numbers for a model of {dtype} in {path}; got {array.dtype}")
+        example = torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
         if tuple(example.shape) != shape:
             raise UsageError(
                 f"--calibration: expected examples of shape {shape}, as --input says; got {tuple(example.shape)}"
@@ -85,34 +93,22 @@ def read_calibration(
             )
         if example.is_floating_point() and not bool(example.isfinite().all()):
             raise UsageError(f"--calibration: example {place} in {path} holds a NaN or an infinity")
+        whole = example.to(dtype).to(example.dtype) if _counts(dtype) else example
+        if not torch.equal(whole, example):
+            raise UsageError(f"--calibration: expected {dtype}, as --input says; example {place} in {path} has others")
         examples.append(example.to(dtype))
-    inputs = [torch.stack(examples[at : at + _BATCH]) for at in range(0, len(examples), _BATCH)]
+    tensors = [torch.stack(examples[at : at + _BATCH]) for at in range(0, len(examples), _BATCH)]
+    inputs = [{keyword: tensor} if keyword else tensor for tensor in tensors]
     if labels is None:
         return inputs, False
     targets = np.asarray(labels)[chosen]
     if targets.dtype.kind not in "biu":
-        raise UsageError(f"--calibration: expected integer labels in {path}; got {targets.dtype}; {_REMEDY}")
+        raise UsageError(f"--calibration: expected integer labels in {path}; got {targets.dtype}; {REMEDY}")
     return list(zip(inputs, torch.split(torch.as_tensor(targets.astype(np.int64)), _BATCH), strict=True)), True
 
 
-def check_labels(net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Refuse labels that are no class of the network's output.
-
-    Raises
-    ------
-    UsageError
-        With the first of them.
-    """
-    with torch.no_grad():
-        output = net(batches[0][0][:1])
-    if not isinstance(output, Tensor) or output.ndim < 2:
-        return
-    classes, labels = output.shape[1], torch.cat([own.flatten() for _, own in batches])
-    wrong = labels[((labels < 0) & (labels != _IGNORED)) | (labels >= classes)]
-    if len(wrong):
-        raise UsageError(
-            f"--calibration: expected labels from 0 to {classes - 1}, one for each output; got {wrong[0]}; {_REMEDY}"
-        )
+def _counts(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def _channels(values: Sequence[float], option: str, shape: tuple[int, ...], default: float) -> Tensor:
@@ -132,27 +128,34 @@ def _open(path: Path, shape: tuple[int, ...]) -> _Read:
         if path.suffix == ".npy":
             beside = path.with_name("labels.npy")
             labels = np.load(beside, allow_pickle=False) if beside.exists() and beside != path else None
-            return _array(np.load(path, mmap_mode="r", allow_pickle=False), shape, labels)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(array, np.ndarray):
+                return _array(array, path, shape, labels)
+            raise UsageError(f"--calibration: expected one array in {path}; got an .npz; give it that suffix")
         if path.suffix == ".npz":
+            if not zipfile.is_zipfile(path) and path.is_file():
+                raise UsageError(f"--calibration: expected a whole .npz in {path}; got something else")
             with np.load(path, allow_pickle=False) as archive:
                 inputs = next((archive[key] for key in _INPUT_KEYS if key in archive), None)
                 if inputs is None:
                     raise UsageError(f"--calibration: expected one of {', '.join(_INPUT_KEYS)} in {path}")
-                return _array(inputs, shape, next((archive[key] for key in _LABEL_KEYS if key in archive), None))
+                return _array(inputs, path, shape, next((archive[key] for key in _LABEL_KEYS if key in archive), None))
         if path.suffix == ".parquet" and path.exists():
             return _parquet([path], shape)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"--calibration: cannot read {path} ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"--calibration: cannot read {path} ({first_line(error)})") from error
     raise UsageError(
         f"--calibration: expected .npy, .npz, .parquet, or a folder of images or Parquet files; got {path}"
         + ("" if path.exists() else ", which is not there")
     )
 
 
-def _array(array: Any, shape: tuple[int, ...], labels: Any) -> _Read:
+def _array(array: Any, path: Path, shape: tuple[int, ...], labels: Any) -> _Read:
     """Rows of an array; images with the channels last are turned."""
+    if array.ndim == 0:
+        raise UsageError(f"--calibration: expected an array of examples in {path}; got one number")
     last = (
         array.dtype == np.uint8 and array.ndim == 4 and len(shape) == 3 and array.shape[3] == shape[0] != array.shape[1]
     )

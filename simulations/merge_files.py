@@ -10,7 +10,7 @@ import torch
 
 from fedrebasin.errors import SpecMismatchError, UsageError
 from fedrebasin.spec import PermutationSpec
-from fedrebasin.stored import StoredState
+from fedrebasin.stored import Entry, StoredState
 
 
 def open_inputs(paths: Sequence[Path], *, scratch: Path | None = None) -> list[StoredState]:
@@ -62,7 +62,7 @@ def check_values(states: Sequence[StoredState], spec: PermutationSpec) -> list[s
     digests = [_digest(state, buffers) for state in states]
     moved = {axis.name for axes in spec.tied.values() for axis in axes}
     for name, entry in states[0].entries.items():
-        if entry.dtype.is_floating_point or entry.numel < 2 or name in moved:
+        if _has_average(entry) or entry.numel < 2 or name in moved:
             continue
         table = states[0][name]
         for state in states[1:]:
@@ -78,10 +78,14 @@ def _digest(state: StoredState, buffers: set[str]) -> str:
     for name, entry in sorted(state.entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         for chunk in state.chunks(name):
             digest.update(chunk.view(torch.uint8).numpy().data)
-            if not entry.dtype.is_floating_point:
+            if not _has_average(entry):
                 continue
             values = chunk.float() if entry.dtype.itemsize == 1 else chunk
             wrong = values.isnan() if name in buffers else ~values.isfinite()
             if bool(wrong.any()):
                 raise SpecMismatchError(f"{state.path}: {name!r} holds a NaN or an infinity; leave this model out")
     return digest.hexdigest()
+
+
+def _has_average(entry: Entry) -> bool:
+    return entry.dtype.is_floating_point or entry.dtype.is_complex

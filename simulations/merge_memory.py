@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -53,12 +54,12 @@ def parse_memory(text: str) -> int | None:
 def size_text(size: float) -> str:
     """Bytes for people, rounded up.
 
-    >>> size_text(1_234_567_890), size_text(3_000)
-    ('1.24 GB', '1 MB')
+    >>> size_text(1_234_567_890), size_text(3_000), size_text(0)
+    ('1.24 GB', '1 MB', '0 MB')
     """
     if size >= 1e9:
         return f"{-(-size // 1e7) / 100:.2f} GB"
-    return f"{-(-size // 1e6):.0f} MB"
+    return f"{math.ceil(size / 1e6)} MB"
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,47 @@ class Shared(nn.Module):
 
     def forward(self, tokens):
         return self.out(torch.relu(self.hidden(self.table(tokens))))
+
+
+class Pair(Net):
+    """The output beside the input."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Summed(Net):
+    def forward(self, x):
+        return super().forward(x).sum(1)
+
+
+class Named(Net):
+    """Its input goes by its name."""
+
+    def forward(self, *, x):
+        return super().forward(x)
+
+
+class Turned(Net):
+    """With a complex parameter that no permutation moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (super().forward(x) * self.turn).real
+
+
+class Flat(nn.Module):
+    """Without a permutation."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 4)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
 '''
 
 NET = "--model merged_nets:Net --input 2x3x8x8"

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedrebasin import PermutationSpec, RebasinError, match_each, permute, random_perms, trace, weight_matching
+from fedrebasin import (
+    PermutationSpec,
+    RebasinError,
+    match_each,
+    match_many,
+    permute,
+    random_perms,
+    trace,
+    weight_matching,
+)
 from fedrebasin.matching import each
 from fedrebasin.matching.certificate import IdentityCertificate, margins_of
 from fedrebasin.matching.numbers import PIECE
@@ -144,3 +153,13 @@ def test_changes_are_the_squared_distances_of_units() -> None:
             [term.rows((model[term.name] - reference[term.name]).double()) for term in plan.terms[block]], 1
         )
         torch.testing.assert_close(moved[0].double(), rows.square().sum(1), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-30, -22, 25])
+def test_permuted_copies_of_tiny_and_huge_weights_are_recovered_and_not_certified(exponent: int) -> None:
+    spec, state = _net("mlp")
+    scaled = {name: tensor * 10.0**exponent for name, tensor in state.items()}
+    moved = permute(spec, random_perms(spec, 1), scaled)
+    perms = [found.perms for found in (weight_matching(spec, scaled, moved), *match_each(spec, scaled, [moved]))]
+    for found in (*perms, match_many(spec, [scaled, moved]).perms[1]):
+        assert all(torch.equal(tensor, scaled[name]) for name, tensor in permute(spec, found, moved).items())

@@ -160,3 +160,8 @@ def test_merge_modules_warns_of_what_stays_fixed() -> None:
         merge_modules([Encoder(), Encoder()], (torch.zeros(2, 4),))
         merge_trunk_modules([Encoder(), Encoder()], (torch.zeros(2, 4),), until="encoder.0")
     assert [one.filename for one in caught] == [__file__] * 3
+
+
+def test_counters_of_the_heaviest_model_take_the_types_of_the_first() -> None:
+    merged = merge([{"n": torch.tensor(1, dtype=torch.int32)}, {"n": torch.tensor(2)}], coefficients=[1, 3])
+    assert merged["n"].dtype == torch.int32 and int(merged["n"]) == 2

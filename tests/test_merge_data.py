@@ -89,6 +89,14 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "short.npz", x=np.zeros((4, 2)), y=np.zeros(3, dtype=int))
     np.savez(tmp_path / "float.npz", x=np.zeros((4, 2)), y=np.zeros(4))
     np.savez(tmp_path / "words.npz", x=np.zeros((4, 2)), y=list("abca"))
+    np.savez(tmp_path / "label.npz", x=np.zeros((4, 2)), y=np.array(1))
+    np.savez(tmp_path / "texts.npz", x=np.array([["a", "b"]] * 4))
+    np.savez(tmp_path / "complex.npz", x=np.zeros((4, 2), dtype=np.complex64))
+    np.savez(tmp_path / "number.npz", x=np.float32(3))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "texts.npz").read_bytes()[:-30])
+    (tmp_path / "zip.npy").write_bytes((tmp_path / "texts.npz").read_bytes())
+    (tmp_path / "array.npz").write_bytes((tmp_path / "x.npy").read_bytes())
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
@@ -101,6 +109,14 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
         ("short.npz", (2,), "a label for each of 4 examples"),
         ("float.npz", (2,), "integer labels"),
         ("words.npz", (2,), "integer labels in .*; got <U1; number the classes as the model does"),
+        ("label.npz", (2,), "a label for each of 4 examples in .*; got one number"),
+        ("texts.npz", (2,), "expected numbers for a model of torch.float32 in .*; got <U1"),
+        ("complex.npz", (2,), "expected numbers for a model of torch.float32 in .*; got complex64"),
+        ("number.npz", (2,), "expected an array of examples in .*; got one number"),
+        ("empty.npy", (2,), "cannot read .*EOFError"),
+        ("cut.npz", (2,), "expected a whole .npz in"),
+        ("zip.npy", (2,), "expected one array in .*; got an .npz"),
+        ("array.npz", (2,), "expected a whole .npz in"),
         ("empty", SHAPE, "there are none"),
         ("broken", SHAPE, "cannot read an image"),
         ("broken", (2,), "images need an --input such as"),
@@ -115,3 +131,16 @@ def test_what_is_no_calibration_data_is_refused(tmp_path: Path) -> None:
             read_calibration(tmp_path / "x.npy", (2,), **{option: [0.5, 0.5]})
     with pytest.raises(UsageError, match="for each of 2 channels, above 0; got"):
         read_calibration(tmp_path / "x.npy", (2,), std=[0.0, 0.0])
+
+
+def test_numbers_are_read_whatever_their_kind_and_named_inputs_become_dicts(tmp_path: Path) -> None:
+    values = np.arange(8).reshape(4, 2)
+    expected = {tuple(row) for row in values.tolist()}
+    for name, kind in (("big", ">f4"), ("unsigned", "u2"), ("whole", "f8")):
+        np.save(tmp_path / f"{name}.npy", values.astype(kind))
+        for dtype in (torch.float32, torch.int64):
+            (batch,), _ = read_calibration(tmp_path / f"{name}.npy", (2,), dtype, keyword="x")
+            assert rows([batch["x"]]) == expected and batch["x"].dtype == dtype
+    np.save(tmp_path / "halves.npy", values + 0.5)
+    with pytest.raises(UsageError, match=r"expected torch.int64, as --input says; example . in .* has others"):
+        read_calibration(tmp_path / "halves.npy", (2,), torch.int64)

@@ -13,7 +13,7 @@ from test_matching_families import encoder
 from test_straight_through import case, data
 from torch import Tensor
 
-from fedrebasin import random_perms, sinkhorn_matching, trace, weight_matching
+from fedrebasin import random_perms, sinkhorn_matching, straight_through_matching, trace, weight_matching
 from fedrebasin.matching.midpoint import Midpoint, lowest_loss_matching
 from fedrebasin.matching.relaxed import corner, no_logits, soften
 
@@ -58,3 +58,15 @@ def test_the_candidate_with_the_lowest_loss_is_kept_wherever_it_comes() -> None:
     best, *others = weight_matching(spec, a, b).perms, *(random_perms(spec, seed) for seed in range(3))
     found = lowest_loss_matching(midpoint, a, b, others[0], [others[1], best, others[2]], 0.0)
     assert all(torch.equal(order, best[perm]) for perm, order in found.perms.items())
+
+
+@pytest.mark.parametrize("wide", ["reference", "model"])
+def test_models_of_two_types_are_matched_by_loss(wide: str) -> None:
+    spec, net, a, b = case(16, 12)
+    double = {name: tensor.double() for name, tensor in (a if wide == "reference" else b).items()}
+    a, b = (double, b) if wide == "reference" else (a, double)
+    for found in (
+        sinkhorn_matching(spec, a, b, net=net, batches=data(), loss=F.cross_entropy, steps=2),
+        straight_through_matching(spec, net, a, b, data(), loss=F.cross_entropy, epochs=1),
+    ):
+        assert found.measures["loss"] <= found.measures["loss-before"]

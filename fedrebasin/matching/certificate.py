@@ -30,6 +30,8 @@ _ROUNDING = 1e-5
 _ENOUGH, _FEW = 64, 512
 #: Entries of a difference that are made at once: a megabyte stays in a core's cache.
 _PIECE = 2**18
+#: Squares of entries that are all below this leave float32.
+_SMALL = 1e-12
 
 
 def margins_of(gram: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class IdentityCertificate:
     """What a reference alone says, made when it is first needed and kept for every model that is compared with it.
 
     Permutations with families over them, and those on two axes of one tensor, are not assignments of single units:
-    with one of them nothing is certified.
+    with one of them nothing is certified, and neither where all weights are so small that their squares vanish.
     """
 
     def __init__(
@@ -58,7 +60,8 @@ class IdentityCertificate:
         self._reference = (
             reference if device is None else {name: reference[name].to(device) for name in self._plan.names}
         )
-        self.possible = not self._plan.relative
+        largest = max((_largest(self._reference[name]) for name in self._plan.names), default=0.0)
+        self.possible = not (self._plan.relative or 0 < largest < _SMALL)
         #: for each tensor the blocks that it speaks for, with the slab in which it does
         self._users: dict[str, list[tuple[Block, Term]]] = {}
         for block, found in self._plan.terms.items():
@@ -142,6 +145,13 @@ class IdentityCertificate:
     def _wide(self, tensor: Tensor) -> Tensor:
         tensor = as_real(tensor if self._device is None else tensor.to(self._device))
         return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value of an entry, 0 if there is none."""
+    tensor = as_real(tensor)
+    tensor = tensor if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor.double()
+    return max(abs(float(end)) for end in tensor.aminmax()) if tensor.numel() else 0.0
 
 
 def _all_within(moved: Tensor, margin: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def match_each(
     RebasinError
         If there are not as many ``inits`` as models.
     SpecMismatchError
-        If a state dict or one of ``inits`` does not fit the spec, or a state dict holds a NaN or an infinity.
+        If a state dict or one of ``inits`` does not fit the spec, or a tied parameter holds a NaN or an infinity.
 
     Examples
     --------

@@ -69,7 +69,7 @@ def frank_wolfe_matching(
     Raises
     ------
     SpecMismatchError
-        If a state dict does not fit the spec, or holds a NaN or an infinity.
+        If a state dict or ``init`` does not fit the spec, or a tied parameter holds a NaN or an infinity.
     RebasinError
         If ``restarts`` or ``iterations`` is out of range.
 

@@ -81,7 +81,7 @@ def match_many(
     RebasinError
         If the method is unknown, has no use for data or not all of it, or coefficients do not fit.
     SpecMismatchError
-        If a state dict does not fit the spec, or holds a NaN or an infinity.
+        If a state dict does not fit the spec, or a tied parameter holds a NaN or an infinity.
 
     References
     ----------

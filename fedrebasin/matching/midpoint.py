@@ -48,7 +48,7 @@ class Midpoint(LabelledNet):
     def _put(self, perms: Perms) -> None:
         moved = permute(self.spec, perms, self._model)
         between = {
-            name: torch.lerp(tensor, moved[name], self.lam) if tensor.is_floating_point() else tensor
+            name: torch.lerp(tensor, moved[name].to(tensor), self.lam) if tensor.is_floating_point() else tensor
             for name, tensor in self.reference.items()
         }
         self.put(between)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedrebasin.errors import RebasinError, SpecMismatchError
 
-#: Sums of products above this leave float32; norms above that leave float64.
-_LARGE, _LARGEST = 1e37, 1e150
+#: Sums of products above or below these leave float32; norms above that leave float64.
+_LARGE, _SMALL, _LARGEST = 1e37, 1e-25, 1e150
 #: Entries of a tensor that are multiplied at once. A product of so many keeps a core busy, and three copies of it lie
 #: in its cache or near it.
 PIECE = 1 << 20
@@ -21,7 +21,11 @@ _SUMMED = 1 << 18
 
 def like_of(tensors: Sequence[Tensor], scale: float, device: torch.device | str | None) -> Tensor:
     """An empty tensor of the type and on the device that products are taken in."""
-    wide = scale > _LARGE or any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    wide = (
+        scale > _LARGE
+        or 0 < scale < _SMALL
+        or any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    )
     device = device or next((tensor.device for tensor in tensors if tensor.device.type != "meta"), None)
     return torch.empty(0, dtype=torch.float64 if wide else torch.float32, device=device)
 
@@ -67,7 +71,7 @@ def norm_of(tensor: Tensor, name: str, label: str) -> float:
 
 
 def dot(first: Tensor, second: Tensor) -> float:
-    """The sum of products of entries, in float64.
+    """The sum, in float64, of products of entries, which are of their own type.
 
     >>> dot(torch.ones(2), torch.tensor([3.0, 4.0]))
     7.0

@@ -234,7 +234,7 @@ class WeightProblem:
         return {name for perm in perms for name, _ in self.plan.axes_of[perm] if name in self.reference}
 
     def objective(self, names: Iterable[str] | None = None) -> float:
-        """The sum of <reference, current model> over the tied parameters, or over ``names``; exact in float64."""
+        """The sum of <reference, current model> over the tied parameters, or over ``names``, summed in float64."""
         return sum(map(self._share, self.plan.names if names is None else sorted(names)))
 
     def _share(self, name: str) -> float:

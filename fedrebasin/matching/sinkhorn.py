@@ -102,7 +102,8 @@ def sinkhorn_matching(
     Raises
     ------
     SpecMismatchError
-        If a state dict or ``net`` does not fit the spec, or without data a state dict holds a NaN or an infinity.
+        If a state dict, ``init`` or ``net`` does not fit the spec, or without data a tied parameter holds a NaN or an
+        infinity.
     CalibrationError
         If the data is empty, can be read only once or has no targets, or the start's loss is not finite.
     RebasinError

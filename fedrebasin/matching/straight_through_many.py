@@ -125,11 +125,13 @@ def straight_through_many_on_data(
     best, first = problem.perms, _mean_loss(problem, labelled, models)
     if not math.isfinite(first):
         raise CalibrationError(f"batches: the loss at the start is {first}; check the models, the inputs and the loss")
+    if not problem.plan.names:  # nothing moves
+        return history, {"loss": first, "loss-before": first}
     lowest, generator, shadows = first, generator_of(seed), _shadows(problem)
     optimizer = torch.optim.Adam(
         [{"params": [t], "lr": _RATE * float(t.square().mean().sqrt())} for shadow in shadows for t in shadow.values()]
     )
-    for _ in range(_EPOCHS if problem.plan.names else 0):
+    for _ in range(_EPOCHS):
         for args, kwargs, target in labelled.batches:
             for place, shadow in enumerate(shadows):
                 _project(problem, place, shadow)

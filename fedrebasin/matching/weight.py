@@ -64,7 +64,7 @@ def weight_matching(
     Raises
     ------
     SpecMismatchError
-        If a state dict or ``init`` does not fit the spec, or a state dict holds a NaN or an infinity.
+        If a state dict or ``init`` does not fit the spec, or a tied parameter holds a NaN or an infinity.
 
     References
     ----------
