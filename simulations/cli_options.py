@@ -50,10 +50,7 @@ Output = Annotated[Path | None, typer.Option(help="A new folder; default: one in
 
 
 def command_line(output: str = "FOLDER") -> str:
-    """The command line that is running, without the names of local folders; ``output`` stands for that of ``--output``.
-
-    Where data and results lay decides no number, and names of folders say more of a machine than results should.
-    """
+    """The command line that is running, without local names; ``output`` stands for that of ``--output``."""
     return running_command("fedrebasin", {"--data": "FOLDER", "--output": output, "--redraw": "FOLDER"})
 
 

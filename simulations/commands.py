@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 #: the largest seed: results hold it as every reader of JSON understands it, and torch takes what is drawn from it
 MOST_SEED = 2**53
 
 
 def running_command(program: str, places: Mapping[str, str], words: Sequence[str] | None = None) -> str:
-    """The command line that is running, without the names of local files and folders.
+    """The command line that is running, without the names of local folders; of other files the last part stays.
 
     Where data and results lay decides no number, and such names say more of a machine than results should.
 
@@ -28,13 +29,21 @@ def running_command(program: str, places: Mapping[str, str], words: Sequence[str
     --------
     >>> running_command("python -m bench", {"--output": "FILE"}, ["--runs", "3", "--output=/home/me/x.json"])
     'python -m bench --runs 3 --output=FILE'
+    >>> running_command("fedrebasin", {}, ["merge", "/home/me/a.pt", "--spec=/home/me/spec.json"])
+    'fedrebasin merge a.pt --spec=spec.json'
     """
     shown: list[str] = []
     given = sys.argv[1:] if words is None else words
     for before, word in zip(["", *given], given, strict=False):
-        name, equals, _ = word.partition("=")
-        shown.append(places.get(before) or (f"{name}={places[name]}" if equals and name in places else word))
+        name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        shown.append(places.get(before) or name + equals + places.get(name if equals else "", _without_folder(value)))
     return " ".join([program, shlex.join(shown)]).strip()
+
+
+def _without_folder(word: str) -> str:
+    path = Path(word)
+    local = path.is_absolute() or (len(path.parts) > 1 and path.exists())
+    return path.name if local and path.name else word
 
 
 def bench_command(module: str, places: Mapping[str, str] | None = None) -> str:

@@ -114,3 +114,20 @@ def test_a_command_shows_options_as_given_and_no_local_name():
     words = ["--data", "/home/me/c10", "--runs=3", "--output=/tmp/x.json", "--only", "a b"]
     found = running_command("bench", {"--data": "FOLDER", "--output": "FILE"}, words)
     assert found == "bench --data FOLDER --runs=3 --output=FILE --only 'a b'"
+
+
+def test_a_command_shows_of_files_the_last_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "b.pt").touch()
+    words = [
+        "merge",
+        "/home/me/a.pt",
+        "mine/b.pt",
+        "--spec=/home/me/s.json",
+        "--input",
+        "x=2/5",
+        "--coefficients=1/2,1",
+    ]
+    found = running_command("fedrebasin", {}, words)
+    assert found == "fedrebasin merge a.pt b.pt --spec=s.json --input x=2/5 --coefficients=1/2,1"
